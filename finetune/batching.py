@@ -1,0 +1,229 @@
+"""The plan: which examples each update takes, how every process lays them out, and the tensors of it.
+
+A plan is a pure function of its fields. Update k is the same set of examples with the same number of target
+tokens however it is packed, padded, cut into micro-batches or spread over processes.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from finetune.chat import IGNORE
+
+Indices = list[int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How examples become micro-batches.
+
+    Packed: whole examples side by side in one row of at most `max_tokens`. Padded: at most
+    `micro_batch_size` examples, each in a row of its own, at most `max_tokens` with the padding.
+    """
+
+    packing: bool
+    micro_batch_size: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer update as one process sees it."""
+
+    epoch: int
+    """From 0"""
+    micro_batches: list[Indices]
+    """This process's examples; an empty list stands for a process that has none but still takes part"""
+    num_target_tokens: int
+    """Of all processes together: what the loss is divided by"""
+    num_tokens: int
+    """Tokens of the examples, of all processes together; padding does not count"""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All updates of a run.
+
+    `lengths` [N] are the examples' token counts and `target_counts` [N] how many of them carry the loss.
+    """
+
+    lengths: NDArray[np.int64]
+    target_counts: NDArray[np.int64]
+    layout: Layout
+    global_batch_size: int
+    num_epochs: int
+    seed: int
+    max_steps: int | None = None
+    rank: int = 0
+    num_processes: int = 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The last update of an epoch may be short."""
+        return -(-len(self.lengths) // self.global_batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        steps = self.steps_per_epoch * self.num_epochs
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def update(self, step: int) -> Update:
+        """Update number `step`, from 0."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = epoch_order(self.seed, epoch, len(self.lengths))
+        examples = order[position * self.global_batch_size :][: self.global_batch_size]
+        mine = split_over_processes(examples, self.lengths, self.num_processes)[self.rank]
+        return Update(
+            epoch=epoch,
+            micro_batches=lay_out(mine, self.lengths, self.layout) or [[]],
+            num_target_tokens=int(self.target_counts[examples].sum()),
+            num_tokens=int(self.lengths[examples].sum()),
+        )
+
+
+@cache
+def epoch_order(seed: int, epoch: int, num_examples: int) -> NDArray[np.int64]:
+    """The order of the examples in an epoch: a permutation that depends on nothing but these three."""
+    return np.random.default_rng([seed, epoch]).permutation(num_examples)
+
+
+def split_over_processes(
+    examples: Iterable[int], lengths: NDArray[np.int64], num_processes: int
+) -> list[Indices]:
+    """Share the examples out so that each process has about as many tokens: longest first, each to the
+    process that has least."""
+    shares: list[Indices] = [[] for _ in range(num_processes)]
+    loads = [0] * num_processes
+    for example in sorted(map(int, examples), key=lambda i: (-int(lengths[i]), i)):
+        lightest = loads.index(min(loads))
+        shares[lightest].append(example)
+        loads[lightest] += int(lengths[example])
+    return shares
+
+
+def lay_out(examples: Indices, lengths: NDArray[np.int64], layout: Layout) -> list[Indices]:
+    """Cut examples, longest first, into micro-batches that keep to the layout's limits.
+
+    Packed rows are filled first-fit, which wastes little and is deterministic.
+    """
+    longest_first = sorted(examples, key=lambda i: (-int(lengths[i]), i))
+    assert all(lengths[i] <= layout.max_tokens for i in examples), "examples are cut to the budget before"
+    batches: list[Indices] = []
+    for example in longest_first:
+        if layout.packing:
+            fitting = (b for b in batches if lengths[b].sum() + lengths[example] <= layout.max_tokens)
+        else:
+            # Only the last one is open: its first example is its longest, and so its width.
+            fitting = (
+                b
+                for b in batches[-1:]
+                if len(b) < layout.micro_batch_size and (len(b) + 1) * lengths[b[0]] <= layout.max_tokens
+            )
+        batch = next(fitting, None)
+        if batch is None:
+            batches.append([example])
+        else:
+            batch.append(example)
+    return batches
+
+
+def plan_evaluation(
+    lengths: NDArray[np.int64], layout: Layout, rank: int = 0, num_processes: int = 1
+) -> list[Indices]:
+    """This process's share of all examples, each in exactly one micro-batch of one process."""
+    share = split_over_processes(range(len(lengths)), lengths, num_processes)[rank]
+    return lay_out(share, lengths, layout)
+
+
+class MicroBatch(NamedTuple):
+    """The tensors of one forward pass: B rows of T tokens, N targets.
+
+    input_ids, position_ids [B, T] long.
+    attention_mask: padded [B, T] bool, True for tokens that are no padding; packed [1, 1, T, T] bool, True
+        where the token of the row may see that of the column (its own example, and not later).
+    target_positions [N] long: the places, in the B*T tokens laid end to end, that predict a target token.
+    target_ids [N] long: the token each of them should predict.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    target_positions: Tensor
+    target_ids: Tensor
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+def pack(examples: Sequence[dict[str, Any]]) -> MicroBatch:
+    """Lay examples side by side in one row: positions restart, each example is blind to the others."""
+    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+    input_ids = torch.tensor([token for example in examples for token in example["input_ids"]])
+    labels = torch.tensor([label for example in examples for label in example["labels"]])
+    example_of_token = torch.repeat_interleave(lengths)
+    starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    same_example = example_of_token[:, None] == example_of_token[None, :]
+    return _micro_batch(
+        input_ids=input_ids[None],
+        labels=labels[None],
+        position_ids=(torch.arange(len(input_ids)) - starts)[None],
+        attention_mask=same_example.tril()[None, None],
+    )
+
+
+def pad(examples: Sequence[dict[str, Any]]) -> MicroBatch:
+    """Each example in a row of its own, filled up on the right: the plain layout."""
+    width = max(len(example["input_ids"]) for example in examples)
+    shape = (len(examples), width)
+    input_ids = torch.zeros(shape, dtype=torch.long)  # padding is told by its place, not by a token
+    labels = torch.full(shape, IGNORE)
+    attention_mask = torch.zeros(shape, dtype=torch.bool)
+    for row, example in enumerate(examples):
+        length = len(example["input_ids"])
+        input_ids[row, :length] = torch.tensor(example["input_ids"])
+        labels[row, :length] = torch.tensor(example["labels"])
+        attention_mask[row, :length] = True
+    position_ids = torch.arange(width).expand(shape)
+    return _micro_batch(input_ids, labels, position_ids, attention_mask)
+
+
+def _micro_batch(
+    input_ids: Tensor, labels: Tensor, position_ids: Tensor, attention_mask: Tensor
+) -> MicroBatch:
+    # The token at t predicts the one at t + 1. The first label of an example is IGNORE, so in a packed
+    # row no example predicts the start of the next.
+    next_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
+    target_positions = (next_labels != IGNORE).nonzero().squeeze(1)
+    return MicroBatch(
+        input_ids, position_ids, attention_mask, target_positions, next_labels[target_positions]
+    )
+
+
+def collate(examples: Sequence[dict[str, Any]], packing: bool) -> MicroBatch:
+    """The tensors of these examples; of none, one token without a target, so that the process can join in
+    with a gradient of zero."""
+    if not examples:
+        examples = [{"input_ids": [0], "labels": [IGNORE]}]
+    return pack(examples) if packing else pad(examples)
+
+
+def iterate_updates(
+    plan: Plan, dataset: Any, first_step: int, device: torch.device
+) -> Iterator[tuple[Update, list[MicroBatch]]]:
+    """Updates from `first_step` on, each with its micro-batches on the device."""
+    for step in range(first_step, plan.num_steps):
+        update = plan.update(step)
+        yield update, list(iterate_batches(update.micro_batches, dataset, plan.layout.packing, device))
+
+
+def iterate_batches(
+    batches: list[Indices], dataset: Any, packing: bool, device: torch.device
+) -> Iterator[MicroBatch]:
+    for indices in batches:
+        yield collate([dataset[i] for i in indices], packing).to(device)

@@ -1,0 +1,67 @@
+"""The loss: a causal language model in, sums over target tokens out."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.batching import MicroBatch
+
+
+@dataclass(frozen=True)
+class TokenSums:
+    """Sums over target tokens: fp32 scalars on the device. Dividing by `count` gives the means."""
+
+    nll: Tensor
+    """Negative log-likelihood of the target tokens, in nats; the only one with a gradient"""
+    entropy: Tensor
+    """Entropy of the predicted distributions, in nats"""
+    correct: Tensor
+    """How often the likeliest token was the target"""
+    count: Tensor
+    """Number of target tokens"""
+
+
+class TokenLoss(nn.Module):
+    """A causal language model with the loss inside, so that DDP wraps both and no logits leave it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._can_skip_logits = "logits_to_keep" in inspect.signature(_base_forward(model)).parameters
+
+    def forward(self, batch: MicroBatch) -> TokenSums:
+        return sum_over_tokens(self.target_logits(batch), batch.target_ids)
+
+    def target_logits(self, batch: MicroBatch) -> Tensor:
+        """[N, vocabulary]: the logits at the target positions, in the precision of the forward pass."""
+        # A single row can ask the model for the positions it needs, and no others reach the head.
+        keep = self._can_skip_logits and len(batch.input_ids) == 1
+        arguments: dict[str, Any] = {"logits_to_keep": batch.target_positions} if keep else {}
+        logits: Tensor = self.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            **arguments,
+        ).logits
+        return logits[0] if keep else logits.flatten(0, 1)[batch.target_positions]
+
+
+def sum_over_tokens(logits: Tensor, target_ids: Tensor) -> TokenSums:
+    """Sums of logits [N, V] against target_ids [N], computed in fp32."""
+    log_probs = logits.float().log_softmax(-1)
+    nll = -log_probs.gather(-1, target_ids[:, None]).sum()
+    with torch.no_grad():
+        entropy = -(log_probs.exp() * log_probs).sum()
+        correct = (logits.argmax(-1) == target_ids).sum()
+    count = torch.tensor(len(target_ids), device=logits.device)
+    return TokenSums(nll, entropy, correct.float(), count.float())
+
+
+def _base_forward(model: nn.Module) -> Any:
+    """The forward method of the causal model, below PEFT's wrapper."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return (model if get_base_model is None else get_base_model()).forward

@@ -1,0 +1,75 @@
+"""Sums over a window of updates, kept on the device, and the means they become once per log line."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.loss import TokenSums
+
+Metrics = dict[str, float | int]
+
+
+class SumWindow:
+    """Adds up TokenSums on the device; `reduce` is the only place that waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        # nll, entropy, correct, count; in fp64 a million nats and one token's share fit in one number.
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def add(self, sums: TokenSums) -> None:
+        values = (sums.nll.detach(), sums.entropy, sums.correct, sums.count)
+        self._sums += torch.stack([value.double() for value in values])
+
+    def total(self, accelerator: Any) -> Tensor:
+        """The sums over all processes: [4] float64."""
+        total: Tensor = accelerator.reduce(self._sums, reduction="sum")
+        return total
+
+    def reduce(self, accelerator: Any) -> Metrics:
+        """The means per target token over all processes; the window is empty afterwards."""
+        metrics = means(self.total(accelerator))
+        self._sums.zero_()
+        return metrics
+
+    def restore(self, sums: list[float]) -> None:
+        """Go on from sums over all processes: for one process to call, lest they count twice."""
+        self._sums += torch.tensor(sums, dtype=torch.float64, device=self._sums.device)
+
+
+def means(sums: Tensor) -> Metrics:
+    """nll, entropy, correct, count as the metrics of a log line: nats per target token, a fraction."""
+    nll, entropy, correct, count = sums.tolist()
+    return {
+        "loss": nll / count,
+        "entropy": entropy / count,
+        "mean_token_accuracy": correct / count,
+        "num_target_tokens": int(count),
+    }
+
+
+class Stopwatch:
+    """Seconds and useful tokens spent training since the last reading: not evaluating, not saving."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._num_tokens = 0
+
+    def count(self, num_tokens: int) -> None:
+        self._num_tokens += num_tokens
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        paused_at = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - paused_at
+
+    def tokens_per_second(self) -> float:
+        """Since the last call."""
+        now = time.perf_counter()
+        rate = self._num_tokens / (now - self._started)
+        self._started, self._num_tokens = now, 0
+        return rate

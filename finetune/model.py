@@ -1,0 +1,144 @@
+"""The tokenizer, the frozen base (bf16, int8 or nf4) and the LoRA adapter on it."""
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from accelerate.utils import set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers.utils.logging import disable_progress_bar
+
+from finetune.config import Config, LoraConfig, ModelConfig
+from finetune.starter import starter_model_dir
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's tokenizer, with a padding token (its EOS token where it brings none).
+
+    Raises:
+        ValueError: as `load_base`.
+    """
+    source, arguments = _locate(config)
+    tokenizer = _from_pretrained(AutoTokenizer, config, source, arguments)
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the tokenizer of {config.name_or_path} cannot tell where in the text its tokens stand"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(config: Config, precision: str, device: torch.device) -> peft.PeftModel:
+    """The base with a fresh adapter: adapter weights in fp32 and alone trainable, initialised from the seed.
+
+    Raises:
+        ValueError: a model that cannot be loaded, or target modules that it does not have.
+    """
+    base = load_base(config.model, precision, device)
+    if config.train.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    set_seed(config.train.seed)
+    return add_adapter(base, config.lora)
+
+
+def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
+    """The causal language model, quantised as configured, frozen, on the device.
+
+    `precision` is no, bf16 or fp16: the data type of what is not quantised. Embeddings stay in it too.
+
+    Raises:
+        ValueError: no such folder, file or hub model, no network, or no causal language model.
+    """
+    _quiet_libraries()
+    dtype = DTYPES[precision]
+    source, arguments = _locate(config)
+    quantization = {
+        "none": None,
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+        "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
+    }[config.quantization]
+    if "gguf_file" in arguments:
+        if quantization is not None:
+            raise ValueError(
+                f"model.name_or_path {config.name_or_path} is a GGUF file, which loads dequantised: set "
+                "model.quantization to none, or save it as a model folder first"
+            )
+        quantization = GgufConfig(dequantize=True)
+    base = _from_pretrained(
+        AutoModelForCausalLM,
+        config,
+        source,
+        {
+            **arguments,
+            "dtype": dtype,
+            "quantization_config": quantization,
+            "device_map": {"": device},
+            "attn_implementation": "sdpa",
+        },
+    )
+    return base.requires_grad_(False)
+
+
+def add_adapter(base: Any, config: LoraConfig) -> peft.PeftModel:
+    settings = peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.target_modules,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        task_type=peft.TaskType.CAUSAL_LM,
+    )
+    try:
+        return peft.get_peft_model(base, settings)
+    except ValueError as error:
+        raise ValueError(f"lora.target_modules: {error}") from error
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """(trainable, total) parameters; two 4-bit weights share a byte and count as two."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        packed = getattr(parameter, "quant_state", None)
+        size = parameter.numel() if packed is None else packed.shape.numel()
+        total += size
+        trainable += size if parameter.requires_grad else 0
+    return trainable, total
+
+
+def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """What transformers calls the model, and the arguments that go with it."""
+    name = config.name_or_path
+    if name == "starter":
+        return str(starter_model_dir()), {}
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"model.name_or_path {name} does not exist")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        return str(path), {}
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise ValueError(f"model.name_or_path {name!r} is no folder that exists and no hub name")
+    return name, {"revision": config.revision} if config.revision else {}
+
+
+def _from_pretrained(loader: Any, config: ModelConfig, source: str, arguments: dict[str, Any]) -> Any:
+    try:
+        return loader.from_pretrained(source, trust_remote_code=config.trust_remote_code, **arguments)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"model.name_or_path {config.name_or_path} could not be loaded: {reason}") from error
+
+
+def _quiet_libraries() -> None:
+    """Silence what says nothing to a user: peft calls what transformers renamed, and weights that load in
+    a second show a bar."""
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    disable_progress_bar()

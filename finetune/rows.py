@@ -1,0 +1,230 @@
+"""From files or a hub data set to clean rows, a sample of them, and the split into train and eval.
+
+A row has the columns of one of FORMATS, and `row_number`: its place in the data, from 1.
+"""
+
+import difflib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from datasets import Dataset, concatenate_datasets, disable_progress_bars, load_dataset
+
+from finetune.config import DataConfig
+
+# Required columns of each format, and the optional ones. Where several fit, the first is taken.
+FORMATS = {
+    "messages": (("messages",), ()),
+    "instruction": (("instruction", "output"), ("input",)),
+    "completion": (("prompt", "completion"), ()),
+}
+FILE_SUFFIXES = (".csv", ".parquet", ".json", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a run, and what became of all that were read.
+
+    `num_read` rows were read and `dropped` (a count per reason) of them left out; of the rest, `train` and
+    `eval` are the sample, split.
+    """
+
+    train: Dataset
+    eval: Dataset
+    num_read: int
+    dropped: dict[str, int]
+
+    @property
+    def num_kept(self) -> int:
+        return self.num_read - sum(self.dropped.values())
+
+
+def load_rows(config: DataConfig) -> Rows:
+    """Read, clean, sample and split the rows that the configuration names.
+
+    The sample is `pandas.DataFrame.sample(n=num_samples, random_state=sample_seed)` of the clean rows and
+    the split is `datasets.Dataset.train_test_split(test_size=eval_fraction, seed=split_seed)` of it: the
+    same rows in the same order as those calls give.
+
+    Raises:
+        ValueError: a file or data set that cannot be read, columns of no known format, a cell of the wrong
+            type, fewer clean rows than asked for, or none.
+    """
+    disable_progress_bars()
+    table = read_rows(config.path)
+    clean, dropped = clean_rows(table)
+    if len(clean) == 0:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "the file is empty"
+        raise ValueError(f"{_described(config.path)} has no usable row: {len(table)} read ({reasons})")
+    sample = sample_rows(clean, config.num_samples, config.sample_seed)
+    train, evaluation = split_rows(sample, config.eval_fraction, config.split_seed)
+    return Rows(train=train, eval=evaluation, num_read=len(table), dropped=dropped)
+
+
+def read_rows(path: str | list[str]) -> Dataset:
+    """All rows of the files or the hub data set, with the columns of one of FORMATS and `row_number`."""
+    if isinstance(path, str) and not _is_local(path):
+        table = _keep_format(_read_hub(path), path)
+    else:
+        files = [path] if isinstance(path, str) else path
+        tables = [_keep_format(Dataset.from_pandas(_read_file(f), preserve_index=False), f) for f in files]
+        for file, other in zip(files, tables, strict=True):
+            if other.column_names != tables[0].column_names:
+                raise ValueError(
+                    f"{file} has the columns {other.column_names}, {files[0]} has {tables[0].column_names}"
+                )
+        table = concatenate_datasets(tables)
+    return table.add_column("row_number", list(range(1, len(table) + 1)))
+
+
+def _is_local(path: str) -> bool:
+    return Path(path).exists() or path.lower().endswith(FILE_SUFFIXES)
+
+
+def _read_file(file: str) -> pd.DataFrame:
+    path = Path(file)
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        raise ValueError(f"data.path {file} is a folder; name the files in it")
+    if suffix not in FILE_SUFFIXES:
+        raise ValueError(f"data.path {file} is none of {', '.join(FILE_SUFFIXES)}")
+    try:
+        if suffix == ".csv":
+            # As the seeds read it: pandas takes empty cells and words like "n/a" for missing.
+            return pd.read_csv(path, dtype=str)
+        if suffix == ".parquet":
+            return pd.read_parquet(path)
+        text = path.read_text(encoding="utf-8-sig")
+        return pd.DataFrame(_json_objects(text, file))
+    except OSError as error:
+        raise ValueError(f"data.path {file}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text (byte {error.start})") from error
+    except ValueError as error:  # also pandas' ParserError and EmptyDataError, and pyarrow's ArrowInvalid
+        message = " ".join(str(error).split())
+        raise ValueError(message if file in message else f"{file} cannot be read: {message}") from error
+
+
+def _json_objects(text: str, file: str) -> list[dict[str, Any]]:
+    """The objects of a JSON array, or of JSON lines: told apart by what the text starts with."""
+    objects: list[dict[str, Any]] = []
+    if text.lstrip().startswith("["):
+        try:
+            objects = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {error.lineno}: {error.msg}") from error
+        places = [f"{file}, entry {number}" for number in range(1, len(objects) + 1)]
+    else:
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        places = [f"{file}, line {number}" for number, _ in lines]
+        for (_, line), place in zip(lines, places, strict=True):
+            try:
+                objects.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{place}: {error.msg} at column {error.colno}") from error
+    for entry, place in zip(objects, places, strict=True):
+        if not isinstance(entry, dict):
+            raise ValueError(
+                f"{place}: expected an object with the columns of a row, found {str(entry)[:40]!r}"
+            )
+    return objects
+
+
+def _read_hub(name: str) -> Dataset:
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise ValueError(f"data.path {name!r} is neither a file that exists nor the name of a hub data set")
+    try:
+        return load_dataset(name, split="train")
+    except Exception as error:  # the hub's client raises many kinds, from no network to no such name
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"data.path {name!r} is no local file, and as a hub data set it could not be loaded: {reason}"
+        ) from error
+
+
+def _keep_format(table: Dataset, source: str) -> Dataset:
+    """Only the columns of the table's format, with `input` filled in."""
+    found = table.column_names
+    for required, optional in FORMATS.values():
+        if set(required) <= set(found):
+            kept = table.select_columns([c for c in (*required, *optional) if c in found])
+            for column in optional:
+                if column not in found:
+                    kept = kept.add_column(column, [None] * len(kept))
+            return kept
+    known = [column for required, _ in FORMATS.values() for column in required]
+    near = {c: difflib.get_close_matches(c.strip().lower(), known, n=1) for c in found}
+    hints = ", ".join(f"{c!r} is near {match[0]!r}" for c, match in near.items() if match and match[0] != c)
+    raise ValueError(
+        f"{source} has the columns {found}; expected instruction and output (input optional), messages, or "
+        f"prompt and completion{'; ' + hints if hints else ''}"
+    )
+
+
+def clean_rows(table: Dataset) -> tuple[Dataset, dict[str, int]]:
+    """The rows with something to learn from, and how many others there were, by reason."""
+    reasons = [_reason_to_drop(row) for row in table]
+    kept = table.select([index for index, reason in enumerate(reasons) if reason is None])
+    return kept, dict(Counter(reason for reason in reasons if reason is not None))
+
+
+def _reason_to_drop(row: Mapping[str, Any]) -> str | None:
+    if "messages" in row:
+        return _reason_to_drop_messages(row)
+    question, answer = ("instruction", "output") if "output" in row else ("prompt", "completion")
+    for column in (question, answer, "input"):
+        if not isinstance(row.get(column), str | None):
+            raise ValueError(f"row {row['row_number']}: {column} must be text, not {row[column]!r:.60}")
+    if not (row[answer] or "").strip():
+        return f"without {answer}"
+    if not (row[question] or "").strip():
+        return f"without {question}"
+    return None
+
+
+def _reason_to_drop_messages(row: Mapping[str, Any]) -> str | None:
+    place, messages = f"row {row['row_number']}: messages", row["messages"]
+    if messages is None or len(messages) == 0:
+        return "without messages"
+    for message in messages:
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
+            raise ValueError(f"{place} must be a list of objects with role and content, not {message!r:.60}")
+        if not isinstance(message.get("content"), str | None):
+            raise ValueError(f"{place}: content must be text, not {message['content']!r:.60}")
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers or any(not (message["content"] or "").strip() for message in answers):
+        return "without text in an assistant turn"
+    return None
+
+
+def sample_rows(table: Dataset, num_samples: int | None, seed: int) -> Dataset:
+    """`num_samples` rows, those and in the order that `pandas.DataFrame.sample` gives; None gives all."""
+    if num_samples is None:
+        return table
+    if num_samples > len(table):
+        raise ValueError(f"data.num_samples is {num_samples}, but only {len(table)} rows are usable")
+    return table.select(pd.Series(range(len(table))).sample(n=num_samples, random_state=seed).tolist())
+
+
+def split_rows(table: Dataset, eval_fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Train and eval rows, as `datasets.Dataset.train_test_split` gives them; a fraction of 0 splits none."""
+    if eval_fraction == 0:
+        return table, table.select([])
+    if len(table) < 2:
+        raise ValueError(f"{len(table)} row cannot be split; set data.eval_fraction to 0 or bring more rows")
+    try:
+        split = table.train_test_split(test_size=eval_fraction, seed=seed)
+    except ValueError as error:
+        raise ValueError(
+            f"data.eval_fraction {eval_fraction} leaves no row to train on, of {len(table)}"
+        ) from error
+    return split["train"], split["test"]
+
+
+def _described(path: str | list[str]) -> str:
+    return path if isinstance(path, str) else ", ".join(path)

