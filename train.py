@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
-from finetune.batching import Layout, Plan, iterate_batches, iterate_updates, plan_evaluation
-from finetune.chat import Examples, tokenize_rows
+from finetune.batching import Plan, iterate_batches, iterate_updates, make_plan, plan_evaluation
+from finetune.chat import tokenize_splits
 from finetune.checkpoint import TrainState, load_checkpoint, save_adapter_and_tokenizer, save_checkpoint
 from finetune.config import Config, parse_config
 from finetune.evaluate import evaluate, generate_answers, pick_conversations
@@ -24,7 +23,7 @@ from finetune.machine import choose_precision, create_accelerator, environment, 
 from finetune.metrics import Stopwatch, SumWindow
 from finetune.model import load_model, load_tokenizer
 from finetune.optim import choose_optimizer, create_optimizer, learning_rate_at, set_learning_rate
-from finetune.rows import Rows, load_rows
+from finetune.rows import load_rows
 from finetune.run_folder import (
     RunStatus,
     find_checkpoint,
@@ -51,14 +50,9 @@ def train(config: Config) -> None:
     tokenizer = load_tokenizer(config.model)
     with accelerator.main_process_first():  # the others find its tokens in the cache
         rows = load_rows(config.data)
-        train_set, eval_set = tokenize(rows, tokenizer, config)
-    plan = make_plan(config, train_set, accelerator)
-    eval_batches = plan_evaluation(
-        np.array([len(ids) for ids in eval_set.dataset["input_ids"]], dtype=np.int64),
-        plan.layout,
-        plan.rank,
-        plan.num_processes,
-    )
+        train_set, eval_set = tokenize_splits(rows, tokenizer, config.data)
+    plan = make_plan(config, train_set, accelerator.process_index, accelerator.num_processes)
+    eval_batches = plan_evaluation(plan, eval_set)
     conversations = pick_conversations(rows.eval, config.data.system_prompt)
 
     # Model: a frozen, quantised base with a LoRA adapter; the loss lies inside, so that DDP wraps both.
@@ -80,7 +74,7 @@ def train(config: Config) -> None:
             accelerator.scaler.load_state_dict(state.loss_scaler)
     accelerator.wait_for_everyone()
     if is_main:
-        start_run(config, environment(accelerator, train_set, eval_set))
+        start_run(config, environment(accelerator), train_set, eval_set)
         keep_metrics_until(run_dir, state.step)
         facts = [*describe_model(config, model, device), *describe_data(rows, train_set, eval_set)]
         show_start(config, [precision, optimizer_choice], plan, facts)
@@ -154,37 +148,6 @@ def train(config: Config) -> None:
     if is_main:
         save_adapter_and_tokenizer(run_dir / "adapter", model, tokenizer)
         show_end(read_evaluations(run_dir), run_dir)
-
-
-def tokenize(rows: Rows, tokenizer: object, config: Config) -> tuple[Examples, Examples]:
-    train_set = tokenize_rows(rows.train, tokenizer, config.data)
-    eval_set = tokenize_rows(rows.eval, tokenizer, config.data)
-    for name, examples, wanted in (("train", train_set, True), ("eval", eval_set, len(rows.eval) > 0)):
-        if wanted and len(examples.dataset) == 0:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in examples.dropped.items())
-            raise ValueError(f"no example is left to {name} on ({reasons}); raise data.max_length?")
-    return train_set, eval_set
-
-
-def make_plan(config: Config, train_set: Examples, accelerator: Accelerator) -> Plan:
-    settings = config.train
-    examples_per_process = settings.micro_batch_size * settings.gradient_accumulation_steps
-    return Plan(
-        lengths=np.array([len(ids) for ids in train_set.dataset["input_ids"]]),
-        target_counts=np.array([sum(label != -100 for label in row) for row in train_set.dataset["labels"]]),
-        layout=Layout(
-            packing=settings.packing,
-            micro_batch_size=settings.micro_batch_size,
-            max_tokens=settings.max_tokens_per_micro_batch
-            or settings.micro_batch_size * config.data.max_length,
-        ),
-        global_batch_size=examples_per_process * accelerator.num_processes,
-        num_epochs=settings.num_epochs,
-        max_steps=settings.max_steps,
-        seed=settings.seed,
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
 
 
 def reseed(seed: int, step: int, rank: int) -> None:

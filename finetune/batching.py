@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finetune.chat import IGNORE
+from finetune.chat import IGNORE, Examples
+from finetune.config import Config
 
 Indices = list[int]
 
@@ -87,6 +88,26 @@ class Plan:
         )
 
 
+def make_plan(config: Config, train_set: Examples, rank: int, num_processes: int) -> Plan:
+    """The plan that a configuration asks for, for one of `num_processes` processes."""
+    train = config.train
+    return Plan(
+        lengths=train_set.lengths,
+        target_counts=train_set.target_counts,
+        layout=Layout(
+            packing=train.packing,
+            micro_batch_size=train.micro_batch_size,
+            max_tokens=train.max_tokens_per_micro_batch or train.micro_batch_size * config.data.max_length,
+        ),
+        global_batch_size=train.micro_batch_size * train.gradient_accumulation_steps * num_processes,
+        num_epochs=train.num_epochs,
+        max_steps=train.max_steps,
+        seed=train.seed,
+        rank=rank,
+        num_processes=num_processes,
+    )
+
+
 @cache
 def epoch_order(seed: int, epoch: int, num_examples: int) -> NDArray[np.int64]:
     """The order of the examples in an epoch: a permutation that depends on nothing but these three."""
@@ -133,12 +154,11 @@ def lay_out(examples: Indices, lengths: NDArray[np.int64], layout: Layout) -> li
     return batches
 
 
-def plan_evaluation(
-    lengths: NDArray[np.int64], layout: Layout, rank: int = 0, num_processes: int = 1
-) -> list[Indices]:
-    """This process's share of all examples, each in exactly one micro-batch of one process."""
-    share = split_over_processes(range(len(lengths)), lengths, num_processes)[rank]
-    return lay_out(share, lengths, layout)
+def plan_evaluation(plan: Plan, eval_set: Examples) -> list[Indices]:
+    """This process's share of the eval examples, laid out as in training: each of them is in exactly one
+    micro-batch of one process."""
+    shares = split_over_processes(range(len(eval_set.lengths)), eval_set.lengths, plan.num_processes)
+    return lay_out(shares[plan.rank], eval_set.lengths, plan.layout)
 
 
 class MicroBatch(NamedTuple):

@@ -10,14 +10,18 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 from datasets import Dataset
 from jinja2 import TemplateError
+from numpy.typing import NDArray
 
 from finetune.config import DataConfig
+from finetune.rows import Rows
 
 IGNORE = -100  # the label of a token that carries no loss, as everywhere in PyTorch
 CACHE_VERSION = 1  # counted up when the same row would give other tokens or labels than before
@@ -43,8 +47,22 @@ class Examples:
     dataset: Dataset
     num_truncated: int
     dropped: dict[str, int]
-    fingerprint: str
-    """SHA-256 of all token ids and labels, in order"""
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """[N]: tokens of each example."""
+        return np.array([len(row) for row in self.dataset["input_ids"]], dtype=np.int64)
+
+    @cached_property
+    def target_counts(self) -> NDArray[np.int64]:
+        """[N]: target tokens of each example."""
+        counts = [sum(label != IGNORE for label in row) for row in self.dataset["labels"]]
+        return np.array(counts, dtype=np.int64)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all token ids and labels, in order."""
+        return _digest(self.dataset.select_columns(["input_ids", "labels"]))
 
 
 def to_messages(row: Mapping[str, Any], system_prompt: str | None) -> list[Message]:
@@ -154,6 +172,21 @@ def _end_of_turn(
     )
 
 
+def tokenize_splits(rows: Rows, tokenizer: Any, config: DataConfig) -> tuple[Examples, Examples]:
+    """The examples to train on and to evaluate on.
+
+    Raises:
+        ValueError: as `tokenize_rows`, or a split that has rows and no example.
+    """
+    splits = {"train": rows.train, "eval": rows.eval}
+    sets = {name: tokenize_rows(split, tokenizer, config) for name, split in splits.items()}
+    for name, examples in sets.items():
+        if len(splits[name]) > 0 and len(examples.dataset) == 0:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in examples.dropped.items())
+            raise ValueError(f"no example is left in the {name} split ({reasons}); raise data.max_length")
+    return sets["train"], sets["eval"]
+
+
 def tokenize_rows(rows: Dataset, tokenizer: Any, config: DataConfig) -> Examples:
     """Encode every row, cut or drop the overlong ones, drop those left without a target token.
 
@@ -168,7 +201,7 @@ def tokenize_rows(rows: Dataset, tokenizer: Any, config: DataConfig) -> Examples
             "a chat_template.jinja to a local copy of its folder"
         )
     if len(rows) == 0:
-        return Examples(rows, 0, {}, hashlib.sha256().hexdigest())
+        return Examples(Dataset.from_dict({"input_ids": [], "labels": [], "row_number": []}), 0, {})
 
     def encode_row(row: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -205,7 +238,6 @@ def tokenize_rows(rows: Dataset, tokenizer: Any, config: DataConfig) -> Examples
         dataset=kept.remove_columns("num_tokens"),
         num_truncated=sum(length > config.max_length for length in kept["num_tokens"]),
         dropped={reason: reasons.count(reason) for reason in dict.fromkeys(reasons) if reason is not None},
-        fingerprint=_digest(kept.select_columns(["input_ids", "labels"])),
     )
 
 

@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from finetune.chat import Examples
 from finetune.config import Config
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "tensorboard")
@@ -84,8 +83,8 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
-def environment(accelerator: Accelerator, train_set: Examples, eval_set: Examples) -> dict[str, Any]:
-    """Versions, hardware and what the data was, for a run's environment.json."""
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """Versions and hardware, for a run's environment.json and a benchmark's results."""
     return {
         "python": platform.python_version(),
         "packages": {package: version(package) for package in PACKAGES},
@@ -94,11 +93,6 @@ def environment(accelerator: Accelerator, train_set: Examples, eval_set: Example
         "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
         "cuda": torch.version.cuda,
         "num_processes": accelerator.num_processes,
-        "data": {
-            "train_examples": len(train_set.dataset),
-            "eval_examples": len(eval_set.dataset),
-            "fingerprint": f"{train_set.fingerprint}-{eval_set.fingerprint}",
-        },
     }
 
 

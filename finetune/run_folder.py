@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from finetune.chat import Examples
 from finetune.checkpoint import fault_of, list_checkpoints
 from finetune.config import Config, config_to_dict, config_to_yaml, flatten
 
@@ -56,18 +57,23 @@ def _differing_keys(saved: dict[str, Any], config: Config) -> list[str]:
     ]
 
 
-def start_run(config: Config, environment: dict[str, Any]) -> None:
+def start_run(config: Config, environment: dict[str, Any], train_set: Examples, eval_set: Examples) -> None:
     """Write config.yaml and environment.json; on a run that goes on, check that it has the same data."""
     folder = Path(config.output_dir)
+    data = {
+        "train_examples": len(train_set.dataset),
+        "eval_examples": len(eval_set.dataset),
+        "fingerprint": f"{train_set.fingerprint}-{eval_set.fingerprint}",
+    }
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / ENVIRONMENT).exists():
         before = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
-        if before["data"]["fingerprint"] != environment["data"]["fingerprint"]:
+        if before["data"] != data:
             raise ValueError(
                 f"the rows of {config.data.path} are not those that the run in {folder} was trained on; "
                 "restore them, or choose another output_dir"
             )
-    _write(folder / ENVIRONMENT, json.dumps(environment, indent=1, ensure_ascii=False))
+    _write(folder / ENVIRONMENT, json.dumps({**environment, "data": data}, indent=1, ensure_ascii=False))
     _write(folder / CONFIG, config_to_yaml(config))
 
 

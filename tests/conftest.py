@@ -54,7 +54,7 @@ def starter_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Qwen2 with a byte-level tokenizer trained on the sample's text, as a model folder."""
+    """A random two-layer Qwen2 with a byte-level tokenizer trained on the sample, as a model folder."""
     folder = tmp_path_factory.mktemp("tiny-qwen2")
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(folder)
