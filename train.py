@@ -86,11 +86,13 @@ def train(config: Config) -> None:
     with Tracker(accelerator, config, plan, state.step) as tracker:
 
         def run_evaluation() -> None:
+            tracker.show_activity("evaluating")
             batches = iterate_batches(eval_batches, eval_set.dataset, plan.layout.packing, device)
             tracker.log("eval", state.step, evaluate(accelerator, token_loss, batches))
 
         def write_answers() -> None:
             if is_main and conversations:
+                tracker.show_activity("writing a few answers")
                 answers = generate_answers(accelerator, model, tokenizer, conversations)
                 tracker.log_answers(state.step, conversations, answers)
             accelerator.wait_for_everyone()

@@ -105,10 +105,16 @@ def encode(tokenizer: Any, messages: list[Message], train_on: str) -> Tokens:
         return Tokens(input_ids, [IGNORE, *input_ids[1:]])
     offsets: list[tuple[int, int]] = encoded["offset_mapping"]
     labels = [IGNORE] * len(input_ids)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     for start, end in assistant_spans(tokenizer, messages, text):
         # A token that reaches into the answer belongs to it: no part of an answer is left untrained.
-        inside = [i for i, (first, last) in enumerate(offsets) if first < end and last > start]
-        stop = _end_of_turn(tokenizer, text, input_ids, offsets, end)
+        # But for a token of the template that swallows white space: those with lstrip or rstrip.
+        inside = [
+            i
+            for i, (first, last) in enumerate(offsets)
+            if first < end and last > start and not (first < start and input_ids[i] in special)
+        ]
+        stop = _end_of_turn(special, text, input_ids, offsets, end)
         for i in range(inside[0] if inside else stop, stop + 1):
             labels[i] = input_ids[i]
     labels[0] = IGNORE
@@ -155,16 +161,15 @@ def assistant_spans(tokenizer: Any, messages: list[Message], text: str) -> list[
 
 
 def _end_of_turn(
-    tokenizer: Any, text: str, input_ids: list[int], offsets: list[tuple[int, int]], end: int
+    special: set[int], text: str, input_ids: list[int], offsets: list[tuple[int, int]], end: int
 ) -> int:
     """Index of the special token that ends the assistant's turn; only white space may stand before it."""
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     for i, (first, last) in enumerate(offsets):
-        if first < end:
+        if last <= end:
             continue
         if input_ids[i] in special:
             return i
-        if text[first:last].strip():
+        if text[max(first, end) : last].strip():
             break
     raise ValueError(
         "the chat template ends an assistant's turn with no special token, so the model would not learn to "

@@ -1,8 +1,10 @@
 """Evaluation: exact token-weighted means over all eval examples, and a few answers to read."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from datasets import Dataset
 
@@ -18,14 +20,30 @@ def evaluate(accelerator: Any, token_loss: TokenLoss, batches: Iterable[MicroBat
 
     `token_loss` is the module itself, not its DDP wrapper: processes may have different numbers of batches.
     """
-    was_training = token_loss.training
-    token_loss.eval()
     window = SumWindow(accelerator.device)
-    for batch in batches:
-        with accelerator.autocast():
-            window.add(token_loss(batch))
-    token_loss.train(was_training)
+    with dropout_off(token_loss):
+        for batch in batches:
+            with accelerator.autocast():
+                window.add(token_loss(batch))
     return window.reduce(accelerator)
+
+
+@contextmanager
+def dropout_off(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode, with the int8 layers computing as they do in training.
+
+    bitsandbytes' int8 layers look at the mode too: on a CPU they dequantise their weights in training and
+    quantise the activations as well in evaluation, which is many times slower and not the trained function.
+    """
+    was_training = model.training
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            module.train()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def pick_conversations(rows: Dataset, system_prompt: str | None, count: int = 3) -> list[list[Message]]:
@@ -51,9 +69,7 @@ def generate_answers(
     inputs = tokenizer(
         prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
     ).to(accelerator.device)
-    was_training = model.training
-    model.eval()
-    with accelerator.autocast():
+    with dropout_off(model), accelerator.autocast():
         tokens = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -63,7 +79,6 @@ def generate_answers(
             top_k=None,
             pad_token_id=tokenizer.pad_token_id,
         )
-    model.train(was_training)
     answers: list[str] = tokenizer.batch_decode(
         tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )

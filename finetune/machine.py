@@ -59,6 +59,8 @@ def create_accelerator(config: Config, precision: str) -> Accelerator:
         # The processes of an update may differ in their number of forward passes, so none may wait in one.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if accelerator.device.type == "cpu":
+        _use_all_cores(accelerator.num_processes)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise ValueError(
@@ -68,12 +70,18 @@ def create_accelerator(config: Config, precision: str) -> Accelerator:
     return accelerator
 
 
+def _use_all_cores(num_processes: int) -> None:
+    """Undo the launchers' OMP_NUM_THREADS=1, which leaves all cores but one idle; a higher one is the
+    user's own."""
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
+        torch.set_num_threads(max(1, cores // num_processes))
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return (
-        f"CPU, {psutil.cpu_count(logical=False) or os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    )
+    return f"CPU, {torch.get_num_threads()} threads on {psutil.cpu_count(logical=False)} cores"
 
 
 def peak_memory_gib(device: torch.device) -> float:

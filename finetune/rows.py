@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
 from datasets import Dataset, concatenate_datasets, disable_progress_bars, load_dataset
 
 from finetune.config import DataConfig
@@ -72,7 +74,7 @@ def read_rows(path: str | list[str]) -> Dataset:
         table = _keep_format(_read_hub(path), path)
     else:
         files = [path] if isinstance(path, str) else path
-        tables = [_keep_format(Dataset.from_pandas(_read_file(f), preserve_index=False), f) for f in files]
+        tables = [_to_table(_read_file(file), file) for file in files]
         for file, other in zip(files, tables, strict=True):
             if other.column_names != tables[0].column_names:
                 raise ValueError(
@@ -80,6 +82,34 @@ def read_rows(path: str | list[str]) -> Dataset:
                 )
         table = concatenate_datasets(tables)
     return table.add_column("row_number", list(range(1, len(table) + 1)))
+
+
+def _to_table(frame: pd.DataFrame, file: str) -> Dataset:
+    """The frame's rows with the columns of its format; the other columns may hold anything."""
+    columns = _format_columns(list(frame.columns), file)
+    frame = frame[columns].reset_index(drop=True)
+    if "messages" in columns:
+        frame["messages"] = [_role_and_content(cell) for cell in frame["messages"]]
+    try:
+        table = Dataset.from_pandas(frame, preserve_index=False)
+    except pa.ArrowException as error:  # a column that mixes types
+        rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
+        for number, row in enumerate(rows, 1):
+            _reason_to_drop({"row_number": number, **{column: row[column] for column in columns}})
+        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    return _keep_format(table, file)
+
+
+def _role_and_content(messages: Any) -> Any:
+    """Messages without their other keys; what is no list of objects is left for `clean_rows` to refuse."""
+    if not isinstance(messages, list | np.ndarray):
+        return messages
+    return [
+        {"role": message.get("role"), "content": message.get("content")}
+        if isinstance(message, dict)
+        else message
+        for message in messages
+    ]
 
 
 def _is_local(path: str) -> bool:
@@ -94,20 +124,38 @@ def _read_file(file: str) -> pd.DataFrame:
     if suffix not in FILE_SUFFIXES:
         raise ValueError(f"data.path {file} is none of {', '.join(FILE_SUFFIXES)}")
     try:
+        with path.open("rb"):
+            pass  # pandas does not say of every kind of file that it is not there
+        if path.stat().st_size == 0:
+            raise ValueError(f"{file} is empty")
         if suffix == ".csv":
             # As the seeds read it: pandas takes empty cells and words like "n/a" for missing.
-            return pd.read_csv(path, dtype=str)
+            frame = pd.read_csv(path, dtype=str)
+            if not isinstance(frame.index, pd.RangeIndex):
+                raise ValueError(f"{file} has more cells in its rows than names in its header")
+            return frame
         if suffix == ".parquet":
             return pd.read_parquet(path)
         text = path.read_text(encoding="utf-8-sig")
-        return pd.DataFrame(_json_objects(text, file))
+        objects = _json_objects(text, file)
+        if not objects:
+            raise ValueError(f"{file} is empty")
+        return pd.DataFrame(objects)
     except OSError as error:
         raise ValueError(f"data.path {file}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text (byte {error.start})") from error
+        raise ValueError(f"{file} is not UTF-8 text (byte {_first_bad_byte(path)})") from error
     except ValueError as error:  # also pandas' ParserError and EmptyDataError, and pyarrow's ArrowInvalid
         message = " ".join(str(error).split())
         raise ValueError(message if file in message else f"{file} cannot be read: {message}") from error
+
+
+def _first_bad_byte(path: Path) -> int:
+    try:
+        path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return error.start
+    return 0
 
 
 def _json_objects(text: str, file: str) -> list[dict[str, Any]]:
@@ -149,14 +197,17 @@ def _read_hub(name: str) -> Dataset:
 
 def _keep_format(table: Dataset, source: str) -> Dataset:
     """Only the columns of the table's format, with `input` filled in."""
-    found = table.column_names
+    table = table.select_columns(_format_columns(table.column_names, source))
+    if "output" in table.column_names and "input" not in table.column_names:
+        table = table.add_column("input", [None] * len(table))
+    return table
+
+
+def _format_columns(found: list[str], source: str) -> list[str]:
+    """Those of the columns that make a row of one of FORMATS."""
     for required, optional in FORMATS.values():
         if set(required) <= set(found):
-            kept = table.select_columns([c for c in (*required, *optional) if c in found])
-            for column in optional:
-                if column not in found:
-                    kept = kept.add_column(column, [None] * len(kept))
-            return kept
+            return [c for c in (*required, *optional) if c in found]
     known = [column for required, _ in FORMATS.values() for column in required]
     near = {c: difflib.get_close_matches(c.strip().lower(), known, n=1) for c in found}
     hints = ", ".join(f"{c!r} is near {match[0]!r}" for c, match in near.items() if match and match[0] != c)
@@ -189,7 +240,11 @@ def _reason_to_drop(row: Mapping[str, Any]) -> str | None:
 
 def _reason_to_drop_messages(row: Mapping[str, Any]) -> str | None:
     place, messages = f"row {row['row_number']}: messages", row["messages"]
-    if messages is None or len(messages) == 0:
+    if messages is None:
+        return "without messages"
+    if not isinstance(messages, list):
+        raise ValueError(f"{place} must be a list of objects with role and content, not {messages!r:.60}")
+    if not messages:
         return "without messages"
     for message in messages:
         if not (isinstance(message, dict) and isinstance(message.get("role"), str)):

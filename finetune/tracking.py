@@ -108,6 +108,10 @@ class Tracker:
             text = f"**{_as_markdown(messages[-1]['content'])}**\n\n{_as_markdown(answer)}"
             self._accelerator.log({f"answers/{number}": text}, step=step)
 
+    def show_activity(self, activity: str) -> None:
+        """Say below the bar what the run does between updates."""
+        self._figures.plain = activity
+
     def advance(self, step: int) -> None:
         """Move the bar to `step` updates."""
         self._progress.update(self._task, completed=step, epoch=self._epoch_on_screen(step))
