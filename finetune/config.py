@@ -1,15 +1,16 @@
 """The configuration: one frozen dataclass per section, how it is parsed, and what must hold across it."""
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
 
 DEFAULT_CONFIG_FILE = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
@@ -188,19 +189,61 @@ def parse_config(argv: Sequence[str]) -> Config:
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
-        raise ValueError(_one_line(error, arguments)) from None
+        raise ValueError(_one_line(error)) from None
     config = Config(**{f.name: parsed[f.name] for f in fields(Config)})
     check_config(config)
     return config
 
 
+class _YamlLoader(yaml.SafeLoader):
+    """YAML in which `no` is a word, as in `mixed_precision: no`, and 1e-4 is a number.
+
+    PyYAML follows YAML 1.1, where the first is false and the second a text. A key that stands twice is an
+    error, where PyYAML takes the last.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+class _YamlDumper(yaml.SafeDumper):
+    """Quotes a text that either reading would take for something else."""
+
+
+_YamlLoader.yaml_implicit_resolvers = {
+    letter: [(tag, regexp) for tag, regexp in resolvers if tag.rpartition(":")[2] not in ("bool", "float")]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+for _yaml in (_YamlLoader, _YamlDumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^([-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+        list("-+0123456789."),
+    )
+
+
+def _load_yaml(text: str) -> Any:
+    value = yaml.load(text, Loader=_YamlLoader)  # a SafeLoader, with two words read otherwise
+    # An argument of the command line comes here too: `--data.system_prompt "# Rules"` is no comment.
+    return text if value is None and text.startswith("#") and "\n" not in text else value
+
+
 def _parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))
     parser = ArgumentParser(
         prog="train.py",
         description="Fine-tune a chat model on instructions: LoRA on a quantised base, "
         "by a training loop you can read.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="A YAML file of the keys below")
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error")
@@ -216,12 +259,25 @@ def _check_file(parser: ArgumentParser, file: str) -> None:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ValueError(f"config file {file}: {reason}") from None
     try:
+        settings = _load_yaml(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"config file {file}: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"config file {file}: it holds no keys")
+    for section in (f.name for f in fields(Config) if is_dataclass(f.type)):
+        if not isinstance(settings.get(section, {}), dict):
+            raise ValueError(f"config file {file}: {section} holds no keys; give it some or leave it out")
+    try:
         parser.parse_string(text)
     except ArgumentError as error:
-        raise ValueError(f"config file {file}: {_one_line(error, [])}") from None
+        raise ValueError(f"config file {file}: {_one_line(error)}") from None
+    types = _keys(Config)
+    for key, value in flatten(settings).items():
+        if value is None and type(None) not in get_args(types[key]):
+            raise ValueError(f"config file {file}: {key} must have a value, not null")
 
 
-def _one_line(error: ArgumentError, arguments: list[str]) -> str:
+def _one_line(error: ArgumentError) -> str:
     """What jsonargparse says, in one line that ends with the nearest right key."""
     message = re.sub(r"\s+", " ", str(error)).strip()
     message = re.sub(r"<class '(\w+)'>", r"\1", message.replace("typing.", ""))
@@ -244,20 +300,21 @@ def _nearest(unknown: str) -> str:
     """Point at the key that was probably meant: `optim.lr` by its initials, others by their letters."""
     keys = _keys(Config)
     initials = {re.sub(r"(\w)[a-z0-9]*(_|$)", r"\1", key): key for key in keys}
+    initials |= {short.rpartition(".")[2]: key for short, key in initials.items()}
     if unknown in initials:
         return f"the nearest is {initials[unknown]}"
-    close = difflib.get_close_matches(unknown, keys, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(unknown, list(keys), n=1, cutoff=0.5)
     return f"the nearest is {close[0]}" if close else "--help lists all"
 
 
-def _keys(section: type, prefix: str = "") -> list[str]:
-    """Dotted names of all keys of a section."""
-    keys: list[str] = []
+def _keys(section: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted names of all keys of a section, with their types."""
+    keys: dict[str, Any] = {}
     for f in fields(section):
         if is_dataclass(f.type):
-            keys += _keys(cast(type, f.type), f"{prefix}{f.name}.")
+            keys |= _keys(cast(type, f.type), f"{prefix}{f.name}.")
         else:
-            keys.append(prefix + f.name)
+            keys[prefix + f.name] = f.type
     return keys
 
 
@@ -299,6 +356,8 @@ def check_config(config: Config) -> None:
     }
     ranges += [(key, seed, 0 <= seed < 2**32, "at least 0 and below 2^32") for key, seed in seeds.items()]
     for name, value, holds, expected in ranges:
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, not {value}")
         if not holds:
             raise ValueError(f"{name} must be {expected}, not {value}")
     if isinstance(lora.target_modules, str) and lora.target_modules != "all-linear":
@@ -308,6 +367,8 @@ def check_config(config: Config) -> None:
         )
     if not lora.target_modules:
         raise ValueError("lora.target_modules is an empty list: name the modules, or say all-linear")
+    if not config.output_dir:
+        raise ValueError("output_dir is empty: name a folder for this run")
     if not data.path:
         raise ValueError("data.path is empty: name a file, a list of files or a hub data set")
     if budget is not None and budget < data.max_length:
@@ -321,14 +382,14 @@ def check_config(config: Config) -> None:
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """The configuration as nested dicts of plain YAML and JSON values."""
-    plain: dict[str, Any] = yaml.safe_load(config_to_yaml(config))
+    plain: dict[str, Any] = _load_yaml(config_to_yaml(config))
     return plain
 
 
 def config_to_yaml(config: Config) -> str:
     values = asdict(config)
     values["optim"]["betas"] = list(values["optim"]["betas"])
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return yaml.dump(values, Dumper=_YamlDumper, sort_keys=False, allow_unicode=True)
 
 
 def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
