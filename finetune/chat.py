@@ -98,6 +98,9 @@ def encode(tokenizer: Any, messages: list[Message], train_on: str) -> Tokens:
         ValueError: the template fails on these messages, rewrites an answer, or ends an assistant's turn
             with no special token (a model trained so would never stop).
     """
+    if train_on == "completion":  # what follows the last answer would never be a target
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
+        messages = messages[: last + 1]
     text = render(tokenizer, messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     input_ids: list[int] = encoded["input_ids"]

@@ -62,7 +62,7 @@ def generate_answers(
     model: Any,
     tokenizer: Any,
     conversations: Sequence[list[Message]],
-    max_new_tokens: int = 64,
+    max_new_tokens: int = 48,
 ) -> list[str]:
     """The likeliest answer (greedy) to the last turn of each conversation, cut at `max_new_tokens`."""
     prompts = [render(tokenizer, messages, add_generation_prompt=True) for messages in conversations]

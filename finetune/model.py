@@ -1,6 +1,7 @@
 """The tokenizer, the frozen base (bf16, int8 or nf4) and the LoRA adapter on it."""
 
 import re
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def load_model(config: Config, precision: str, device: torch.device) -> peft.Pef
     """
     base = load_base(config.model, precision, device)
     if config.train.gradient_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.activation_checkpointing_enable({"use_reentrant": False})
     set_seed(config.train.seed)
     return add_adapter(base, config.lora)
 
@@ -70,7 +71,7 @@ def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
                 "model.quantization to none, or save it as a model folder first"
             )
         quantization = GgufConfig(dequantize=True)
-    base = _from_pretrained(
+    base, loading = _from_pretrained(
         AutoModelForCausalLM,
         config,
         source,
@@ -80,8 +81,14 @@ def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
             "quantization_config": quantization,
             "device_map": {"": device},
             "attn_implementation": "sdpa",
+            "output_loading_info": True,
         },
     )
+    if loading["missing_keys"]:  # transformers makes them up at random, and goes on
+        missing = sorted(loading["missing_keys"])
+        raise ValueError(
+            f"model.name_or_path {config.name_or_path} lacks {len(missing)} weights, such as {missing[0]}"
+        )
     return base.requires_grad_(False)
 
 
@@ -96,9 +103,15 @@ def add_adapter(base: Any, config: LoraConfig) -> peft.PeftModel:
         task_type=peft.TaskType.CAUSAL_LM,
     )
     try:
-        return peft.get_peft_model(base, settings)
+        model = peft.get_peft_model(base, settings)
     except ValueError as error:
-        raise ValueError(f"lora.target_modules: {error}") from error
+        raise ValueError(f"lora.target_modules: {_in_one_line(error)}") from error
+    if isinstance(config.target_modules, list):
+        found = {name.rpartition(".")[2] for name in model.targeted_module_names}
+        missing = [name for name in config.target_modules if name.rpartition(".")[2] not in found]
+        if missing:  # peft is content when one of them is found
+            raise ValueError(f"lora.target_modules: the model has no {', '.join(missing)}")
+    return model
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
@@ -123,6 +136,8 @@ def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
             raise ValueError(f"model.name_or_path {name} does not exist")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
+        if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+            raise ValueError(f"model.name_or_path {name} holds an adapter; name the model it was trained on")
         return str(path), {}
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise ValueError(f"model.name_or_path {name!r} is no folder that exists and no hub name")
@@ -132,9 +147,14 @@ def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
 def _from_pretrained(loader: Any, config: ModelConfig, source: str, arguments: dict[str, Any]) -> Any:
     try:
         return loader.from_pretrained(source, trust_remote_code=config.trust_remote_code, **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"model.name_or_path {config.name_or_path} could not be loaded: {reason}") from error
+    except Exception as error:  # a broken folder shows in errors of many libraries, of many kinds
+        raise ValueError(
+            f"model.name_or_path {config.name_or_path} could not be loaded: {_in_one_line(error)}"
+        ) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return textwrap.shorten(str(error), 400, placeholder=" ...") or type(error).__name__
 
 
 def _quiet_libraries() -> None:

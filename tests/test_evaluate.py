@@ -1,0 +1,244 @@
+"""Evaluation gives the plain numbers however the examples are laid out, and answers do not mix."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import tiny_model, tiny_tokenizer
+from datasets import Dataset
+from test_loss import (
+    CPU,
+    LAYOUTS,
+    LENGTHS,
+    VOCABULARY,
+    fill_adapter,
+    random_examples,
+    sums_one_by_one,
+    with_adapter,
+)
+
+from finetune.batching import Plan, collate, iterate_batches, plan_evaluation
+from finetune.chat import Examples
+from finetune.config import Config, LoraConfig, ModelConfig
+from finetune.evaluate import evaluate, generate_answers, pick_conversations
+from finetune.loss import TokenLoss
+from finetune.model import load_model
+
+NAMES = ("loss", "entropy", "mean_token_accuracy")
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def eval_set_of(examples: list[dict[str, list[int]]]) -> Examples:
+    return Examples(Dataset.from_list(examples), num_truncated=0, dropped={})
+
+
+def plan_for(layout: Any, num_processes: int = 1) -> Plan:
+    """A plan of which evaluation uses the layout and the processes."""
+    nothing = np.array([], dtype=np.int64)
+    return Plan(nothing, nothing, layout, 1, num_epochs=1, seed=0, num_processes=num_processes)
+
+
+def evaluate_on(accelerator: Any, model: Any, examples: Examples, plan: Plan) -> dict[str, float]:
+    batches = iterate_batches(plan_evaluation(plan, examples), examples.dataset, plan.layout.packing, CPU)
+    return evaluate(accelerator, TokenLoss(model).train(model.training), batches)
+
+
+def test_evaluation_gives_the_plain_numbers_for_every_layout(accelerator):
+    model = with_adapter(tiny_model(VOCABULARY))
+    examples = random_examples(LENGTHS)
+    metrics = [evaluate_on(accelerator, model, eval_set_of(examples), plan_for(x)) for x in LAYOUTS]
+    for other in metrics[1:]:
+        assert other == pytest.approx(metrics[0], rel=1e-6)
+    plain = {name: value.item() for name, value in sums_one_by_one(model, examples).items()}
+    assert metrics[0] == pytest.approx(
+        {
+            "loss": plain["nll"] / plain["count"],
+            "entropy": plain["entropy"] / plain["count"],
+            "mean_token_accuracy": plain["correct"] / plain["count"],
+            "num_target_tokens": plain["count"],
+        },
+        rel=1e-4,
+    )
+    assert 0 < metrics[0]["mean_token_accuracy"] < 1
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[1], LAYOUTS[4]], ids=["packed", "padded"])
+def test_the_shares_of_all_processes_add_up_to_the_whole(accelerator, layout):
+    model = with_adapter(tiny_model(VOCABULARY))
+    eval_set = eval_set_of(random_examples(LENGTHS))
+    whole = evaluate_on(accelerator, model, eval_set, plan_for(layout))
+    plan = plan_for(layout, num_processes=4)
+    shares = [evaluate_on(accelerator, model, eval_set, replace(plan, rank=rank)) for rank in range(4)]
+    counts = [share["num_target_tokens"] for share in shares]
+    assert sum(counts) == whole["num_target_tokens"]
+    for name in NAMES:
+        total = sum(share[name] * count for share, count in zip(shares, counts, strict=True))
+        assert total / sum(counts) == pytest.approx(whole[name], rel=1e-6)
+
+
+def test_a_process_without_examples_adds_nothing(accelerator, monkeypatch):
+    model = with_adapter(tiny_model(VOCABULARY))
+    others = torch.tensor([6.0, 4.0, 1.0, 2.0], dtype=torch.float64)
+    monkeypatch.setattr(accelerator, "reduce", lambda sums, reduction: sums + others)
+    eval_set = eval_set_of(random_examples([5]))
+    plan = replace(plan_for(LAYOUTS[0], num_processes=2), rank=1)
+    assert plan_evaluation(plan, eval_set) == []
+    assert evaluate_on(accelerator, model, eval_set, plan) == {
+        "loss": 3.0,
+        "entropy": 2.0,
+        "mean_token_accuracy": 0.5,
+        "num_target_tokens": 2,
+    }
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_off_during_evaluation_and_the_mode_is_as_before_afterwards(accelerator, training):
+    model = with_adapter(tiny_model(VOCABULARY), lora_dropout=0.5).train(training)
+    examples = random_examples(LENGTHS)
+    random_state = torch.random.get_rng_state()
+    metrics = evaluate_on(accelerator, model, eval_set_of(examples), plan_for(LAYOUTS[2]))
+    assert torch.equal(torch.random.get_rng_state(), random_state)
+    assert all(module.training == training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    plain = sums_one_by_one(model.eval(), examples)
+    assert metrics["loss"] == pytest.approx((plain["nll"] / plain["count"]).item(), rel=1e-4)
+
+
+def int8_model(folder: Any) -> Any:
+    source = ModelConfig(name_or_path=str(folder), quantization="int8")
+    config = Config(model=source, lora=LoraConfig(lora_dropout=0.5))
+    return fill_adapter(load_model(config, "no", CPU))
+
+
+def test_evaluation_of_an_int8_base_gives_the_same_numbers_for_every_layout(accelerator, tiny_model_dir):
+    model = int8_model(tiny_model_dir)
+    eval_set = eval_set_of(random_examples(LENGTHS, vocabulary=800))
+    metrics = [evaluate_on(accelerator, model, eval_set, plan_for(layout)) for layout in LAYOUTS]
+    for other in metrics[1:]:
+        assert other == pytest.approx(metrics[0], rel=1e-5)
+
+
+def test_evaluation_of_an_int8_base_computes_what_training_computes(accelerator, tiny_model_dir):
+    model = int8_model(tiny_model_dir).train()
+    examples = random_examples(LENGTHS, vocabulary=800)
+    metrics = evaluate_on(accelerator, model, eval_set_of(examples), plan_for(LAYOUTS[0]))
+    assert all(module.training for module in model.modules())
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()
+    plain = sums_one_by_one(model, examples)
+    assert metrics["loss"] == pytest.approx((plain["nll"] / plain["count"]).item(), rel=1e-4)
+
+
+def test_a_failing_evaluation_leaves_the_mode_as_it_was(accelerator):
+    model = with_adapter(tiny_model(VOCABULARY)).train()
+
+    def broken_batches():
+        yield collate(random_examples([5]), packing=True)
+        raise RuntimeError("no more memory")
+
+    with pytest.raises(RuntimeError):
+        evaluate(accelerator, TokenLoss(model), broken_batches())
+    assert all(module.training for module in model.modules())
+
+
+# Answers
+
+
+def conversation(*turns: str) -> list[dict[str, str]]:
+    return [
+        {"role": "user" if number % 2 == 0 else "assistant", "content": text}
+        for number, text in enumerate(turns)
+    ]
+
+
+CONVERSATIONS = [
+    conversation("What is a bond?"),
+    conversation("Hi"),
+    conversation("Explain in one sentence why somebody would keep cash for a rainy day.", "Because.", "Why?"),
+    conversation("How much should I save?" * 4),
+]
+
+
+def test_answers_do_not_depend_on_what_is_asked_beside_them(accelerator):
+    tokenizer = tiny_tokenizer()
+    model = with_adapter(tiny_model(len(tokenizer)), lora_dropout=0.5).train()
+    together = generate_answers(accelerator, model, tokenizer, CONVERSATIONS, max_new_tokens=12)
+    alone = [
+        generate_answers(accelerator, model, tokenizer, [one], max_new_tokens=12)[0] for one in CONVERSATIONS
+    ]
+    assert together == alone
+    assert len(set(together)) == len(CONVERSATIONS)
+    assert all(module.training for module in model.modules())
+
+
+def test_an_answer_is_the_likeliest_next_token_again_and_again(accelerator):
+    tokenizer = tiny_tokenizer()
+    model = with_adapter(tiny_model(len(tokenizer))).eval()
+    # Sampling settings that come with a model, as Qwen2-Instruct's do, are not for comparing answers.
+    model.generation_config.update(do_sample=True, temperature=2.0, top_k=50, top_p=0.9)
+    answers = generate_answers(accelerator, model, tokenizer, CONVERSATIONS, max_new_tokens=5)
+    for asked, answer in zip(CONVERSATIONS, answers, strict=True):
+        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        new: list[int] = []
+        while len(new) < 5 and tokenizer.eos_token_id not in new:
+            new.append(int(model(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax()))
+        assert answer == tokenizer.decode(new, skip_special_tokens=True).strip()
+    assert not model.training
+
+
+def test_an_answer_ends_at_the_end_of_its_turn_and_shows_no_special_token(accelerator, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    model = with_adapter(tiny_model(len(tokenizer)))
+    word = tokenizer(" money", add_special_tokens=False)["input_ids"]
+
+    def say_a_word_and_stop(**arguments: Any) -> torch.Tensor:
+        prompts = arguments["input_ids"]
+        answer = torch.tensor([*word, tokenizer.eos_token_id, tokenizer.pad_token_id])
+        return torch.cat([prompts, answer.expand(len(prompts), -1)], dim=1)
+
+    monkeypatch.setattr(model, "generate", say_a_word_and_stop)
+    assert generate_answers(accelerator, model, tokenizer, CONVERSATIONS) == ["money"] * len(CONVERSATIONS)
+
+
+# Conversations
+
+
+def test_the_first_rows_are_asked_without_their_answer():
+    rows = Dataset.from_list(
+        [
+            {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+            {"instruction": "Say hi.", "input": None, "output": "Hi."},
+            {"instruction": "Not asked.", "input": None, "output": "No."},
+        ]
+    )
+    assert pick_conversations(rows, "Be brief.", count=2) == [
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Add.\n Context:1 and 2"},
+        ],
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say hi."}],
+    ]
+    assert pick_conversations(rows, None, count=1) == [
+        [{"role": "user", "content": "Add.\n Context:1 and 2"}]
+    ]
+
+
+def test_a_longer_conversation_is_asked_up_to_its_last_answer():
+    turns = conversation("One?", "1", "Two?", "2", "Thanks.")
+    rows = Dataset.from_list([{"messages": turns}])
+    assert pick_conversations(rows, None) == [turns[:3]]
+
+
+def test_few_rows_or_none_give_as_many_conversations():
+    rows = Dataset.from_list([{"instruction": "Hi.", "input": None, "output": "Hi."}] * 2)
+    assert len(pick_conversations(rows, None, count=3)) == 2
+    assert pick_conversations(rows.select([]), None) == []

@@ -1,0 +1,262 @@
+"""The sums and their gradients, against a plain computation: one example at a time, all logits, no masks."""
+
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from torch import Tensor
+from torch.distributions import Categorical
+from torch.nn.functional import cross_entropy
+from transformers import Qwen2ForCausalLM
+
+from finetune.batching import Layout, Plan, collate
+from finetune.chat import IGNORE
+from finetune.config import Config, LoraConfig, ModelConfig
+from finetune.loss import TokenLoss, TokenSums
+from finetune.model import add_adapter, load_model, load_tokenizer
+
+Example = dict[str, list[int]]
+
+CPU = torch.device("cpu")
+VOCABULARY = 20  # so few that a random model is sometimes right
+NAMES = ("nll", "entropy", "correct", "count")
+
+# Lengths and limits in tokens: one example per forward pass, some, and all at once.
+LENGTHS = [5, 31, 2, 12, 12, 23, 8, 17, 3]
+LAYOUTS = [
+    Layout(packing=True, micro_batch_size=1, max_tokens=max(LENGTHS)),
+    Layout(packing=True, micro_batch_size=1, max_tokens=2 * max(LENGTHS)),
+    Layout(packing=True, micro_batch_size=1, max_tokens=sum(LENGTHS)),
+    Layout(packing=False, micro_batch_size=1, max_tokens=max(LENGTHS)),
+    Layout(packing=False, micro_batch_size=3, max_tokens=2 * max(LENGTHS)),
+    Layout(packing=False, micro_batch_size=9, max_tokens=9 * max(LENGTHS)),
+]
+
+
+def random_examples(lengths: list[int], vocabulary: int = VOCABULARY, seed: int = 0) -> list[Example]:
+    """Random tokens; about two thirds of them are targets, and at least one in each example."""
+    generator = np.random.default_rng(seed)
+    examples = []
+    for length in lengths:
+        ids = generator.integers(0, vocabulary, length)
+        labels = np.where(generator.random(length) < 0.67, ids, IGNORE)
+        labels[0], labels[-1] = IGNORE, ids[-1]
+        examples.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
+    return examples
+
+
+def with_adapter(base: Any, lora_dropout: float = 0.0) -> Any:
+    """The base, frozen, with an adapter that does something."""
+    config = LoraConfig(r=4, lora_dropout=lora_dropout)
+    return fill_adapter(add_adapter(base.requires_grad_(False), config))
+
+
+def fill_adapter(model: Any) -> Any:
+    """Random B: while it is zero, as at first, A has no gradient and no effect."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    return model
+
+
+def adapter_gradients(model: Any) -> dict[str, Tensor]:
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert gradients
+    assert all("lora_" in name for name in gradients)
+    return gradients
+
+
+def sums_one_by_one(model: Any, examples: list[Example]) -> dict[str, Tensor]:
+    """nll, entropy, correct and count of the target tokens, in fp64 from the model's fp32 logits."""
+    sums = {name: torch.tensor(0.0, dtype=torch.float64) for name in NAMES}
+    for example in examples:
+        logits = model(input_ids=torch.tensor([example["input_ids"]])).logits[0].double()
+        places = [t for t, label in enumerate(example["labels"]) if t > 0 and label != IGNORE]
+        predicted = logits[[t - 1 for t in places]]
+        targets = torch.tensor([example["input_ids"][t] for t in places])
+        sums["nll"] = sums["nll"] + cross_entropy(predicted, targets, reduction="sum")
+        sums["entropy"] += Categorical(logits=predicted).entropy().sum().detach()
+        sums["correct"] += (predicted.argmax(-1) == targets).sum()
+        sums["count"] += len(targets)
+    return sums
+
+
+def train_one_update(model: Any, examples: list[Example], layout: Layout, num_processes: int = 1) -> Any:
+    """Sums over the micro-batches of all processes of an update; gradients are those of its mean loss."""
+    token_loss = TokenLoss(model).train()
+    plan = Plan(
+        lengths=np.array([len(example["input_ids"]) for example in examples]),
+        target_counts=np.array([sum(y != IGNORE for y in example["labels"]) for example in examples]),
+        layout=layout,
+        global_batch_size=len(examples),
+        num_epochs=1,
+        seed=3,
+        num_processes=num_processes,
+    )
+    model.zero_grad()
+    total = dict.fromkeys(NAMES, 0.0)
+    for rank in range(num_processes):
+        update = Plan(**{**vars(plan), "rank": rank}).update(0)
+        for indices in update.micro_batches:
+            sums = token_loss(collate([examples[i] for i in indices], layout.packing))
+            (sums.nll / update.num_target_tokens).backward()
+            for name in NAMES:
+                total[name] += getattr(sums, name).item()
+    return total
+
+
+def assert_update_is_right(
+    model: Any, examples: list[Example], layouts: list[Layout], num_processes: int
+) -> None:
+    """Sums to 1e-4 and the gradient of every adapter tensor to 1e-3 of the plain computation's."""
+    model.zero_grad()
+    expected = sums_one_by_one(model, examples)
+    (expected["nll"] / expected["count"]).backward()
+    expected_gradients = {name: gradient.clone() for name, gradient in adapter_gradients(model).items()}
+    # A comparison with nothing proves nothing.
+    assert 0 < expected["correct"] < expected["count"]
+    assert all(gradient.norm() > 0 for gradient in expected_gradients.values())
+    for layout in layouts:
+        sums = train_one_update(model, examples, layout, num_processes)
+        assert sums == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-4)
+        for name, gradient in adapter_gradients(model).items():
+            distance = (gradient - expected_gradients[name]).norm() / expected_gradients[name].norm()
+            assert distance < 1e-3, (name, layout)
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_sums_and_gradients_of_an_update_are_the_plain_ones_for_every_layout(num_processes):
+    model = with_adapter(tiny_model(VOCABULARY))
+    assert_update_is_right(model, random_examples(LENGTHS), LAYOUTS, num_processes)
+
+
+def test_a_process_without_examples_changes_nothing():
+    model = with_adapter(tiny_model(VOCABULARY))
+    assert_update_is_right(model, random_examples([7, 15]), [LAYOUTS[0], LAYOUTS[3]], num_processes=4)
+
+
+def test_sums_and_gradients_are_the_plain_ones_on_the_starter_model(starter_dir):
+    source = ModelConfig(name_or_path=str(starter_dir), quantization="none")
+    config = Config(model=source, lora=LoraConfig(lora_dropout=0.0))
+    model = fill_adapter(load_model(config, "no", CPU))
+    tokenizer = load_tokenizer(config.model)
+    examples = []
+    for text in (
+        "The capital of France is Paris.",
+        "One, two, three, four, five",
+        "Save a part of your pay.",
+    ):
+        ids = tokenizer(text)["input_ids"]
+        examples.append({"input_ids": ids, "labels": [IGNORE, IGNORE, *ids[2:]]})
+    layouts = [Layout(True, 1, 64), Layout(False, 3, 64)]
+    assert_update_is_right(model, examples, layouts, num_processes=1)
+
+
+class WithoutLogitsToKeep(Qwen2ForCausalLM):
+    """As models are whose forward knows only the older arguments."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **others):
+        assert "logits_to_keep" not in others
+        return super().forward(input_ids, attention_mask, position_ids, **others)
+
+
+def test_a_model_that_cannot_leave_out_logits_gives_the_same():
+    base = tiny_model(VOCABULARY)
+    model = WithoutLogitsToKeep(base.config)
+    model.load_state_dict(base.state_dict())
+    assert_update_is_right(with_adapter(model), random_examples(LENGTHS), LAYOUTS, num_processes=1)
+
+
+def test_of_a_packed_row_only_the_positions_that_predict_a_target_reach_the_head():
+    model = with_adapter(tiny_model(VOCABULARY))
+    shapes = []
+    model.get_base_model().lm_head.register_forward_pre_hook(
+        lambda _, inputs: shapes.append(tuple(inputs[0].shape))
+    )
+    batch = collate(random_examples(LENGTHS), packing=True)
+    TokenLoss(model)(batch)
+    assert 0 < len(batch.target_ids) < batch.input_ids.numel() - 1
+    assert shapes == [(1, len(batch.target_ids), 64)]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_an_example_is_blind_to_what_lies_beside_it(packing):
+    token_loss = TokenLoss(with_adapter(tiny_model(VOCABULARY))).eval()
+
+    def log_probs(examples: list[Example]) -> list[Tensor]:
+        """Of the target tokens of each example."""
+        batch = collate(examples, packing)
+        logits = token_loss.target_logits(batch)
+        picked = logits.log_softmax(-1).gather(-1, batch.target_ids[:, None]).squeeze(1)
+        counts = [sum(label != IGNORE for label in example["labels"]) for example in examples]
+        return list(picked.detach().split(counts))
+
+    examples = random_examples([9, 14, 6, 11])
+    before = log_probs(examples)
+    for changed in range(len(examples)):
+        others = list(examples)
+        others[changed] = random_examples([len(examples[changed]["input_ids"])], seed=changed + 9)[0]
+        for number, (old, new) in enumerate(zip(before, log_probs(others), strict=True)):
+            if number == changed:
+                assert old.shape != new.shape or not torch.allclose(old, new, atol=0.01)
+            else:
+                assert torch.allclose(old, new, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("packing", [True, False])
+def test_only_sums_come_out_and_they_are_single_numbers_in_fp32(packing, autocast):
+    token_loss = TokenLoss(with_adapter(tiny_model(VOCABULARY)))
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        sums = token_loss(collate(random_examples(LENGTHS), packing))
+    assert type(sums) is TokenSums
+    assert [field.name for field in fields(sums)] == list(NAMES)
+    for name in NAMES:
+        value = getattr(sums, name)
+        assert (value.shape, value.dtype) == ((), torch.float32), name
+        assert value.requires_grad == (name == "nll")
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("examples", [[], [{"input_ids": [3, 4, 5], "labels": [IGNORE] * 3}]])
+def test_a_batch_without_targets_gives_zero_sums_and_zero_gradients(examples, packing):
+    model = with_adapter(tiny_model(VOCABULARY))
+    sums = TokenLoss(model)(collate(examples, packing))
+    assert [getattr(sums, name).item() for name in NAMES] == [0, 0, 0, 0]
+    sums.nll.backward()
+    # Not None: DDP waits for the gradient of every parameter.
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in adapter_gradients(model).values())
+
+
+def loss_and_gradients(folder: Path, quantization: str, precision: str) -> Any:
+    """Mean loss and adapter gradients of a few examples, as the training loop takes them."""
+    source = ModelConfig(name_or_path=str(folder), quantization=quantization)
+    model = load_model(Config(model=source, lora=LoraConfig(lora_dropout=0.0)), precision, CPU)
+    fill_adapter(model)
+    batch = collate(random_examples(LENGTHS, vocabulary=800), packing=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        sums = TokenLoss(model).train()(batch)
+    (sums.nll / sums.count).backward()
+    others = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    assert all(parameter.grad is None for parameter in others)
+    return (sums.nll / sums.count).item(), adapter_gradients(model)
+
+
+@pytest.mark.parametrize(("quantization", "least_similarity"), [("int8", 0.9), ("nf4", 0.6)])
+def test_a_quantized_base_gives_nearly_the_same_loss_and_gradients_to_the_adapter_alone(
+    quantization, least_similarity, tiny_model_dir
+):
+    exact, exact_gradients = loss_and_gradients(tiny_model_dir, "none", "no")
+    loss, gradients = loss_and_gradients(tiny_model_dir, quantization, "bf16")
+    assert loss != exact
+    assert loss == pytest.approx(exact, rel=0.03)
+    flat, exact_flat = (
+        torch.cat([gradient.flatten() for gradient in each.values()]) for each in (gradients, exact_gradients)
+    )
+    assert torch.cosine_similarity(flat, exact_flat, dim=0) > least_similarity
