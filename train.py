@@ -74,7 +74,7 @@ def train(config: Config) -> None:
             accelerator.scaler.load_state_dict(state.loss_scaler)
     accelerator.wait_for_everyone()
     if is_main:
-        start_run(config, environment(accelerator), train_set, eval_set)
+        start_run(config, environment(accelerator), plan, train_set, eval_set)
         keep_metrics_until(run_dir, state.step)
         facts = [*describe_model(config, model, device), *describe_data(rows, train_set, eval_set)]
         show_start(config, [precision, optimizer_choice], plan, facts)
@@ -137,6 +137,8 @@ def train(config: Config) -> None:
             with stopwatch.paused():
                 if len(eval_set.dataset) > 0 and is_due(config.eval.every, state.step, plan):
                     run_evaluation()
+                if state.step == plan.num_steps:
+                    write_answers()
                 if is_due(config.checkpoint.every_steps, state.step, plan):
                     state.window_sums = window.total(accelerator).tolist()
                     if accelerator.scaler is not None:
@@ -144,8 +146,6 @@ def train(config: Config) -> None:
                     if is_main:
                         save_checkpoint(run_dir, state, model, optimizer, config.checkpoint.keep)
                     accelerator.wait_for_everyone()
-
-        write_answers()
 
     if is_main:
         save_adapter_and_tokenizer(run_dir / "adapter", model, tokenizer)

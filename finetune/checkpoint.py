@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -56,7 +56,7 @@ def save_checkpoint(
     save_adapter(model, staging)
     tensors, values = _split_tensors(optimizer.state_dict()["state"])
     save_file(tensors, staging / OPTIMIZER)
-    _write_json(staging / STATE, {**asdict(state), "optimizer": values})
+    _write_json(staging / STATE, {**asdict(state), "optimizer_kind": _kind(optimizer), "optimizer": values})
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in staging.iterdir()}
     _write_json(staging / MANIFEST, files)
     for path in [*staging.iterdir(), staging]:
@@ -64,8 +64,11 @@ def save_checkpoint(
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(staging, folder)
     _flush_to_disk(folder.parent)
-    for old in list_checkpoints(run_dir)[keep:]:
-        shutil.rmtree(old)
+    # Newer ones are damaged: the run went back behind them.
+    written = list_checkpoints(run_dir)
+    position = written.index(folder)
+    for other in written[:position] + written[position + keep :]:
+        shutil.rmtree(other)
     return folder
 
 
@@ -96,6 +99,8 @@ def fault_of(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, in words; None where it is whole."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if missing := {ADAPTER, OPTIMIZER, STATE} - set(files):
+            return f"{MANIFEST} does not list {', '.join(sorted(missing))}"
         for name, expected in files.items():
             if (folder / name).stat().st_size != expected["bytes"]:
                 return f"{name} has not its size"
@@ -109,14 +114,30 @@ def fault_of(folder: Path) -> str | None:
 
 
 def load_checkpoint(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Put the adapter and the optimizer into the state they were saved in, and return the rest."""
+    """Put the adapter and the optimizer into the state they were saved in, and return the rest.
+
+    Raises:
+        ValueError: it was saved with another adapter (other target modules or rank) or another optimizer.
+    """
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    result = set_peft_model_state_dict(model, load_file(folder / ADAPTER))
-    assert not result.unexpected_keys, result.unexpected_keys
+    adapter = load_file(folder / ADAPTER)
+    expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
+    if {name: tensor.shape for name, tensor in adapter.items()} != expected:
+        raise ValueError(f"checkpoint {folder} holds an adapter of another rank or for other modules")
+    saved_kind = state.pop("optimizer_kind")
+    if saved_kind != _kind(optimizer):
+        raise ValueError(f"checkpoint {folder} was saved with {saved_kind}, not with {_kind(optimizer)}")
+    set_peft_model_state_dict(model, adapter)
     merged = _merge_tensors(state.pop("optimizer"), load_file(folder / OPTIMIZER))
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": merged, "param_groups": groups})
     return TrainState(**state)
+
+
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    """The optimizer's class; a paged one has the state of the unpaged one."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
+    return f"{type(inner).__module__.partition('.')[0]} {type(inner).__name__.removeprefix('Paged')}"
 
 
 def _split_tensors(state: dict[Any, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -66,9 +66,9 @@ def generate_answers(
 ) -> list[str]:
     """The likeliest answer (greedy) to the last turn of each conversation, cut at `max_new_tokens`."""
     prompts = [render(tokenizer, messages, add_generation_prompt=True) for messages in conversations]
-    inputs = tokenizer(
-        prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-    ).to(accelerator.device)
+    # Padded apart: a call with padding would leave it switched on in the tokenizer that the run saves.
+    encoded = tokenizer(prompts, add_special_tokens=False)
+    inputs = tokenizer.pad(encoded, padding_side="left", return_tensors="pt").to(accelerator.device)
     with dropout_off(model), accelerator.autocast():
         tokens = model.generate(
             **inputs,

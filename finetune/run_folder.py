@@ -2,19 +2,31 @@
 
 import json
 import os
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from finetune.batching import Plan
 from finetune.chat import Examples
 from finetune.checkpoint import fault_of, list_checkpoints
 from finetune.config import Config, config_to_dict, config_to_yaml, flatten
 
 CONFIG, ENVIRONMENT, METRICS, ADAPTER = "config.yaml", "environment.json", "metrics.jsonl", "adapter"
-# Keys that change what is shown and kept, not what is trained.
-FREE_KEYS = ("output_dir", "resume", "log.", "checkpoint.")
+# Keys that change what is shown and kept, or how an update is laid out, not what it is.
+FREE_KEYS = (
+    "output_dir",
+    "resume",
+    "log.",
+    "checkpoint.",
+    "train.micro_batch_size",
+    "train.gradient_accumulation_steps",
+    "train.packing",
+    "train.max_tokens_per_micro_batch",
+    "train.gradient_checkpointing",
+)
 
 
 class RunStatus(Enum):
@@ -31,21 +43,34 @@ def run_status(config: Config) -> RunStatus:
             other files.
     """
     folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir {folder} is a file; choose another")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"output_dir {folder}: {existing} is a file; choose another")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"output_dir {folder}: {existing} cannot be written; choose another")
     if not (folder / CONFIG).exists():
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"output_dir {folder} holds other files and no run; choose another")
         return RunStatus.NEW
     if config.resume == "never":
         raise ValueError(f"output_dir {folder} holds a run and resume is never; choose another, or delete it")
-    differing = _differing_keys(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")), config)
+    differing = _differing_keys(_saved_config(folder), config)
     if differing:
         raise ValueError(
             f"output_dir {folder} holds a run of another configuration ({'; '.join(differing)}); "
             "choose another output_dir, or delete it"
         )
     return RunStatus.FINISHED if (folder / ADAPTER).is_dir() else RunStatus.UNFINISHED
+
+
+def _saved_config(folder: Path) -> dict[str, Any]:
+    try:
+        saved = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        saved = None
+    if not isinstance(saved, dict):
+        raise ValueError(f"output_dir {folder} holds a {CONFIG} that is no run's; choose another")
+    return saved
 
 
 def _differing_keys(saved: dict[str, Any], config: Config) -> list[str]:
@@ -57,14 +82,21 @@ def _differing_keys(saved: dict[str, Any], config: Config) -> list[str]:
     ]
 
 
-def start_run(config: Config, environment: dict[str, Any], train_set: Examples, eval_set: Examples) -> None:
-    """Write config.yaml and environment.json; on a run that goes on, check that it has the same data."""
+def start_run(
+    config: Config, environment: dict[str, Any], plan: Plan, train_set: Examples, eval_set: Examples
+) -> None:
+    """Write config.yaml and environment.json.
+
+    Raises:
+        ValueError: the run goes on, but with other rows, or with updates of another size.
+    """
     folder = Path(config.output_dir)
     data = {
         "train_examples": len(train_set.dataset),
         "eval_examples": len(eval_set.dataset),
         "fingerprint": f"{train_set.fingerprint}-{eval_set.fingerprint}",
     }
+    environment = {**environment, "global_batch_size": plan.global_batch_size, "data": data}
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / ENVIRONMENT).exists():
         before = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
@@ -73,32 +105,49 @@ def start_run(config: Config, environment: dict[str, Any], train_set: Examples, 
                 f"the rows of {config.data.path} are not those that the run in {folder} was trained on; "
                 "restore them, or choose another output_dir"
             )
-    _write(folder / ENVIRONMENT, json.dumps({**environment, "data": data}, indent=1, ensure_ascii=False))
-    _write(folder / CONFIG, config_to_yaml(config))
+        if before["global_batch_size"] != plan.global_batch_size:
+            raise ValueError(
+                f"the run in {folder} takes {before['global_batch_size']} examples per update, and with "
+                f"{plan.num_processes} process(es) this is {plan.global_batch_size}: set "
+                "train.gradient_accumulation_steps or train.micro_batch_size so that the product is the same"
+            )
+    _write(folder / ENVIRONMENT, json.dumps(environment, indent=1, ensure_ascii=False))
+    # What the run first went on from stays on record: it does so again until it has its own checkpoint.
+    _write(folder / CONFIG, config_to_yaml(replace(config, resume=_origin(config))))
+
+
+def _origin(config: Config) -> str:
+    """The `resume` that the run in output_dir was first launched with."""
+    folder = Path(config.output_dir)
+    if not (folder / CONFIG).exists():
+        return config.resume
+    return str(_saved_config(folder).get("resume", "auto"))
 
 
 def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from, if any, and a line for each newer one that is damaged.
 
     Raises:
-        ValueError: the checkpoint that `resume` names is damaged, or not the newest of its run.
+        ValueError: the checkpoint that `resume` names is damaged, not the newest of its run, or not the one
+            that the run in output_dir went on from.
     """
     run_dir = Path(config.output_dir)
     own = list_checkpoints(run_dir)
+    origin = _origin(config)
     if config.resume not in ("auto", "never"):
         asked = Path(config.resume)
         if fault := fault_of(asked):
             raise ValueError(f"resume {asked} is no whole checkpoint: {fault}")
-        if own and asked.resolve() != own[0].resolve():
+        if own and config.resume != origin and asked.resolve() != own[0].resolve():
             raise ValueError(f"output_dir {run_dir} holds the newer {own[0].name}; choose another output_dir")
-        return asked, []
+        origin = origin if own else config.resume
     skipped: list[str] = []
     for folder in own:
         fault = fault_of(folder)
         if fault is None:
             return folder, skipped
         skipped.append(f"{folder.name} is damaged and was passed over: {fault}")
-    return None, skipped
+    return None if origin in ("auto", "never") else Path(origin), skipped
 
 
 def keep_metrics_until(run_dir: Path, step: int) -> None:

@@ -58,7 +58,7 @@ class Tracker:
         accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": purge_step}})
         if self._main and first_step == 0:
             self._write_hparams(config)
-        self._figures = Text()
+        self._figures, self._activity = Text(), Text()
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=None),
@@ -71,7 +71,9 @@ class Tracker:
             "train", total=plan.num_steps, completed=first_step, epoch=self._epoch_on_screen(first_step)
         )
         live = self._main and config.log.progress and console.is_terminal
-        self._live = Live(Group(self._progress, self._figures), console=console) if live else None
+        self._live = (
+            Live(Group(self._progress, self._figures, self._activity), console=console) if live else None
+        )
 
     def __enter__(self) -> "Tracker":
         if self._live:
@@ -80,6 +82,7 @@ class Tracker:
 
     def __exit__(self, *_: object) -> None:
         if self._live:
+            self._activity.plain = ""
             self._live.stop()
         self._accelerator.end_training()
 
@@ -110,10 +113,11 @@ class Tracker:
 
     def show_activity(self, activity: str) -> None:
         """Say below the bar what the run does between updates."""
-        self._figures.plain = activity
+        self._activity.plain = activity
 
     def advance(self, step: int) -> None:
         """Move the bar to `step` updates."""
+        self._activity.plain = ""
         self._progress.update(self._task, completed=step, epoch=self._epoch_on_screen(step))
 
     def _epochs(self, step: int) -> float:
@@ -149,9 +153,9 @@ def show_start(
     facts: Sequence[tuple[str, str]],
 ) -> None:
     """Print what is trained on what, the batch arithmetic, and asked beside got."""
-    table = Table(title=f"Run {config.output_dir}", title_justify="left", show_header=False)
+    table = Table(title=Text(f"Run {config.output_dir}"), title_justify="left", show_header=False)
     for name, value in (*facts, *_batch_arithmetic(config, plan)):
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     console.print(table)
     table = Table("", "asked", "got", "why", title="Asked and got", title_justify="left")
     for s in settings:
@@ -211,7 +215,7 @@ def describe_data(rows: Rows, train_set: Examples, eval_set: Examples) -> list[t
 
 def show_end(evaluations: Sequence[dict[str, Any]], run_dir: Path) -> None:
     """Print the first evaluation against the last one, and where things lie."""
-    if evaluations:
+    if len(evaluations) > 1:
         before, after = evaluations[0], evaluations[-1]
         columns = ("eval", f"step {before['step']}", f"step {after['step']}", "change")
         table = Table(*columns, title="Before and after", title_justify="left")

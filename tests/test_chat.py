@@ -396,6 +396,16 @@ def test_what_looks_like_an_answer_in_the_users_text_stays_untrained(qwen2, smol
         )
 
 
+@pytest.mark.parametrize("user", ["placeholder", "2 + 2 =", "placeholder- placeholder"])
+def test_the_answer_is_found_where_it_follows_the_users_text_directly(user):
+    tokenizer = tiny_tokenizer(
+        "{% for m in messages %}{{ m.content ~ (eos_token if m.role == 'assistant' else '') }}{% endfor %}"
+    )
+    assert (
+        trained(tokenizer, turns(user, "4.", user, "5 placeholder")) == "4.<|im_end|>5 placeholder<|im_end|>"
+    )
+
+
 @pytest.mark.parametrize("answer", INTRUDERS)
 def test_what_looks_like_a_turn_in_the_answer_is_the_answers(qwen2, smollm2, answer):
     for tokenizer in (qwen2, smollm2):

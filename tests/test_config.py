@@ -145,6 +145,10 @@ def test_an_empty_file_gives_the_defaults_of_the_dataclasses_and_not_the_quickst
     assert parse() == Config()
 
 
+def test_a_file_named_after_an_equals_sign_is_read_instead_of_the_quickstart_too(config_file):
+    assert parse_config([f"--config={config_file('lora: {r: 3}')}"]) == Config(lora=LoraConfig(r=3))
+
+
 def test_a_file_sets_its_keys_and_the_command_line_overrides_them(config_file):
     file = config_file("lora:\n  r: 3\n  lora_alpha: 5\ntrain:\n  seed: 4\n")
     config = parse_config(["--config", file, "--lora.r", "6", "--data.path=[a.csv, b.csv]"])

@@ -1,0 +1,142 @@
+"""What the machine can do is told apart from what was asked; a launcher changes no update."""
+
+import json
+import os
+
+import accelerate
+import pytest
+import torch
+from conftest import read_metrics
+
+from finetune.machine import PACKAGES, choose_precision
+
+SHORT = {"train__micro_batch_size": 2, "train__gradient_accumulation_steps": 2, "train__max_steps": 3}
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Pretend that this machine has a graphics card; call it with whether the card computes in bf16."""
+
+    def pretend(with_bf16: bool) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr(
+            "torch.cuda.is_bf16_supported", lambda including_emulation=True: with_bf16 or including_emulation
+        )
+        monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: "GeForce GTX 1080")
+
+    return pretend
+
+
+@pytest.fixture
+def no_card(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+def test_a_card_without_bf16_gets_fp16_and_the_reason_names_the_card(card):
+    card(with_bf16=False)  # torch says that it supports bf16, by emulating it
+    setting = choose_precision("bf16")
+    assert (setting.asked, setting.got) == ("bf16", "fp16")
+    assert "GeForce GTX 1080" in setting.reason
+    assert "bf16" in setting.reason
+
+
+@pytest.mark.parametrize("asked", ["no", "bf16", "fp16"])
+def test_a_card_with_bf16_gets_what_was_asked(card, asked):
+    card(with_bf16=True)
+    setting = choose_precision(asked)
+    assert (setting.asked, setting.got, setting.reason) == (asked, asked, "")
+
+
+@pytest.mark.parametrize("asked", ["no", "fp16"])
+def test_a_card_without_bf16_gets_other_precisions_as_asked(card, asked):
+    card(with_bf16=False)
+    assert choose_precision(asked).got == asked
+
+
+@pytest.mark.usefixtures("no_card")
+@pytest.mark.parametrize(("asked", "got"), [("no", "no"), ("bf16", "bf16"), ("fp16", "bf16")])
+def test_without_a_card_fp16_becomes_bf16_with_a_reason(asked, got):
+    setting = choose_precision(asked)
+    assert (setting.asked, setting.got) == (asked, got)
+    assert bool(setting.reason) == (asked != got)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine computes in fp16")
+def test_a_run_that_asks_for_fp16_without_a_card_trains_in_bf16_and_says_so(run_train, tmp_path, capsys):
+    asked = run_train(output_dir=tmp_path / "fp16", **SHORT, train__mixed_precision="fp16")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "precision" in line]
+    assert [cell.strip() for cell in line.split("│")][1:4] == ["precision", "fp16", "bf16"]
+    got = run_train(output_dir=tmp_path / "bf16", **SHORT, train__mixed_precision="bf16")
+    assert [e["loss"] for e in read_metrics(asked)] == [e["loss"] for e in read_metrics(got)]
+
+
+def test_the_record_of_a_run_says_what_it_ran_on_and_with(run_train, tmp_path, rows_file):
+    record = json.loads((run_train(output_dir=tmp_path / "run", **SHORT) / "environment.json").read_text())
+    assert record.keys() == {
+        "python",
+        "packages",
+        "device",
+        "processor",
+        "memory_gib",
+        "cuda",
+        "num_processes",
+        "data",
+    }
+    assert record["packages"].keys() == set(PACKAGES)
+    assert record["packages"]["accelerate"] == accelerate.__version__
+    assert record["num_processes"] == 1
+    assert record["memory_gib"] > 0
+    assert record["device"]
+    assert record["processor"]
+    assert (record["data"]["train_examples"], record["data"]["eval_examples"]) == (16, 4)
+
+    rows_file.write_text(rows_file.read_text().replace("What is 7", "What be 7"))
+    other = json.loads((run_train(output_dir=tmp_path / "other", **SHORT) / "environment.json").read_text())
+    assert other["data"]["fingerprint"] != record["data"]["fingerprint"]
+    assert {**other, "data": None} == {**record, "data": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"),  # `accelerate launch` sets both
+        ("ACCELERATE_MIXED_PRECISION", "bf16"),
+    ],
+)
+def test_the_launchers_environment_changes_no_update(run_train, tmp_path, monkeypatch, name, value):
+    plain = run_train(output_dir=tmp_path / "plain", **SHORT)
+    monkeypatch.setenv(name, value)
+    launched = run_train(output_dir=tmp_path / "launched", **SHORT)
+    for key in ("loss", "grad_norm", "num_target_tokens"):
+        values = [[e[key] for e in read_metrics(run) if key in e] for run in (plain, launched)]
+        assert values[0] == values[1]
+    adapters = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (plain, launched)]
+    assert adapters[0] == adapters[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a processor's threads train nothing here")
+def test_a_number_of_threads_that_the_user_set_is_kept(run_train, tmp_path, monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    torch.set_num_threads(3)  # what torch does with it when it is imported
+    try:
+        run_dir = run_train(output_dir=tmp_path / "run", **SHORT)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert "3 threads" in json.loads((run_dir / "environment.json").read_text())["device"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a processor's threads train nothing here")
+def test_all_cores_work_where_a_launcher_left_one_thread(run_train, tmp_path, monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    torch.set_num_threads(1)
+    try:
+        run_train(output_dir=tmp_path / "run", **SHORT)
+        assert torch.get_num_threads() == 2
+        assert os.environ["OMP_NUM_THREADS"] == "1"
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,168 @@
+"""Several processes make the updates of one."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+from conftest import ROOT, read_metrics
+
+import train
+
+# 13 examples are trained on: updates of 6, 6 and 1 example, so that one of two processes has none.
+# 4 are evaluated on.
+SETTINGS = {
+    "data__num_samples": 17,
+    "train__num_epochs": 2,
+    "lora__lora_dropout": 0.0,
+    "optim__name": "adamw",
+    "optim__learning_rate": 1e-2,
+}
+ONE = {"train__micro_batch_size": 2, "train__gradient_accumulation_steps": 3}
+EACH_OF_TWO = {"train__micro_batch_size": 1, "train__gradient_accumulation_steps": 3}
+SUMS = ("split", "step", "epoch", "num_target_tokens")
+MEANS = ("loss", "entropy", "mean_token_accuracy", "grad_norm", "learning_rate")
+
+STOPPED: list[tuple[Path, dict[str, Any]]] = []
+# train.py, but process 0 is gone after the checkpoint of update 4.
+STOPPED_AFTER_FOUR = """
+import os, sys, train
+save = train.save_checkpoint
+def save_and_stop(run_dir, state, *rest):
+    save(run_dir, state, *rest)
+    if state.step == 4:
+        os._exit(7)
+train.save_checkpoint = save_and_stop
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def launch(run_train, monkeypatch, tmp_path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Start two processes with torchrun on the CPU, with run_train's settings."""
+
+    def run(script: Path = ROOT / "train.py", **settings: Any) -> subprocess.CompletedProcess[str]:
+        started: list[list[str]] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "main", lambda argv: started.append(argv) or 0)
+            run_train(**settings)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        environment = {
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_DATASETS_CACHE": str(tmp_path / "datasets"),
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",  # two processes' threads share few cores
+            "PYTHONPATH": str(ROOT),
+        }
+        return subprocess.run(
+            [*torchrun, str(script), *started[0]],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+def assert_same_metrics(run_dir: Path, other_dir: Path) -> None:
+    ours, theirs = read_metrics(run_dir), read_metrics(other_dir)
+    assert len(ours) == len(theirs)
+    for entry, other in zip(ours, theirs, strict=True):
+        assert [entry[key] for key in SUMS] == [other[key] for key in SUMS]
+        for key in (key for key in MEANS if key in entry):
+            assert entry[key] == pytest.approx(other[key], rel=1e-5), (entry, other)
+
+
+@pytest.mark.parametrize(
+    ("packing", "eval_fraction", "micro_batches"),
+    [
+        (True, 0.2, {}),
+        # Each example in a forward pass of its own, so that the processes differ in their number; and one
+        # eval example: the second process has none.
+        (False, 0.05, {"train__max_tokens_per_micro_batch": 128}),
+    ],
+)
+def test_two_processes_make_the_updates_of_one(
+    run_train, launch, tmp_path, packing, eval_fraction, micro_batches
+):
+    settings = {
+        **SETTINGS,
+        **micro_batches,
+        "data__num_samples": 17 if packing else 14,
+        "data__eval_fraction": eval_fraction,
+        "train__packing": packing,
+        "log__every_steps": 2,
+    }
+    alone = run_train(output_dir=tmp_path / "alone", **settings, **ONE)
+    result = launch(output_dir=tmp_path / "both", **settings, **EACH_OF_TWO)
+    assert result.returncode == 0, result.stderr
+    assert_same_metrics(tmp_path / "both", alone)
+    assert [entry["step"] for entry in read_metrics(alone) if entry["split"] == "train"] == [2, 4, 6]
+    # One of them speaks.
+    lines = result.stdout.splitlines()
+    assert len([line for line in lines if line.startswith("Run ")]) == 1
+    assert len([line for line in lines if line.startswith(("train ", "eval "))]) == len(read_metrics(alone))
+    assert len([line for line in lines if line.startswith("adapter ")]) == 1
+    assert "1 x 3 x 2 process" in result.stdout
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {path.name for path in alone.iterdir()}
+
+
+@pytest.fixture
+def stopped(launch, rows_file, tmp_path) -> tuple[Path, dict[str, Any]]:
+    """A copy of a run that two processes began and did not end, and its settings; it is made once."""
+    if not STOPPED:
+        script = tmp_path / "stopped_after_four.py"
+        script.write_text(STOPPED_AFTER_FOUR)
+        settings = {**SETTINGS, "data__path": rows_file, "log__every_steps": 3}
+        result = launch(script, output_dir=tmp_path / "both", **settings, **EACH_OF_TWO)
+        assert result.returncode != 0
+        assert not (tmp_path / "both" / "adapter").exists()
+        assert read_metrics(tmp_path / "both")[-1]["step"] == 3
+        STOPPED.append((tmp_path / "both", settings))
+    folder, settings = STOPPED[0]
+    shutil.copytree(folder, tmp_path / "copy")
+    return tmp_path / "copy", settings
+
+
+def test_two_stopped_processes_launched_again_make_the_updates_of_one(run_train, launch, stopped, tmp_path):
+    both, settings = stopped
+    alone = run_train(output_dir=tmp_path / "alone", **settings, **ONE)
+    result = launch(output_dir=both, **settings, **EACH_OF_TWO)
+    assert result.returncode == 0, result.stderr
+    assert "after update 4." in result.stdout
+    assert_same_metrics(both, alone)
+
+
+def test_another_number_of_processes_cannot_go_on_with_a_run(run_train, stopped, capfd):
+    """Its updates would be of another size, and the steps made so far would stand for other examples."""
+    both, settings = stopped
+    before = read_metrics(both)
+    capfd.readouterr()
+    run_train(expect=2, output_dir=both, **settings, **EACH_OF_TWO)
+    message = capfd.readouterr().err
+    assert message.startswith("error: ")
+    assert "process" in message
+    assert read_metrics(both) == before
+
+
+def test_processes_of_which_accelerate_knows_nothing_are_refused(run_train, tmp_path, monkeypatch, capfd):
+    def lonely(**arguments: Any) -> Accelerator:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("WORLD_SIZE")
+            return Accelerator(**arguments)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("finetune.machine.Accelerator", lonely)
+    capfd.readouterr()
+    run_train(expect=2, output_dir=tmp_path / "run")
+    message = capfd.readouterr().err
+    assert message.startswith("error: 2 processes were started, but Accelerate knows of 1")
+    assert message.count("\n") == 1
+    assert not (tmp_path / "run" / "config.yaml").exists()

@@ -1,0 +1,571 @@
+"""Stopped runs go on as if they had never stopped; finished, foreign and damaged ones are told apart."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, read_metrics, tiny_model
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import (
+    EventAccumulator as PluginEventAccumulator,
+)
+from torch import Tensor
+
+import train
+from finetune.checkpoint import TrainState, fault_of, load_checkpoint, save_checkpoint
+from finetune.config import LoraConfig, OptimConfig
+from finetune.model import add_adapter
+from finetune.optim import create_optimizer
+from finetune.tracking import Tracker
+
+# Twelve updates, with everything that a run carries along: dropout noise, 8-bit optimizer state (matrices of
+# 64 x 64; bitsandbytes keeps smaller ones in 32 bits), and log lines over three updates where a
+# checkpoint comes every two, so that it is written in the middle of a line's window.
+WHOLE = {
+    "model__quantization": "int8",
+    "lora__r": 64,
+    "lora__lora_dropout": 0.1,
+    "train__mixed_precision": "bf16",
+    "train__num_epochs": 4,
+    "train__micro_batch_size": 2,
+    "train__gradient_accumulation_steps": 3,
+    "optim__name": "paged_adamw_8bit",
+    "optim__learning_rate": 1e-2,
+    "optim__warmup_ratio": 0.1,
+    "log__every_steps": 3,
+    "checkpoint__every_steps": 2,
+}
+SHORT = {"train__max_steps": 2, "checkpoint__every_steps": 1}
+NOT_THE_TRAINING = ("useful_tokens_per_second", "peak_memory_gib")
+UNINTERRUPTED: list[Path] = []
+
+
+class StoppedError(Exception):
+    """What stands for a power cut in these tests."""
+
+
+@pytest.fixture
+def uninterrupted(run_train, tmp_path) -> Path:
+    """The folder of a run of WHOLE that nothing stopped; made once, and only read."""
+    if not UNINTERRUPTED:
+        UNINTERRUPTED.append(run_train(output_dir=tmp_path / "uninterrupted", **WHOLE))
+    return UNINTERRUPTED[0]
+
+
+@pytest.fixture
+def arguments(run_train, monkeypatch) -> Callable[..., list[str]]:
+    """The command-line arguments that run_train would start train.py with."""
+
+    def collect(**settings: Any) -> list[str]:
+        started: list[list[str]] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "main", lambda argv: started.append(argv) or 0)
+            run_train(**settings)
+        return started[0]
+
+    return collect
+
+
+@pytest.fixture
+def run_until(run_train) -> Callable[..., Path]:
+    """run_train, stopped at a moment of a step."""
+
+    def run(moment: str, step: int, **settings: Any) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(*stopping(moment, step))
+            with pytest.raises(StoppedError):
+                run_train(**settings)
+        return Path(settings["output_dir"])
+
+    return run
+
+
+def stopping(moment: str, step: int) -> tuple[str, Callable[..., Any]]:
+    """A function of the program, and what stops it at a moment of a step."""
+    advance, save = Tracker.advance, train.save_checkpoint
+
+    def stopping_advance(self: Tracker, at: int) -> None:
+        if at == step:
+            raise StoppedError
+        advance(self, at)
+
+    def stopping_save(run_dir: Path, state: TrainState, *rest: Any) -> Path:
+        if state.step == step:
+            raise StoppedError
+        return save(run_dir, state, *rest)
+
+    def stopping_rename(source: Any, target: Any) -> None:
+        if Path(target).name == f"step_{step:06d}":
+            raise StoppedError
+        os.rename(source, target)
+
+    def stopping_result(*_: Any) -> None:
+        raise StoppedError
+
+    return {
+        "in an update": ("finetune.tracking.Tracker.advance", stopping_advance),
+        "before a checkpoint": ("train.save_checkpoint", stopping_save),
+        "while writing a checkpoint": ("finetune.checkpoint.os.replace", stopping_rename),
+        "before the result": ("train.save_adapter_and_tokenizer", stopping_result),
+    }[moment]
+
+
+def wait_for_the_next_second(run_dir: Path) -> None:
+    """TensorBoard reads event files in the order of their names, which hold the second of their making."""
+    names = [path.name for path in (run_dir / "tensorboard").iterdir()]
+    while int(time.time()) <= max(int(name.split(".")[3]) for name in names):
+        time.sleep(0.05)
+
+
+def training_lines(run_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what differs from one run to the next."""
+    return [
+        {key: value for key, value in entry.items() if key not in NOT_THE_TRAINING}
+        for entry in read_metrics(run_dir)
+    ]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """A hash of every file in a folder, by its place in it."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def checkpoint_names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def assert_ended_alike(run_dir: Path, other_dir: Path) -> None:
+    """Bit for bit: the adapter, the checkpoints with the optimizer's state, and the metrics."""
+    assert training_lines(run_dir) == training_lines(other_dir)
+    assert digests(run_dir / "adapter") == digests(other_dir / "adapter")
+    assert digests(run_dir / "checkpoints") == digests(other_dir / "checkpoints")
+    assert {path.name for path in run_dir.iterdir()} == {path.name for path in other_dir.iterdir()}
+
+
+def assert_tensorboard_matches(run_dir: Path) -> None:
+    """TensorBoard shows each line of metrics.jsonl once, and the answers before and after once."""
+    events = EventAccumulator(str(run_dir / "tensorboard"), {"scalars": 0, "tensors": 0}).Reload()
+    lines = read_metrics(run_dir)
+    assert len(events.Tags()["scalars"]) == 12
+    for tag in events.Tags()["scalars"]:
+        split, _, key = tag.partition("/")
+        written = [(entry["step"], entry[key]) for entry in lines if entry["split"] == split]
+        shown = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert [step for step, _ in shown] == [step for step, _ in written], tag
+        values = [value for _, value in written]
+        assert [value for _, value in shown] == pytest.approx(values, rel=1e-6), tag
+    # TensorBoard's own reader: the other one does not purge texts.
+    texts = PluginEventAccumulator(str(run_dir / "tensorboard"), {"tensors": 0}).Reload()
+    for number in (1, 2, 3):
+        answers = texts.Tensors(f"answers/{number}/text_summary")
+        assert [event.step for event in answers] == [0, lines[-1]["step"]]
+
+
+def assert_refused(run_train, capfd, *words: str, **settings: Any) -> None:
+    """The run ends with exit code 2 and one line on stderr that has these words; no file changes."""
+    folder = Path(settings["output_dir"])
+    before = digests(folder)
+    capfd.readouterr()
+    run_train(expect=2, **settings)
+    message = capfd.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    for word in words:
+        assert word in message
+    assert digests(folder) == before
+
+
+def leaves_of(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= (
+            leaves_of(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        )
+    return leaves
+
+
+def damage(path: Path, how: str) -> None:
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif how == "altered":
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif how == "missing":
+        path.unlink()
+    else:
+        path.write_text(how)
+
+
+# A stopped run, launched again
+
+
+@pytest.mark.parametrize(
+    ("moment", "step", "goes_on_after"),
+    [
+        ("in an update", 9, 8),
+        ("before a checkpoint", 6, 4),  # the lines of update 6 are written, its checkpoint is not
+        ("while writing a checkpoint", 8, 6),
+        ("before the result", 12, 12),
+        ("in an update", 2, None),  # before the first checkpoint
+    ],
+)
+def test_a_stopped_run_launched_again_ends_as_if_never_stopped(
+    run_train, run_until, uninterrupted, tmp_path, capfd, moment, step, goes_on_after
+):
+    run_dir = run_until(moment, step, output_dir=tmp_path / "run", **WHOLE)
+    assert not (run_dir / "adapter").exists()
+    wait_for_the_next_second(run_dir)
+    run_train(output_dir=run_dir, **WHOLE)
+    assert_ended_alike(run_dir, uninterrupted)
+    assert_tensorboard_matches(run_dir)
+    said = f"step_{goes_on_after:06d}, after update {goes_on_after}." if goes_on_after else "Going on"
+    assert (said in capfd.readouterr().out) == (goes_on_after is not None)
+
+
+def test_a_killed_process_leaves_what_a_new_one_goes_on_from(run_train, arguments, uninterrupted, tmp_path):
+    run_dir = tmp_path / "run"
+    kill_itself = (
+        "import os, signal, sys, train; from finetune.tracking import Tracker; advance = Tracker.advance\n"
+        "def killing_advance(self, step):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL) if step == 10 else advance(self, step)\n"
+        "Tracker.advance = killing_advance; train.main(sys.argv[1:])"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", kill_itself, *arguments(output_dir=run_dir, **WHOLE)],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "HF_DATASETS_CACHE": str(tmp_path / "datasets"),
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        },
+        capture_output=True,
+        check=False,
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    assert checkpoint_names(run_dir) == ["step_000006", "step_000008"]
+    assert [entry["step"] for entry in read_metrics(run_dir)][-1] == 9
+    wait_for_the_next_second(run_dir)
+    run_train(output_dir=run_dir, **WHOLE)
+    assert_ended_alike(run_dir, uninterrupted)
+    assert_tensorboard_matches(run_dir)
+
+
+def test_a_run_stopped_twice_goes_on_twice(run_train, run_until, uninterrupted, tmp_path):
+    run_dir = run_until("in an update", 5, output_dir=tmp_path / "run", **WHOLE)
+    wait_for_the_next_second(run_dir)
+    run_until("before a checkpoint", 10, output_dir=run_dir, **WHOLE)
+    wait_for_the_next_second(run_dir)
+    run_train(output_dir=run_dir, **WHOLE)
+    assert_ended_alike(run_dir, uninterrupted)
+    assert_tensorboard_matches(run_dir)
+
+
+def test_the_optimizer_of_these_runs_has_8_bit_state(uninterrupted):
+    tensors = load_file(uninterrupted / "checkpoints" / "step_000012" / "optimizer.safetensors")
+    assert torch.uint8 in {tensor.dtype for tensor in tensors.values()}
+    state = json.loads((uninterrupted / "checkpoints" / "step_000010" / "state.json").read_text())
+    assert state["window_sums"][3] > 0  # the window of the log line was open
+
+
+def test_a_torn_last_line_of_the_metrics_is_written_anew(run_train, run_until, uninterrupted, tmp_path):
+    run_dir = run_until("in an update", 10, output_dir=tmp_path / "run", **WHOLE)
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"split": "train", "st')
+    run_train(output_dir=run_dir, **WHOLE)
+    assert_ended_alike(run_dir, uninterrupted)
+
+
+def test_other_log_and_checkpoint_settings_may_be_taken_on_the_way(
+    run_train, run_until, uninterrupted, tmp_path
+):
+    run_dir = run_until("in an update", 7, output_dir=tmp_path / "run", **WHOLE)
+    changed = {**WHOLE, "log__every_steps": 1, "checkpoint__every_steps": 5, "checkpoint__keep": 1}
+    run_train(output_dir=run_dir, **changed, log__progress=False)
+    assert digests(run_dir / "adapter") == digests(uninterrupted / "adapter")
+    assert checkpoint_names(run_dir) == ["step_000012"]
+    steps = [entry["step"] for entry in read_metrics(run_dir) if entry["split"] == "train"]
+    assert steps == [3, 6, 7, 8, 9, 10, 11, 12]
+
+
+def test_a_finished_run_launched_again_says_so_and_changes_nothing(run_train, tmp_path, capfd):
+    run_dir = run_train(output_dir=tmp_path / "run", **SHORT)
+    before = digests(run_dir)
+    capfd.readouterr()
+    run_train(output_dir=run_dir, **SHORT)
+    assert f"The run in {run_dir} is finished" in capfd.readouterr().out
+    assert digests(run_dir) == before
+
+
+# Folders in which nothing may be trained
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.seed", 7),
+        ("train.max_steps", 3),
+        ("lora.r", 4),
+        ("optim.learning_rate", 0.5),
+        ("data.system_prompt", "Be brief."),
+        ("eval.every", 1),
+    ],
+)
+def test_another_configuration_in_the_same_folder_is_refused_by_the_name_of_its_key(
+    run_train, tmp_path, capfd, key, value
+):
+    run_dir = run_train(output_dir=tmp_path / "run", **SHORT)
+    settings = {**SHORT, key.replace(".", "__"): value}
+    assert_refused(run_train, capfd, f"{key} was", f"is {value}", output_dir=run_dir, **settings)
+
+
+def test_an_unfinished_run_of_another_configuration_is_refused_too(run_train, run_until, tmp_path, capfd):
+    run_dir = run_until("in an update", 2, output_dir=tmp_path / "run", **SHORT)
+    assert_refused(run_train, capfd, "train.seed was 42, is 7", output_dir=run_dir, **SHORT, train__seed=7)
+
+
+def test_resume_never_refuses_a_folder_with_a_run(run_train, run_until, tmp_path, capfd):
+    finished = run_train(output_dir=tmp_path / "finished", **SHORT, resume="never")
+    assert_refused(run_train, capfd, "resume is never", output_dir=finished, **SHORT, resume="never")
+    stopped = run_until("in an update", 2, output_dir=tmp_path / "stopped", **SHORT)
+    assert_refused(run_train, capfd, "resume is never", output_dir=stopped, **SHORT, resume="never")
+
+
+@pytest.mark.parametrize(
+    "name", ["holiday.jpg", ".hidden", "metrics.jsonl", "checkpoints/step_000002/state.json"]
+)
+def test_a_folder_with_other_files_and_no_run_is_refused(run_train, tmp_path, capfd, name):
+    folder = tmp_path / "mine"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text("mine")
+    assert_refused(run_train, capfd, str(folder), "other files", output_dir=folder, **SHORT)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- list\n", "other: tool\n", "not: [yaml", "\x00"])
+def test_a_folder_with_a_config_that_is_none_of_ours_is_refused(run_train, tmp_path, capfd, text):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(text)
+    assert_refused(run_train, capfd, str(folder), output_dir=folder, **SHORT)
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_file_in_the_place_of_the_folder_is_refused(run_train, tmp_path, capfd, name):
+    (tmp_path / "file").write_text("mine")
+    assert_refused(run_train, capfd, str(tmp_path / "file"), output_dir=tmp_path / name, **SHORT)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_empty_folder_is_a_place_for_a_new_run(run_train, tmp_path):
+    (tmp_path / "empty").mkdir()
+    run_dir = run_train(output_dir=tmp_path / "empty", **SHORT)
+    assert (run_dir / "adapter").is_dir()
+
+
+@pytest.mark.parametrize("change", ["one letter", "a row more", "another order"])
+def test_other_rows_than_the_stopped_run_had_are_refused(
+    run_train, run_until, tmp_path, rows_file, capfd, change
+):
+    run_dir = run_until("in an update", 2, output_dir=tmp_path / "run", **SHORT)
+    rows = rows_file.read_text().splitlines(keepends=True)
+    rows_file.write_text(
+        {
+            "one letter": "".join(rows).replace("What is 7", "What be 7"),
+            "a row more": "".join([*rows, rows[0]]),
+            "another order": "".join(reversed(rows)),
+        }[change]
+    )
+    assert_refused(run_train, capfd, str(rows_file), "rows", output_dir=run_dir, **SHORT)
+
+
+# Going on from a checkpoint by its path
+
+
+def test_a_new_run_goes_on_from_a_checkpoint_that_resume_names(run_train, uninterrupted, tmp_path, capfd):
+    before = digests(uninterrupted)
+    checkpoint = uninterrupted / "checkpoints" / "step_000010"
+    run_dir = run_train(output_dir=tmp_path / "other", **WHOLE, resume=checkpoint)
+    assert f"Going on from {checkpoint}, after update 10." in capfd.readouterr().out
+    expected = [entry for entry in training_lines(uninterrupted) if entry["step"] > 10]
+    assert training_lines(run_dir) == expected
+    assert digests(run_dir / "adapter") == digests(uninterrupted / "adapter")
+    assert digests(uninterrupted) == before
+
+
+def test_that_run_stopped_and_launched_again_goes_on_with_itself(
+    run_train, run_until, uninterrupted, tmp_path
+):
+    settings = {**WHOLE, "resume": uninterrupted / "checkpoints" / "step_000010"}
+    settings["checkpoint__every_steps"] = 1
+    run_dir = run_until("in an update", 12, output_dir=tmp_path / "run", **settings)
+    run_train(output_dir=run_dir, **settings)
+    assert digests(run_dir / "adapter") == digests(uninterrupted / "adapter")
+    assert training_lines(run_dir) == [e for e in training_lines(uninterrupted) if e["step"] > 10]
+
+
+def test_a_checkpoint_to_resume_that_is_missing_or_damaged_is_refused(
+    run_train, uninterrupted, tmp_path, capfd
+):
+    shutil.copytree(uninterrupted / "checkpoints" / "step_000010", tmp_path / "step_000010")
+    damage(tmp_path / "step_000010" / "optimizer.safetensors", "altered")
+    for path in (tmp_path / "step_000010", tmp_path / "nowhere", tmp_path):
+        assert_refused(run_train, capfd, str(path), output_dir=tmp_path / "run", **WHOLE, resume=path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("lora__r", 8), ("optim__name", "adamw"), ("lora__target_modules", "[q_proj]")]
+)
+def test_a_checkpoint_of_another_adapter_or_optimizer_is_refused(
+    run_train, uninterrupted, tmp_path, capfd, key, value
+):
+    settings = {**WHOLE, key: value, "resume": uninterrupted / "checkpoints" / "step_000010"}
+    assert_refused(run_train, capfd, "step_000010", output_dir=tmp_path / "run", **settings)
+
+
+# Damage
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("adapter_model.safetensors", "truncated"),
+        ("adapter_model.safetensors", "altered"),
+        ("optimizer.safetensors", "altered"),
+        ("optimizer.safetensors", "missing"),
+        ("state.json", "altered"),
+        ("manifest.json", "missing"),
+        ("manifest.json", "truncated"),
+        ("manifest.json", "[]"),
+        ("manifest.json", "{}"),
+        ("manifest.json", '{"state.json": 3}'),
+    ],
+)
+def test_a_damaged_checkpoint_has_a_fault_and_a_whole_one_has_none(uninterrupted, tmp_path, name, how):
+    folder = tmp_path / "step_000012"
+    shutil.copytree(uninterrupted / "checkpoints" / "step_000012", folder)
+    assert fault_of(folder) is None
+    damage(folder / name, how)
+    assert name in (fault_of(folder) or "")
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [("optimizer.safetensors", "truncated"), ("manifest.json", "\x80garbage")]
+)
+def test_the_newest_checkpoint_is_named_and_passed_over_when_damaged(
+    run_train, run_until, uninterrupted, tmp_path, capfd, name, how
+):
+    run_dir = run_until("in an update", 11, output_dir=tmp_path / "run", **WHOLE)
+    damage(run_dir / "checkpoints" / "step_000010" / name, how)
+    run_train(output_dir=run_dir, **WHOLE)
+    said = capfd.readouterr().out
+    assert f"step_000010 is damaged and was passed over: {name}" in said
+    assert "after update 8." in said
+    assert_ended_alike(run_dir, uninterrupted)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_starts_anew(
+    run_train, run_until, uninterrupted, tmp_path, capfd
+):
+    run_dir = run_until("in an update", 11, output_dir=tmp_path / "run", **WHOLE)
+    for folder in (run_dir / "checkpoints").iterdir():
+        damage(folder / "state.json", "missing")
+    wait_for_the_next_second(run_dir)
+    run_train(output_dir=run_dir, **WHOLE)
+    said = capfd.readouterr().out
+    assert "step_000010 is damaged" in said
+    assert "step_000008 is damaged" in said
+    assert_ended_alike(run_dir, uninterrupted)
+    assert_tensorboard_matches(run_dir)
+
+
+def test_a_damaged_newer_checkpoint_does_not_cost_the_whole_ones_written_after_it(
+    run_train, run_until, tmp_path
+):
+    settings = {**WHOLE, "checkpoint__keep": 1}
+    run_dir = run_until("in an update", 11, output_dir=tmp_path / "run", **settings)
+    damage(run_dir / "checkpoints" / "step_000010" / "state.json", "missing")
+    run_until("in an update", 5, output_dir=run_dir, **settings)
+    whole = [name for name in checkpoint_names(run_dir) if fault_of(run_dir / "checkpoints" / name) is None]
+    assert whole == ["step_000004"]
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("keep", [1, 3, 100])
+def test_exactly_the_newest_checkpoints_are_kept(run_train, tmp_path, keep):
+    run_dir = run_train(
+        output_dir=tmp_path / "run", checkpoint__every_steps=1, checkpoint__keep=keep, train__max_steps=4
+    )
+    newest = ["step_000001", "step_000002", "step_000003", "step_000004"][-keep:]
+    assert checkpoint_names(run_dir) == newest
+    assert all(fault_of(run_dir / "checkpoints" / name) is None for name in newest)
+
+
+def test_a_run_leaves_no_file_that_could_hold_code(uninterrupted):
+    known = {".json", ".jsonl", ".yaml", ".jinja", ".safetensors"}
+    for path in uninterrupted.rglob("*"):
+        if path.is_file():
+            assert path.suffix in known or path.name.startswith("events.out.tfevents."), path
+            # How pickles and torch.save's zip files begin.
+            assert not path.read_bytes().startswith((b"\x80", b"PK")), path
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "sgd"])
+def test_adapter_optimizer_and_state_survive_a_round_trip(tmp_path, name):
+    def build(seed: int) -> tuple[Any, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = add_adapter(tiny_model(100).requires_grad_(False), LoraConfig(r=64))
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        return model, create_optimizer(name, trainable, OptimConfig(name=name, learning_rate=1e-2))
+
+    def update(model: Any, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        noise = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.randn(parameter.shape, generator=noise)
+        optimizer.step()
+
+    def everything(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        weights = {key: value for key, value in model.state_dict().items() if "lora_" in key}
+        return {**weights, **leaves_of(optimizer.state_dict()["state"])}
+
+    model, optimizer = build(seed=0)
+    for seed in range(3):
+        update(model, optimizer, seed)
+    state = TrainState(
+        step=3, window_sums=[0.1, 2.0, 3.0, 4.0], loss_scaler={"scale": 8.0, "_growth_tracker": 1}
+    )
+    folder = save_checkpoint(tmp_path, state, model, optimizer, keep=2)
+    if name == "adamw_8bit":
+        saved = load_file(folder / "optimizer.safetensors")
+        assert {torch.uint8, torch.float32} <= {tensor.dtype for tensor in saved.values()}
+
+    other_model, other_optimizer = build(seed=1)
+    assert load_checkpoint(folder, other_model, other_optimizer) == state
+    for seed in range(3, 6):
+        ours, theirs = everything(model, optimizer), everything(other_model, other_optimizer)
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            if isinstance(value, Tensor):
+                assert value.dtype == theirs[key].dtype, key
+                assert torch.equal(value, theirs[key]), key
+            else:
+                assert value == theirs[key], key
+        update(model, optimizer, seed)
+        update(other_model, other_optimizer, seed)
