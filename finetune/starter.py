@@ -130,6 +130,7 @@ def _sha256(path: Path) -> str:
 def _dequantize(gguf: Path, folder: Path) -> Path:
     """Write the GGUF model as a normal folder: bf16 safetensors, tokenizer with its chat template."""
     import torch  # here and below: seconds to import, and only the one process that fetches needs them
+    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -140,5 +141,10 @@ def _dequantize(gguf: Path, folder: Path) -> Path:
     )
     del model.config._model_name_or_path  # the working title of a training run, out of the GGUF file
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The GGUF file does not say so, but SmolLM2 splits digits off before it looks for byte-level words.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.save_pretrained(folder)
     return folder

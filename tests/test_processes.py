@@ -140,8 +140,14 @@ def test_two_stopped_processes_launched_again_make_the_updates_of_one(run_train,
     assert_same_metrics(both, alone)
 
 
-def test_another_number_of_processes_cannot_go_on_with_a_run(run_train, stopped, capfd):
-    """Its updates would be of another size, and the steps made so far would stand for other examples."""
+def test_one_process_goes_on_where_two_stopped_with_updates_of_the_same_size(run_train, stopped, tmp_path):
+    both, settings = stopped
+    alone = run_train(output_dir=tmp_path / "alone", **settings, **ONE)
+    assert_same_metrics(run_train(output_dir=both, **settings, **ONE), alone)
+
+
+def test_one_process_cannot_go_on_where_two_stopped_with_updates_of_another_size(run_train, stopped, capfd):
+    """The steps made so far would stand for other examples."""
     both, settings = stopped
     before = read_metrics(both)
     capfd.readouterr()

