@@ -20,7 +20,7 @@ from finetune.config import Config, parse_config
 from finetune.evaluate import evaluate, generate_answers, pick_conversations
 from finetune.loss import TokenLoss
 from finetune.machine import choose_precision, create_accelerator, environment, peak_memory_gib
-from finetune.metrics import Stopwatch, SumWindow
+from finetune.metrics import Stopwatch, SumWindow, check_finite
 from finetune.model import load_model, load_tokenizer
 from finetune.optim import choose_optimizer, create_optimizer, learning_rate_at, set_learning_rate
 from finetune.rows import load_rows
@@ -140,7 +140,7 @@ def train(config: Config) -> None:
                 if state.step == plan.num_steps:
                     write_answers()
                 if is_due(config.checkpoint.every_steps, state.step, plan):
-                    state.window_sums = window.total(accelerator).tolist()
+                    state.window_sums = check_finite(window.total(accelerator).tolist())
                     if accelerator.scaler is not None:
                         state.loss_scaler = accelerator.scaler.state_dict()
                     if is_main:
@@ -171,6 +171,15 @@ def main(argv: Sequence[str]) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(
+            f"stopped: {error}; the last checkpoint is from before. Lower optim.learning_rate?",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 

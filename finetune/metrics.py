@@ -1,5 +1,6 @@
 """Sums over a window of updates, kept on the device, and the means they become once per log line."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,14 +42,24 @@ class SumWindow:
 
 
 def means(sums: Tensor) -> Metrics:
-    """nll, entropy, correct, count as the metrics of a log line: nats per target token, a fraction."""
-    nll, entropy, correct, count = sums.tolist()
+    """nll, entropy, correct, count as the metrics of a log line: nats per target token, a fraction.
+
+    Raises:
+        FloatingPointError: a sum is not finite, so the model has diverged.
+    """
+    nll, entropy, correct, count = check_finite(sums.tolist())
     return {
         "loss": nll / count,
         "entropy": entropy / count,
         "mean_token_accuracy": correct / count,
         "num_target_tokens": int(count),
     }
+
+
+def check_finite(sums: list[float]) -> list[float]:
+    if not all(map(math.isfinite, sums)):
+        raise FloatingPointError("the loss is no longer a finite number")
+    return sums
 
 
 class Stopwatch:

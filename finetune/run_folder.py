@@ -111,9 +111,9 @@ def start_run(
                 f"{plan.num_processes} process(es) this is {plan.global_batch_size}: set "
                 "train.gradient_accumulation_steps or train.micro_batch_size so that the product is the same"
             )
-    _write(folder / ENVIRONMENT, json.dumps(environment, indent=1, ensure_ascii=False))
     # What the run first went on from stays on record: it does so again until it has its own checkpoint.
     _write(folder / CONFIG, config_to_yaml(replace(config, resume=_origin(config))))
+    _write(folder / ENVIRONMENT, json.dumps(environment, indent=1, ensure_ascii=False))
 
 
 def _origin(config: Config) -> str:
@@ -136,7 +136,7 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
     origin = _origin(config)
     if config.resume not in ("auto", "never"):
         asked = Path(config.resume)
-        if fault := fault_of(asked):
+        if not own and (fault := fault_of(asked)):
             raise ValueError(f"resume {asked} is no whole checkpoint: {fault}")
         if own and config.resume != origin and asked.resolve() != own[0].resolve():
             raise ValueError(f"output_dir {run_dir} holds the newer {own[0].name}; choose another output_dir")

@@ -66,6 +66,7 @@ class Tracker:
             TextColumn("updates, left"),
             TimeRemainingColumn(),
             console=console,
+            speed_estimate_period=600,  # an update may take minutes on a small machine
         )
         self._task = self._progress.add_task(
             "train", total=plan.num_steps, completed=first_step, epoch=self._epoch_on_screen(first_step)

@@ -12,7 +12,7 @@ from conftest import tiny_model
 from torch import Tensor
 from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy
-from transformers import Qwen2ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
 
 from finetune.batching import Layout, Plan, collate
 from finetune.chat import IGNORE
@@ -156,6 +156,26 @@ def test_sums_and_gradients_are_the_plain_ones_on_the_starter_model(starter_dir)
         examples.append({"input_ids": ids, "labels": [IGNORE, IGNORE, *ids[2:]]})
     layouts = [Layout(True, 1, 64), Layout(False, 3, 64)]
     assert_update_is_right(model, examples, layouts, num_processes=1)
+
+
+def test_sums_and_gradients_are_the_plain_ones_on_a_model_that_learns_its_positions():
+    # Where positions are relative, as in Qwen2, it would not show if they did not start anew.
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=sum(LENGTHS),
+        initializer_range=0.2,
+        attn_pdrop=0,
+        embd_pdrop=0,
+        resid_pdrop=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = with_adapter(GPT2LMHeadModel(config))
+    assert_update_is_right(model, random_examples(LENGTHS), LAYOUTS, num_processes=1)
 
 
 class WithoutLogitsToKeep(Qwen2ForCausalLM):
