@@ -136,21 +136,27 @@ def lay_out(examples: Indices, lengths: NDArray[np.int64], layout: Layout) -> li
     longest_first = sorted(examples, key=lambda i: (-int(lengths[i]), i))
     assert all(lengths[i] <= layout.max_tokens for i in examples), "examples are cut to the budget before"
     batches: list[Indices] = []
+    loads: list[int] = []  # tokens in each
     for example in longest_first:
+        length = int(lengths[example])
         if layout.packing:
-            fitting = (b for b in batches if lengths[b].sum() + lengths[example] <= layout.max_tokens)
+            fitting = (n for n, load in enumerate(loads) if load + length <= layout.max_tokens)
         else:
             # Only the last one is open: its first example is its longest, and so its width.
+            last = len(batches) - 1
             fitting = (
-                b
-                for b in batches[-1:]
-                if len(b) < layout.micro_batch_size and (len(b) + 1) * lengths[b[0]] <= layout.max_tokens
+                n
+                for n in range(max(last, 0), len(batches))
+                if len(batches[n]) < layout.micro_batch_size
+                and (len(batches[n]) + 1) * int(lengths[batches[n][0]]) <= layout.max_tokens
             )
-        batch = next(fitting, None)
-        if batch is None:
+        place = next(fitting, None)
+        if place is None:
             batches.append([example])
+            loads.append(length)
         else:
-            batch.append(example)
+            batches[place].append(example)
+            loads[place] += length
     return batches
 
 

@@ -74,6 +74,7 @@ def generate_answers(
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            repetition_penalty=1.0,  # some models bring one of their own
             temperature=None,
             top_p=None,
             top_k=None,
