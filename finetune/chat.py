@@ -8,6 +8,7 @@ mask is right for any template, also one whose prompt is not a prefix of the who
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,13 +41,13 @@ class Tokens(NamedTuple):
 class Examples:
     """Tokenised rows that fit, and what became of the others.
 
-    `dataset` has the columns input_ids, labels, row_number. `num_truncated` of its examples were cut at
-    max_length; `dropped` counts the rows left out, by reason.
+    `dataset` has the columns input_ids, labels, row_number. Of its examples, those of the rows `truncated`
+    were cut at max_length; `dropped` are the numbers of the rows left out, by reason.
     """
 
     dataset: Dataset
-    num_truncated: int
-    dropped: dict[str, int]
+    truncated: list[int]
+    dropped: dict[str, list[int]]
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -190,7 +191,7 @@ def tokenize_splits(rows: Rows, tokenizer: Any, config: DataConfig) -> tuple[Exa
     sets = {name: tokenize_rows(split, tokenizer, config) for name, split in splits.items()}
     for name, examples in sets.items():
         if len(splits[name]) > 0 and len(examples.dataset) == 0:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in examples.dropped.items())
+            reasons = ", ".join(f"{len(numbers)} {reason}" for reason, numbers in examples.dropped.items())
             raise ValueError(f"no example is left in the {name} split ({reasons}); raise data.max_length")
     return sets["train"], sets["eval"]
 
@@ -209,7 +210,7 @@ def tokenize_rows(rows: Dataset, tokenizer: Any, config: DataConfig) -> Examples
             "a chat_template.jinja to a local copy of its folder"
         )
     if len(rows) == 0:
-        return Examples(Dataset.from_dict({"input_ids": [], "labels": [], "row_number": []}), 0, {})
+        return Examples(Dataset.from_dict({"input_ids": [], "labels": [], "row_number": []}), [], {})
 
     def encode_row(row: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -242,10 +243,14 @@ def tokenize_rows(rows: Dataset, tokenizer: Any, config: DataConfig) -> Examples
         for row in encoded
     ]
     kept = encoded.select([i for i, reason in enumerate(reasons) if reason is None])
+    dropped: dict[str, list[int]] = defaultdict(list)
+    for number, reason in zip(encoded["row_number"], reasons, strict=True):
+        if reason is not None:
+            dropped[reason].append(number)
     return Examples(
         dataset=kept.remove_columns("num_tokens"),
-        num_truncated=sum(length > config.max_length for length in kept["num_tokens"]),
-        dropped={reason: reasons.count(reason) for reason in dict.fromkeys(reasons) if reason is not None},
+        truncated=[row["row_number"] for row in kept if row["num_tokens"] > config.max_length],
+        dropped=dict(dropped),
     )
 
 

@@ -64,6 +64,8 @@ class DataConfig:
     """Share of the rows kept for evaluation; 0 trains on all and does not evaluate"""
     split_seed: int = 42
     """Seed of the split, as datasets.Dataset.train_test_split uses it"""
+    split_by: Literal["row", "instruction"] = "row"
+    """instruction puts all rows with one instruction on one side; row splits as train_test_split does"""
     max_length: int = 512
     """Longest example in tokens"""
     overlong: Literal["truncate", "drop"] = "truncate"

@@ -5,8 +5,9 @@ A row has the columns of one of FORMATS, and `row_number`: its place in the data
 
 import difflib
 import json
+import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import pyarrow as pa
 from datasets import Dataset, concatenate_datasets, disable_progress_bars, load_dataset
 
 from finetune.config import DataConfig
+from finetune.duplicates import Match, most_similar, normalise
 
 # Required columns of each format, and the optional ones. Where several fit, the first is taken.
 FORMATS = {
@@ -32,18 +34,18 @@ FILE_SUFFIXES = (".csv", ".parquet", ".json", ".jsonl")
 class Rows:
     """The rows of a run, and what became of all that were read.
 
-    `num_read` rows were read and `dropped` (a count per reason) of them left out; of the rest, `train` and
-    `eval` are the sample, split.
+    `num_read` rows were read and `dropped` (row numbers, by reason) of them left out; of the rest, `train`
+    and `eval` are the sample, split.
     """
 
     train: Dataset
     eval: Dataset
     num_read: int
-    dropped: dict[str, int]
+    dropped: dict[str, list[int]]
 
     @property
     def num_kept(self) -> int:
-        return self.num_read - sum(self.dropped.values())
+        return self.num_read - sum(len(numbers) for numbers in self.dropped.values())
 
 
 def load_rows(config: DataConfig) -> Rows:
@@ -61,10 +63,12 @@ def load_rows(config: DataConfig) -> Rows:
     table = read_rows(config.path)
     clean, dropped = clean_rows(table)
     if len(clean) == 0:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "the file is empty"
+        reasons = ", ".join(f"{len(numbers)} {reason}" for reason, numbers in dropped.items())
+        reasons = reasons or "the file is empty"
         raise ValueError(f"{_described(config.path)} has no usable row: {len(table)} read ({reasons})")
     sample = sample_rows(clean, config.num_samples, config.sample_seed)
-    train, evaluation = split_rows(sample, config.eval_fraction, config.split_seed)
+    split = split_rows if config.split_by == "row" else split_rows_by_instruction
+    train, evaluation = split(sample, config.eval_fraction, config.split_seed)
     return Rows(train=train, eval=evaluation, num_read=len(table), dropped=dropped)
 
 
@@ -217,11 +221,16 @@ def _format_columns(found: list[str], source: str) -> list[str]:
     )
 
 
-def clean_rows(table: Dataset) -> tuple[Dataset, dict[str, int]]:
-    """The rows with something to learn from, and how many others there were, by reason."""
-    reasons = [_reason_to_drop(row) for row in table]
-    kept = table.select([index for index, reason in enumerate(reasons) if reason is None])
-    return kept, dict(Counter(reason for reason in reasons if reason is not None))
+def clean_rows(table: Dataset) -> tuple[Dataset, dict[str, list[int]]]:
+    """The rows with something to learn from, and the numbers of the others, by reason."""
+    kept: list[int] = []
+    dropped: dict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(table):
+        if reason := _reason_to_drop(row):
+            dropped[reason].append(row["row_number"])
+        else:
+            kept.append(index)
+    return table.select(kept), dict(dropped)
 
 
 def _reason_to_drop(row: Mapping[str, Any]) -> str | None:
@@ -279,6 +288,64 @@ def split_rows(table: Dataset, eval_fraction: float, seed: int) -> tuple[Dataset
             f"data.eval_fraction {eval_fraction} leaves no row to train on, of {len(table)}"
         ) from error
     return split["train"], split["test"]
+
+
+def split_rows_by_instruction(table: Dataset, eval_fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Train and eval rows such that no instruction, as `normalise` leaves it, is on both sides.
+
+    Instructions are drawn in an order that depends on the seed, and go to the eval side while the rows that
+    have them still fit into its share.
+    """
+    if eval_fraction == 0:
+        return table, table.select([])
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(table):
+        rows_of[normalise(instruction_of(row))].append(index)
+    groups = list(rows_of.values())
+    share = math.ceil(eval_fraction * len(table))  # as train_test_split rounds
+    chosen: list[int] = []
+    for group in np.random.default_rng(seed).permutation(len(groups)):
+        if len(chosen) + len(groups[group]) <= share:
+            chosen += groups[group]
+    if not 0 < len(chosen) < len(table):
+        raise ValueError(
+            f"data.split_by instruction cannot put {eval_fraction:.0%} of {len(table)} rows aside: they have "
+            f"{len(groups)} different instruction(s); set data.split_by to row or data.eval_fraction to 0"
+        )
+    held_out = set(chosen)
+    return table.select([i for i in range(len(table)) if i not in held_out]), table.select(sorted(chosen))
+
+
+def instruction_of(row: Mapping[str, Any]) -> str:
+    """What the row asks for, without the input that it asks it of: the first user turn of messages."""
+    if "messages" in row:
+        return next((m["content"] or "" for m in row["messages"] if m["role"] == "user"), "")
+    return str(row["prompt"] if "completion" in row else row["instruction"])
+
+
+def prompt_of(row: Mapping[str, Any]) -> str:
+    """All that the row's last answer answers to: instruction and input, or the turns before it."""
+    if "messages" in row:
+        turns = [m["content"] or "" for m in row["messages"] if m["role"] != "system"]
+        last = max(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")
+        last -= sum(m["role"] == "system" for m in row["messages"][:last])
+        return "\n".join(turns[:last])
+    if "completion" in row:
+        return str(row["prompt"])
+    return "\n".join(filter(None, (row["instruction"], row["input"])))
+
+
+def answer_of(row: Mapping[str, Any]) -> str:
+    """The row's last answer."""
+    if "messages" in row:
+        return str(next(m["content"] for m in reversed(row["messages"]) if m["role"] == "assistant"))
+    return str(row["completion"] if "completion" in row else row["output"])
+
+
+def find_leaks(rows: Rows) -> dict[int, Match]:
+    """Eval rows whose prompt, or one much like it, is also trained on: row number -> place in `rows.train`."""
+    matches = most_similar([prompt_of(row) for row in rows.eval], [prompt_of(row) for row in rows.train])
+    return {number: match for number, match in zip(rows.eval["row_number"], matches, strict=True) if match}
 
 
 def _described(path: str | list[str]) -> str:

@@ -1,6 +1,7 @@
 """What a person sees of a run: the console, metrics.jsonl and TensorBoard."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -199,17 +200,16 @@ def describe_model(config: Config, model: torch.nn.Module, device: torch.device)
 
 def describe_data(rows: Rows, train_set: Examples, eval_set: Examples) -> list[tuple[str, str]]:
     """Rows read, kept and dropped, and the examples they became."""
-    dropped = dict(rows.dropped)
-    for examples in (train_set, eval_set):
-        for reason, count in examples.dropped.items():
-            dropped[reason] = dropped.get(reason, 0) + count
+    dropped: Counter[str] = Counter()
+    for source in (rows, train_set, eval_set):
+        dropped.update({reason: len(numbers) for reason, numbers in source.dropped.items()})
     return [
         (
             "rows",
             f"{rows.num_read:,} read, {rows.num_kept:,} usable, {len(rows.train) + len(rows.eval):,} taken",
         ),
         ("dropped", ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()) or "none"),
-        ("cut at max_length", f"{train_set.num_truncated:,} train, {eval_set.num_truncated:,} eval"),
+        ("cut at max_length", f"{len(train_set.truncated):,} train, {len(eval_set.truncated):,} eval"),
         ("examples", f"{len(train_set.dataset):,} train, {len(eval_set.dataset):,} eval"),
     ]
 

@@ -199,7 +199,7 @@ def test_no_two_packed_rows_would_fit_into_one(lengths, layout):
 @given(st.lists(st.integers(1, LONGEST), max_size=30), plans())
 def test_evaluation_covers_every_example_exactly_once_within_the_limits(lengths, plan):
     dataset = Dataset.from_dict({"input_ids": [[0] * length for length in lengths]})
-    eval_set = Examples(dataset, num_truncated=0, dropped={})
+    eval_set = Examples(dataset, truncated=[], dropped={})
     batches = [batch for one in processes(plan) for batch in plan_evaluation(one, eval_set)]
     assert all(batch and keeps_to(plan.layout, batch, lengths) for batch in batches)
     assert sorted(example for batch in batches for example in batch) == list(range(len(lengths)))
@@ -209,7 +209,7 @@ def test_the_plan_of_a_config_uses_its_sizes_and_defaults_to_the_memory_sized_fo
     dataset = Dataset.from_dict(
         {"input_ids": [[5, 6, 7], [8, 9]], "labels": [[IGNORE, 6, 7], [IGNORE, IGNORE]]}
     )
-    train_set = Examples(dataset, num_truncated=0, dropped={})
+    train_set = Examples(dataset, truncated=[], dropped={})
     train = TrainConfig(
         micro_batch_size=3, gradient_accumulation_steps=4, num_epochs=5, max_steps=6, seed=7, packing=False
     )

@@ -584,7 +584,7 @@ def test_every_row_is_encoded_in_order_and_keeps_its_number(qwen2):
     assert columns(examples) == [
         (row["row_number"], *encode(qwen2, to_messages(row, "Be kind."), "completion")) for row in rows
     ]
-    assert (examples.num_truncated, examples.dropped) == (0, {})
+    assert (examples.truncated, examples.dropped) == ([], {})
 
 
 def test_rows_of_every_format_are_encoded(qwen2):
@@ -602,14 +602,19 @@ def test_training_on_all_is_what_the_configuration_asks_for(qwen2):
     assert all(row["labels"] == [IGNORE, *row["input_ids"][1:]] for row in examples.dataset)
 
 
-def test_rows_longer_than_max_length_are_cut_at_the_end_and_counted(qwen2):
+def test_rows_longer_than_max_length_are_cut_at_the_end_and_named(qwen2):
     whole = columns(tokenize_rows(table(), qwen2, config()))
     lengths = [len(input_ids) for _, input_ids, _ in whole]
     assert lengths[2] > lengths[1] > lengths[0]
-    for max_length, num_cut in ((lengths[2], 0), (lengths[2] - 1, 1), (lengths[1], 1), (lengths[1] - 1, 2)):
+    for max_length, cut_rows in (
+        (lengths[2], []),
+        (lengths[2] - 1, [3]),
+        (lengths[1], [3]),
+        (lengths[1] - 1, [2, 3]),
+    ):
         cut = tokenize_rows(table(), qwen2, config(max_length=max_length))
         assert columns(cut) == [(n, ids[:max_length], labels[:max_length]) for n, ids, labels in whole]
-        assert (cut.num_truncated, cut.dropped) == (num_cut, {})
+        assert (cut.truncated, cut.dropped) == (cut_rows, {})
 
 
 def test_rows_longer_than_max_length_are_dropped_and_counted_where_asked(qwen2):
@@ -617,10 +622,10 @@ def test_rows_longer_than_max_length_are_dropped_and_counted_where_asked(qwen2):
     length = len(whole[1][1])
     kept = tokenize_rows(table(), qwen2, config(max_length=length, overlong="drop"))
     assert columns(kept) == whole[:2]
-    assert (kept.num_truncated, kept.dropped) == (0, {f"over {length} tokens": 1})
+    assert (kept.truncated, kept.dropped) == ([], {f"over {length} tokens": [3]})
     # The same tokens, so from the same cache
     cut = tokenize_rows(table(), qwen2, config(max_length=length, overlong="truncate"))
-    assert (len(cut.dataset), cut.num_truncated, cut.dropped) == (3, 1, {})
+    assert (len(cut.dataset), cut.truncated, cut.dropped) == (3, [3], {})
 
 
 def test_rows_that_cutting_leaves_without_a_target_are_dropped_and_counted(qwen2):
@@ -628,9 +633,9 @@ def test_rows_that_cutting_leaves_without_a_target_are_dropped_and_counted(qwen2
     rows = table([ROWS[0], long_question, ROWS[2]])
     examples = tokenize_rows(rows, qwen2, config(max_length=50))
     assert [row["row_number"] for row in examples.dataset] == [1, 3]
-    assert (examples.num_truncated, examples.dropped) == (1, {"without a target token": 1})
+    assert (examples.truncated, examples.dropped) == ([3], {"without a target token": [2]})
     on_all = tokenize_rows(rows, qwen2, config(max_length=50, train_on="all"))
-    assert (len(on_all.dataset), on_all.num_truncated, on_all.dropped) == (3, 2, {})
+    assert (len(on_all.dataset), on_all.truncated, on_all.dropped) == (3, [2, 3], {})
 
 
 def test_lengths_and_target_counts_are_those_of_the_examples(qwen2):
@@ -664,7 +669,7 @@ def test_a_split_that_is_left_without_an_example_is_refused_by_name_and_reason(q
 
 def test_no_rows_give_no_examples(qwen2):
     examples = tokenize_rows(table().select([]), qwen2, config())
-    assert (len(examples.dataset), examples.num_truncated, examples.dropped) == (0, 0, {})
+    assert (len(examples.dataset), examples.truncated, examples.dropped) == (0, [], {})
     assert (examples.lengths.tolist(), examples.target_counts.tolist()) == ([], [])
     assert set(examples.dataset.column_names) == {"row_number", "input_ids", "labels"}
 
@@ -729,8 +734,8 @@ def test_rows_are_encoded_once_and_then_read_from_the_cache(encoded_anew):
 def test_the_cache_gives_the_same_examples(qwen2):
     first, second = (tokenize_rows(table(), qwen2, config(max_length=50)) for _ in range(2))
     assert columns(first) == columns(second)
-    assert (first.num_truncated, first.dropped, first.fingerprint) == (
-        second.num_truncated,
+    assert (first.truncated, first.dropped, first.fingerprint) == (
+        second.truncated,
         second.dropped,
         second.fingerprint,
     )

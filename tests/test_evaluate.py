@@ -36,7 +36,7 @@ def accelerator() -> Accelerator:
 
 
 def eval_set_of(examples: list[dict[str, list[int]]]) -> Examples:
-    return Examples(Dataset.from_list(examples), num_truncated=0, dropped={})
+    return Examples(Dataset.from_list(examples), truncated=[], dropped={})
 
 
 def plan_for(layout: Any, num_processes: int = 1) -> Plan:

@@ -48,8 +48,8 @@ def numbered(rows: list[dict]) -> list[dict]:
     return [{**row, "row_number": number} for number, row in enumerate(rows, 1)]
 
 
-def load_all(path) -> tuple[list[dict], dict[str, int]]:
-    """All clean rows, in the file's order, and the counts of the others."""
+def load_all(path) -> tuple[list[dict], dict[str, list[int]]]:
+    """All clean rows, in the file's order, and the numbers of the others."""
     rows = load_rows(DataConfig(path=path if isinstance(path, list) else str(path), eval_fraction=0))
     return list(rows.train), rows.dropped
 
@@ -223,7 +223,7 @@ def test_rows_without_text_are_dropped_and_counted_by_reason_and_the_others_keep
     path = write(tmp_path / f"rows{suffix}", rows)
     kept, dropped = load_all(path)
     assert kept == [{**ALPACA[1], "row_number": 2}, {**ALPACA[3], "row_number": 5}]
-    assert dropped == {"without output": 3, "without instruction": 1}
+    assert dropped == {"without output": [1, 3, 6], "without instruction": [4]}
     loaded = load_rows(DataConfig(path=str(path)))
     assert (loaded.num_read, loaded.num_kept) == (6, 2)
 
@@ -233,14 +233,14 @@ def test_the_numbers_of_rows_go_on_over_files_also_where_rows_are_dropped(tmp_pa
     files = [str(write(tmp_path / "a.csv", rows)), str(write(tmp_path / "b.jsonl", rows))]
     kept, dropped = load_all(files)
     assert [row["row_number"] for row in kept] == [1, 3, 4, 5, 7, 8]
-    assert dropped == {"without output": 2}
+    assert dropped == {"without output": [2, 6]}
 
 
 def test_completions_without_text_are_dropped_and_counted(tmp_path):
     rows = [{"prompt": "a", "completion": ""}, {"prompt": " ", "completion": "b"}, *COMPLETION]
     kept, dropped = load_all(write(tmp_path / "rows.jsonl", rows))
     assert [row["row_number"] for row in kept] == [3, 4]
-    assert dropped == {"without completion": 1, "without prompt": 1}
+    assert dropped == {"without completion": [1], "without prompt": [2]}
 
 
 def test_conversations_with_nothing_to_learn_are_dropped_and_counted(tmp_path):
@@ -256,7 +256,7 @@ def test_conversations_with_nothing_to_learn_are_dropped_and_counted(tmp_path):
     ]
     kept, dropped = load_all(write(tmp_path / "rows.jsonl", rows))
     assert kept == [{**MESSAGES[0], "row_number": 7}]
-    assert dropped == {"without text in an assistant turn": 4, "without messages": 2}
+    assert dropped == {"without text in an assistant turn": [1, 2, 3, 4], "without messages": [5, 6]}
 
 
 # --- Sample and split ---
@@ -575,7 +575,7 @@ def test_a_hub_data_set_is_cleaned_sampled_and_split_as_the_same_local_rows_are(
     assert list(remote.train) == list(local.train)
     assert list(remote.eval) == list(local.eval)
     assert (remote.num_read, remote.dropped) == (local.num_read, local.dropped)
-    assert remote.dropped == {"without output": 1, "without instruction": 1}
+    assert remote.dropped == {"without output": [4], "without instruction": [5]}
 
 
 @pytest.mark.parametrize("rows", [MESSAGES, COMPLETION], ids=["messages", "completion"])
