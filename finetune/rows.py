@@ -343,7 +343,7 @@ def answer_of(row: Mapping[str, Any]) -> str:
 
 
 def find_leaks(rows: Rows) -> dict[int, Match]:
-    """Eval rows whose prompt, or one much like it, is also trained on: row number -> place in `rows.train`."""
+    """Eval rows whose prompt, or one much like it, is trained on: row number -> place in rows.train."""
     matches = most_similar([prompt_of(row) for row in rows.eval], [prompt_of(row) for row in rows.train])
     return {number: match for number, match in zip(rows.eval["row_number"], matches, strict=True) if match}
 
