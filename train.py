@@ -5,37 +5,51 @@ This file is the loop, top to bottom. What it calls lives in finetune/, one modu
 
 import math
 import sys
-import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
-import torch
-
+from finetune.bad_update import examine_update, write_bad_update
 from finetune.batching import Plan, iterate_batches, iterate_updates, make_plan, plan_evaluation
 from finetune.chat import tokenize_splits
-from finetune.checkpoint import TrainState, load_checkpoint, save_adapter_and_tokenizer, save_checkpoint
+from finetune.checkpoint import (
+    TrainState,
+    estimate_bytes,
+    load_checkpoint,
+    save_adapter_and_tokenizer,
+    save_checkpoint,
+)
+from finetune.command import run_command
 from finetune.config import Config, parse_config
 from finetune.evaluate import evaluate, generate_answers, pick_conversations
-from finetune.loss import TokenLoss
-from finetune.machine import choose_precision, create_accelerator, environment, peak_memory_gib
-from finetune.metrics import Stopwatch, SumWindow, check_finite
-from finetune.model import load_model, load_tokenizer
+from finetune.loss import TokenLoss, choose_layout, describe_loss
+from finetune.machine import (
+    choose_precision,
+    create_accelerator,
+    describe_machine,
+    environment,
+    peak_memory_gib,
+    require_as_asked,
+    reseed,
+)
+from finetune.metrics import Stopwatch, SumWindow, all_finite
+from finetune.model import describe_base, load_model, load_tokenizer
 from finetune.optim import choose_optimizer, create_optimizer, learning_rate_at, set_learning_rate
-from finetune.rows import load_rows
+from finetune.rows import find_leaks, load_rows
 from finetune.run_folder import (
     RunStatus,
     find_checkpoint,
-    keep_metrics_until,
+    keep_lines_until,
     read_evaluations,
     run_status,
     start_run,
 )
-from finetune.tracking import Tracker, describe_data, describe_model, say, show_end, show_start
+from finetune.signals import StopRequest
+from finetune.tracking import Tracker, describe_data, describe_model, say, show_end, show_start, show_stop
 
 
-def train(config: Config) -> None:
+def train(config: Config) -> int:
+    """Train as configured, and return the exit code: 0, or 128 + the signal that stopped the run."""
     run_dir = Path(config.output_dir)
     precision = choose_precision(config.train.mixed_precision)
     accelerator = create_accelerator(config, precision.got)
@@ -44,15 +58,14 @@ def train(config: Config) -> None:
         if is_main:
             say(f"The run in {run_dir} is finished; its adapter is {run_dir / 'adapter'}.")
             say("To train again, choose another --output_dir, or delete that folder.")
-        return
+        return 0
 
-    # Data: rows -> tokens with their mask -> the plan of all updates.
+    # Data: rows -> tokens with their mask.
     tokenizer = load_tokenizer(config.model)
     with accelerator.main_process_first():  # the others find its tokens in the cache
         rows = load_rows(config.data)
         train_set, eval_set = tokenize_splits(rows, tokenizer, config.data)
-    plan = make_plan(config, train_set, accelerator.process_index, accelerator.num_processes)
-    eval_batches = plan_evaluation(plan, eval_set)
+    leaks = find_leaks(rows)
     conversations = pick_conversations(rows.eval, config.data.system_prompt)
 
     # Model: a frozen, quantised base with a LoRA adapter; the loss lies inside, so that DDP wraps both.
@@ -63,47 +76,67 @@ def train(config: Config) -> None:
     optimizer = create_optimizer(optimizer_choice.got, trainable, config.optim)
     ddp_loss, optimizer = accelerator.prepare(token_loss, optimizer)
 
+    # What was asked, beside what runs; the plan of all updates.
+    layout = choose_layout(config.train.packing, accelerator, token_loss, train_set.dataset)
+    settings = [*describe_machine(accelerator), precision, *describe_base(config.model, model)]
+    settings += [optimizer_choice, layout, describe_loss(layout, token_loss)]
+    if config.strict:
+        require_as_asked(settings)
+    packing = layout.got == "packed"
+    plan = make_plan(config, train_set, packing, accelerator.process_index, accelerator.num_processes)
+    eval_batches = plan_evaluation(plan, eval_set, leaks)
+
     # The run: new, or going on from a checkpoint.
     checkpoint, damaged = find_checkpoint(config)
     state, window = TrainState(), SumWindow(device)
     if checkpoint is not None:
-        state = load_checkpoint(checkpoint, model, optimizer)
+        state = load_checkpoint(checkpoint, model, optimizer, accelerator.scaler)
         if is_main:  # sums over all processes: they must count once
             window.restore(state.window_sums)
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state.loss_scaler)
     accelerator.wait_for_everyone()
     if is_main:
-        start_run(config, environment(accelerator), plan, train_set, eval_set)
-        keep_metrics_until(run_dir, state.step)
-        facts = [*describe_model(config, model, device), *describe_data(rows, train_set, eval_set)]
-        show_start(config, [precision, optimizer_choice], plan, facts)
+        size = estimate_bytes(model, optimizer_choice.got)
+        start_run(config, environment(accelerator), plan, train_set, eval_set, size)
+        keep_lines_until(run_dir, state.step)
+        facts = [*describe_model(config, model), *describe_data(rows, train_set, eval_set, leaks)]
+        show_start(config, settings, plan, facts)
         for line in damaged:
             say(line)
         if checkpoint is not None:
             say(f"Going on from {checkpoint}, after update {state.step}.")
+    accelerator.wait_for_everyone()
 
-    with Tracker(accelerator, config, plan, state.step) as tracker:
+    with Tracker(accelerator, config, plan, state.step) as tracker, StopRequest(accelerator) as stop:
 
-        def run_evaluation() -> None:
-            tracker.show_activity("evaluating")
-            batches = iterate_batches(eval_batches, eval_set.dataset, plan.layout.packing, device)
-            tracker.log("eval", state.step, evaluate(accelerator, token_loss, batches))
+        def report() -> None:
+            """The answers and the evaluation that are due now, but for those made before a kill."""
+            first, last = state.step == 0, state.step == plan.num_steps
+            if (first or last) and conversations and not tracker.has("answers", state.step):
+                if is_main and not stop.requested:
+                    tracker.show_activity("writing a few answers")
+                    answers = generate_answers(accelerator, model, tokenizer, conversations)
+                    tracker.log_answers(state.step, conversations, answers)
+                accelerator.wait_for_everyone()
+            due = config.eval.at_start if first else is_due(config.eval.every, state.step, plan)
+            if due and len(eval_set.dataset) > 0 and not tracker.has("eval", state.step):
+                tracker.show_activity("evaluating")
+                parts = [iterate_batches(part, eval_set.dataset, packing, device) for part in eval_batches]
+                metrics = evaluate(accelerator, token_loss, parts, stop)
+                if metrics is not None:  # else it was stopped, and is made when the run goes on
+                    tracker.log("eval", state.step, metrics)
 
-        def write_answers() -> None:
-            if is_main and conversations:
-                tracker.show_activity("writing a few answers")
-                answers = generate_answers(accelerator, model, tokenizer, conversations)
-                tracker.log_answers(state.step, conversations, answers)
+        def save() -> None:
+            state.window_sums = window.total(accelerator).tolist()
+            if is_main and state.step > 0:
+                keep = config.checkpoint.keep
+                save_checkpoint(run_dir, state, model, optimizer, accelerator.scaler, keep)
             accelerator.wait_for_everyone()
 
-        if state.step == 0:
-            write_answers()
-            if config.eval.at_start and len(eval_set.dataset) > 0:
-                run_evaluation()
-
+        report()
         stopwatch = Stopwatch()
         for update, micro_batches in iterate_updates(plan, train_set.dataset, state.step, device):
+            if stop.agreed():
+                break
             # Dropout noise depends on these three alone: a resumed run draws the same.
             reseed(config.train.seed, state.step, accelerator.process_index)
             learning_rate = learning_rate_at(state.step, plan.num_steps, config.optim)
@@ -119,13 +152,21 @@ def train(config: Config) -> None:
                     accelerator.backward(sums.nll * scale)
                 window.add(sums)
             grad_norm = accelerator.clip_grad_norm_(trainable, config.optim.max_grad_norm or math.inf)
+            if not all_finite(accelerator, window, grad_norm):  # in an update, the one wait for the device
+                if is_main:
+                    record = examine_update(
+                        accelerator, token_loss, plan, state.step, train_set.dataset, tokenizer
+                    )
+                    say(write_bad_update(run_dir, record, state, model, optimizer, accelerator.scaler))
+                accelerator.wait_for_everyone()
+                raise FloatingPointError(f"a number of update {state.step + 1} is not finite")
             optimizer.step()
             optimizer.zero_grad()
             state.step += 1
             stopwatch.count(update.num_tokens)
             tracker.advance(state.step)
 
-            if is_due(config.log.every_steps, state.step, plan):  # the only place that waits for the device
+            if is_due(config.log.every_steps, state.step, plan):
                 metrics = window.reduce(accelerator)
                 metrics |= {
                     "learning_rate": learning_rate,
@@ -135,25 +176,20 @@ def train(config: Config) -> None:
                 }
                 tracker.log("train", state.step, metrics)
             with stopwatch.paused():
-                if len(eval_set.dataset) > 0 and is_due(config.eval.every, state.step, plan):
-                    run_evaluation()
-                if state.step == plan.num_steps:
-                    write_answers()
                 if is_due(config.checkpoint.every_steps, state.step, plan):
-                    state.window_sums = check_finite(window.total(accelerator).tolist())
-                    if accelerator.scaler is not None:
-                        state.loss_scaler = accelerator.scaler.state_dict()
-                    if is_main:
-                        save_checkpoint(run_dir, state, model, optimizer, config.checkpoint.keep)
-                    accelerator.wait_for_everyone()
+                    save()
+                report()
+
+        if stop.agreed():
+            save()
+            if is_main:
+                show_stop(config, accelerator, state.step)
+            return stop.exit_code
 
     if is_main:
         save_adapter_and_tokenizer(run_dir / "adapter", model, tokenizer)
         show_end(read_evaluations(run_dir), run_dir)
-
-
-def reseed(seed: int, step: int, rank: int) -> None:
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
+    return 0
 
 
 def is_due(every: int | str, step: int, plan: Plan) -> bool:
@@ -164,23 +200,7 @@ def is_due(every: int | str, step: int, plan: Plan) -> bool:
 
 def main(argv: Sequence[str]) -> int:
     """Run, and turn what a user can get wrong into one line and exit code 2."""
-    try:
-        train(parse_config(argv))
-    except ValueError as error:
-        if "--debug" in argv:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(
-            f"stopped: {error}; the last checkpoint is from before. Lower optim.learning_rate?",
-            file=sys.stderr,
-        )
-        return 1
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(lambda argv: train(parse_config(argv)), argv)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from finetune.command import run_command
 USAGE = """usage: python -m finetune <command> ...
 
   audit --config FILE    what would be trained on: roles, cut and dropped rows, duplicates, leaks
+  replay RUN             repeat the update whose loss or gradient was not finite
 
 `python -m finetune <command> --help` tells more."""
 
@@ -19,10 +20,14 @@ def main(argv: Sequence[str]) -> int:
             from finetune.audit import audit_command
 
             return run_command(audit_command, argv[1:])
+        case ["replay"]:
+            from finetune.replay import replay_command
+
+            return run_command(replay_command, argv[1:])
         case [] | ["-h" | "--help"]:
             print(USAGE)
             return 0
-    print(f"error: {argv[0]} is no command; there is audit", file=sys.stderr)
+    print(f"error: {argv[0]} is no command; there are audit and replay", file=sys.stderr)
     return 2
 
 

@@ -4,7 +4,7 @@ A plan is a pure function of its fields. Update k is the same set of examples wi
 tokens however it is packed, padded, cut into micro-batches or spread over processes.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -88,14 +88,14 @@ class Plan:
         )
 
 
-def make_plan(config: Config, train_set: Examples, rank: int, num_processes: int) -> Plan:
-    """The plan that a configuration asks for, for one of `num_processes` processes."""
+def make_plan(config: Config, train_set: Examples, packing: bool, rank: int, num_processes: int) -> Plan:
+    """The plan of a configuration for one of `num_processes` processes."""
     train = config.train
     return Plan(
         lengths=train_set.lengths,
         target_counts=train_set.target_counts,
         layout=Layout(
-            packing=train.packing,
+            packing=packing,
             micro_batch_size=train.micro_batch_size,
             max_tokens=train.max_tokens_per_micro_batch or train.micro_batch_size * config.data.max_length,
         ),
@@ -160,11 +160,19 @@ def lay_out(examples: Indices, lengths: NDArray[np.int64], layout: Layout) -> li
     return batches
 
 
-def plan_evaluation(plan: Plan, eval_set: Examples) -> list[Indices]:
+def plan_evaluation(plan: Plan, eval_set: Examples, leaks: Container[int] = ()) -> list[list[Indices]]:
     """This process's share of the eval examples, laid out as in training: each of them is in exactly one
-    micro-batch of one process."""
-    shares = split_over_processes(range(len(eval_set.lengths)), eval_set.lengths, plan.num_processes)
-    return lay_out(shares[plan.rank], eval_set.lengths, plan.layout)
+    micro-batch of one process. Where some are of rows in `leaks`, these come apart, as a second list."""
+    numbers = enumerate(eval_set.dataset["row_number"])
+    is_leaked = {index: number in leaks for index, number in numbers}
+    parts = [[index for index, leaked in is_leaked.items() if leaked is wanted] for wanted in (False, True)]
+    return [
+        lay_out(shares[plan.rank], eval_set.lengths, plan.layout)
+        for shares in (
+            split_over_processes(part, eval_set.lengths, plan.num_processes)
+            for part in parts[: 1 + any(is_leaked.values())]
+        )
+    ]
 
 
 class MicroBatch(NamedTuple):

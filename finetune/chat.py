@@ -25,6 +25,8 @@ from finetune.config import DataConfig
 from finetune.rows import Rows
 
 IGNORE = -100  # the label of a token that carries no loss, as everywhere in PyTorch
+# Whose text a token is: a turn's of that role, of any other role, or nobody's but the template's.
+ROLES = ("system", "user", "assistant", "other", "template")
 CACHE_VERSION = 1  # counted up when the same row would give other tokens or labels than before
 
 Message = dict[str, str]
@@ -99,9 +101,7 @@ def encode(tokenizer: Any, messages: list[Message], train_on: str) -> Tokens:
         ValueError: the template fails on these messages, rewrites an answer, or ends an assistant's turn
             with no special token (a model trained so would never stop).
     """
-    if train_on == "completion":  # what follows the last answer would never be a target
-        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
-        messages = messages[: last + 1]
+    messages = _in_use(messages, train_on)
     text = render(tokenizer, messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     input_ids: list[int] = encoded["input_ids"]
@@ -109,16 +109,15 @@ def encode(tokenizer: Any, messages: list[Message], train_on: str) -> Tokens:
         return Tokens(input_ids, [IGNORE, *input_ids[1:]])
     offsets: list[tuple[int, int]] = encoded["offset_mapping"]
     labels = [IGNORE] * len(input_ids)
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = _special_ids(tokenizer)
     for start, end in assistant_spans(tokenizer, messages, text):
-        # A token that reaches into the answer belongs to it: no part of an answer is left untrained.
-        # But for a token of the template that swallows white space: those with lstrip or rstrip.
-        inside = [
-            i
-            for i, (first, last) in enumerate(offsets)
-            if first < end and last > start and not (first < start and input_ids[i] in special)
-        ]
+        inside = _tokens_inside(special, input_ids, offsets, start, end)
         stop = _end_of_turn(special, text, input_ids, offsets, end)
+        if stop is None:
+            raise ValueError(
+                "the chat template ends an assistant's turn with no special token, so the model would not "
+                "learn to stop; use a chat template that writes an end-of-turn token, or data.train_on all"
+            )
         for i in range(inside[0] if inside else stop, stop + 1):
             labels[i] = input_ids[i]
     labels[0] = IGNORE
@@ -139,35 +138,121 @@ def render(tokenizer: Any, messages: list[Message], add_generation_prompt: bool 
 
 def assistant_spans(tokenizer: Any, messages: list[Message], text: str) -> list[tuple[int, int]]:
     """Where in `text`, the rendered messages, the text of each assistant turn stands: [start, end)."""
-    placeholder = "placeholder"
-    while placeholder in text:
-        placeholder += "-"
     spans = []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        probe = [*messages[:turn], {**message, "content": placeholder}, *messages[turn + 1 :]]
-        before, found, after = render(tokenizer, probe).partition(placeholder)
-        start, end = len(before), len(text) - len(after)
-        if (
-            not found
-            or placeholder in after
-            or start > end
-            or not (text.startswith(before) and text.endswith(after))
-            or text[start:end].strip() != message["content"].strip()
-        ):
+        span = turn_span(tokenizer, messages, text, turn)
+        if span is None:
             raise ValueError(
                 f"the chat template does not render the assistant's text as it is (turn {turn + 1}), "
                 "so the tokens to train on cannot be told; use another chat template or data.train_on all"
             )
-        spans.append((start, end))
+        spans.append(span)
     return spans
+
+
+def turn_span(tokenizer: Any, messages: list[Message], text: str, turn: int) -> tuple[int, int] | None:
+    """Where in `text`, the rendered messages, the text of one turn stands: [start, end).
+
+    None where the template does not write it once and as it is, but for white space around it.
+    """
+    placeholder = "placeholder"
+    while placeholder in text:
+        placeholder += "-"
+    message = messages[turn]
+    probe = [*messages[:turn], {**message, "content": placeholder}, *messages[turn + 1 :]]
+    before, found, after = render(tokenizer, probe).partition(placeholder)
+    start, end = len(before), len(text) - len(after)
+    if (
+        not found
+        or placeholder in after
+        or start > end
+        or not (text.startswith(before) and text.endswith(after))
+        or text[start:end].strip() != message["content"].strip()
+    ):
+        return None
+    return start, end
+
+
+class Anatomy(NamedTuple):
+    """What the T tokens of a conversation are, not yet cut to any length: those that `encode` gives.
+
+    `text` is the conversation as the template writes it, `offsets` [T] where in it each token stands
+    ([start, end)), `roles` [T] whose text it is: a role of ROLES. `ends_of_turn` has for each assistant turn
+    the index of the special token that ends it, None where none does.
+    """
+
+    text: str
+    offsets: list[tuple[int, int]]
+    roles: list[str]
+    ends_of_turn: list[int | None]
+
+
+def dissect(tokenizer: Any, messages: list[Message], train_on: str) -> Anatomy:
+    """Tell the tokens of a conversation apart by the role of the turn whose text they are.
+
+    The text of a turn that the template rewrites counts as the template's. A token that reaches into two
+    turns is the assistant's where one of them is, as in `encode`.
+
+    Raises:
+        ValueError: the template fails on these messages.
+    """
+    messages = _in_use(messages, train_on)
+    text = render(tokenizer, messages)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    input_ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    special = _special_ids(tokenizer)
+    roles = ["template"] * len(input_ids)
+    ends_of_turn: list[int | None] = []
+    for turn in sorted(range(len(messages)), key=lambda turn: messages[turn]["role"] == "assistant"):
+        role = messages[turn]["role"]
+        try:
+            span = turn_span(tokenizer, messages, text, turn)
+        except ValueError:  # a template that looks into a turn and refuses the placeholder
+            span = None
+        if span is not None:
+            for i in _tokens_inside(special, input_ids, offsets, *span):
+                roles[i] = role if role in ROLES else "other"
+        if role == "assistant":
+            ends_of_turn.append(span and _end_of_turn(special, text, input_ids, offsets, span[1]))
+    return Anatomy(text, offsets, roles, ends_of_turn)
+
+
+def _in_use(messages: list[Message], train_on: str) -> list[Message]:
+    """The messages without those behind the last answer, which would never be a target."""
+    if train_on == "all":
+        return messages
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
+    return messages[: last + 1]
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def _tokens_inside(
+    special: set[int], input_ids: list[int], offsets: list[tuple[int, int]], start: int, end: int
+) -> list[int]:
+    """Indices of the tokens of the text [start, end).
+
+    A token that reaches into it belongs to it: no part of an answer is left untrained. But for a token of
+    the template that swallows white space: those with lstrip or rstrip.
+    """
+    return [
+        i
+        for i, (first, last) in enumerate(offsets)
+        if first < end and last > start and not (first < start and input_ids[i] in special)
+    ]
 
 
 def _end_of_turn(
     special: set[int], text: str, input_ids: list[int], offsets: list[tuple[int, int]], end: int
-) -> int:
-    """Index of the special token that ends the assistant's turn; only white space may stand before it."""
+) -> int | None:
+    """Index of the special token that ends the turn whose text ends at `end`, None where none does.
+
+    Only white space may stand before it.
+    """
     for i, (first, last) in enumerate(offsets):
         if last <= end:
             continue
@@ -175,10 +260,7 @@ def _end_of_turn(
             return i
         if text[max(first, end) : last].strip():
             break
-    raise ValueError(
-        "the chat template ends an assistant's turn with no special token, so the model would not learn to "
-        "stop; use a chat template that writes an end-of-turn token, or data.train_on all"
-    )
+    return None
 
 
 def tokenize_splits(rows: Rows, tokenizer: Any, config: DataConfig) -> tuple[Examples, Examples]:

@@ -8,13 +8,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,6 +27,9 @@ ADAPTER, OPTIMIZER, STATE, MANIFEST = (
     "manifest.json",
 )
 
+SMALL_FILES_BYTES = 2**20  # beside the tensors: JSON, the tokenizer's few files
+GO_ON = "earlier checkpoints are as they were: make room, and the same command goes on from the newest"
+
 
 @dataclass
 class TrainState:
@@ -32,10 +37,8 @@ class TrainState:
 
     step: int = 0
     """Updates made"""
-    window_sums: list[float] = field(default_factory=list)
+    window_sums: list[float] = field(default_factory=lambda: [0.0] * 4)
     """TokenSums since the last log line, over all processes"""
-    loss_scaler: dict[str, float | int] = field(default_factory=dict)
-    """fp16 only: the state of torch.amp.GradScaler"""
 
 
 def checkpoints_dir(run_dir: Path) -> Path:
@@ -43,27 +46,27 @@ def checkpoints_dir(run_dir: Path) -> Path:
 
 
 def save_checkpoint(
-    run_dir: Path, state: TrainState, model: PeftModel, optimizer: torch.optim.Optimizer, keep: int
+    run_dir: Path,
+    state: TrainState,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    keep: int,
 ) -> Path:
-    """Write checkpoints/step_NNNNNN and remove all but the `keep` newest.
+    """Write checkpoints/step_NNNNNN, unless it is there, and remove all but the `keep` newest.
 
-    It is written beside its place, flushed to disk and then renamed, so one that has its name is whole.
+    Raises:
+        ValueError: the disk is full; what was there before is as it was.
+        FloatingPointError: a weight is not a finite number.
     """
+    adapter = get_peft_model_state_dict(model)
+    if not all(bool(tensor.isfinite().all()) for tensor in adapter.values()):
+        raise FloatingPointError(
+            f"after update {state.step} a weight is not a finite number; it was not saved"
+        )
     folder = checkpoints_dir(run_dir) / f"step_{state.step:06d}"
-    staging = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    save_adapter(model, staging)
-    tensors, values = _split_tensors(optimizer.state_dict()["state"])
-    save_file(tensors, staging / OPTIMIZER)
-    _write_json(staging / STATE, {**asdict(state), "optimizer_kind": _kind(optimizer), "optimizer": values})
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in staging.iterdir()}
-    _write_json(staging / MANIFEST, files)
-    for path in [*staging.iterdir(), staging]:
-        _flush_to_disk(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(staging, folder)
-    _flush_to_disk(folder.parent)
+    if not (folder.exists() and fault_of(folder) is None):
+        write_checkpoint(folder, state, model, optimizer, scaler)
     # Newer ones are damaged: the run went back behind them.
     written = list_checkpoints(run_dir)
     position = written.index(folder)
@@ -72,27 +75,106 @@ def save_checkpoint(
     return folder
 
 
+def write_checkpoint(
+    folder: Path,
+    state: TrainState,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
+    """Write one checkpoint, whole or not at all.
+
+    It is written beside its place, flushed to disk and then renamed, so one that has its name is whole.
+    """
+    tensors, values = _split_tensors(optimizer.state_dict()["state"])
+    with _staging(
+        folder, _num_bytes([*get_peft_model_state_dict(model).values(), *tensors.values()])
+    ) as staging:
+        save_adapter(model, staging)
+        save_file(tensors, staging / OPTIMIZER)
+        loop = {"step": state.step, "window_sums": state.window_sums}
+        scale = {} if scaler is None else scaler.state_dict()
+        kind = _kind(optimizer)
+        _write_json(
+            staging / STATE,
+            {**loop, "loss_scaler": scale, "optimizer_kind": kind, "optimizer": values},
+        )
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in staging.iterdir()
+        }
+        _write_json(staging / MANIFEST, files)
+
+
+def save_adapter_and_tokenizer(folder: Path, model: PeftModel, tokenizer: Any) -> None:
+    """Write the result of a run, whole or not at all: it loads with PeftModel and AutoTokenizer.
+
+    Raises:
+        ValueError: the disk is full.
+    """
+    with _staging(folder, _num_bytes(get_peft_model_state_dict(model).values())) as staging:
+        save_adapter(model, staging)
+        tokenizer.save_pretrained(staging)
+
+
+@contextmanager
+def _staging(folder: Path, num_bytes: int) -> Iterator[Path]:
+    """A folder to write into, which then takes the name `folder` and its place; gone where that fails."""
+    require_room(folder.parent, num_bytes, folder.name)
+    staging = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        for path in [*staging.iterdir(), staging]:
+            _flush_to_disk(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(staging, folder)
+        _flush_to_disk(folder.parent)
+    except (OSError, SafetensorError) as error:  # safetensors has its own kind for a full disk
+        shutil.rmtree(staging, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"{folder} could not be written ({reason}); {GO_ON}") from error
+
+
+def require_room(folder: Path, num_bytes: int, name: str) -> None:
+    """Raise ValueError where the disk of `folder` has not `num_bytes` free, and some for small files."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    needed, free = num_bytes + SMALL_FILES_BYTES, shutil.disk_usage(existing).free
+    if free < needed:
+        raise ValueError(
+            f"no room for {name} in {folder}: it takes {needed / 2**20:.1f} MiB, and "
+            f"{free / 2**20:.1f} MiB are free; {GO_ON}"
+        )
+
+
+def estimate_bytes(model: PeftModel, optimizer_name: str) -> int:
+    """About what a checkpoint takes: fp32 weights, and two values of the optimizer for each."""
+    state_bytes = 0 if optimizer_name == "sgd" else 2 if optimizer_name.endswith("8bit") else 8
+    return _num_bytes(get_peft_model_state_dict(model).values()) // 4 * (4 + state_bytes)
+
+
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write adapter_model.safetensors and adapter_config.json, as `PeftModel.from_pretrained` reads them."""
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink()  # a form to be filled in; nothing in it is known yet
 
 
-def save_adapter_and_tokenizer(folder: Path, model: PeftModel, tokenizer: Any) -> None:
-    """Write the result of a run: it loads with PeftModel and AutoTokenizer. Whole or not at all."""
-    staging = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    save_adapter(model, staging)
-    tokenizer.save_pretrained(staging)
-    for path in [*staging.iterdir(), staging]:
-        _flush_to_disk(path)
-    os.replace(staging, folder)
-
-
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The run's checkpoints, newest first."""
-    return sorted(checkpoints_dir(run_dir).glob("step_*"), reverse=True)
+    """The run's checkpoints, newest first.
+
+    Raises:
+        ValueError: one of them, or the folder of all, is a link: what it points to is not this run's.
+    """
+    folder = checkpoints_dir(run_dir)
+    found = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit()]
+    for path in (folder, *found):
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link; put the folder itself there, or remove the link")
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
 
 
 def fault_of(folder: Path) -> str | None:
@@ -102,6 +184,8 @@ def fault_of(folder: Path) -> str | None:
         if missing := {ADAPTER, OPTIMIZER, STATE} - set(files):
             return f"{MANIFEST} does not list {', '.join(sorted(missing))}"
         for name, expected in files.items():
+            if name != Path(name).name or (folder / name).is_symlink():
+                return f"{name} is no file of the checkpoint's own"
             if (folder / name).stat().st_size != expected["bytes"]:
                 return f"{name} has not its size"
             if _sha256(folder / name) != expected["sha256"]:
@@ -113,25 +197,41 @@ def fault_of(folder: Path) -> str | None:
     return None
 
 
-def load_checkpoint(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Put the adapter and the optimizer into the state they were saved in, and return the rest.
+def load_checkpoint(
+    folder: Path,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+) -> TrainState:
+    """Put adapter, optimizer and fp16's loss scaler into the state they were saved in; return the loop's.
 
     Raises:
         ValueError: it was saved with another adapter (other target modules or rank) or another optimizer.
     """
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    load_adapter(folder, model)
+    saved_kind = state.pop("optimizer_kind")
+    if saved_kind != _kind(optimizer):
+        raise ValueError(f"checkpoint {folder} was saved with {saved_kind}, not with {_kind(optimizer)}")
+    merged = _merge_tensors(state.pop("optimizer"), load_file(folder / OPTIMIZER))
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": merged, "param_groups": groups})
+    if scaler is not None:
+        scaler.load_state_dict(state["loss_scaler"])
+    return TrainState(state["step"], state["window_sums"])
+
+
+def load_adapter(folder: Path, model: PeftModel) -> None:
+    """Put the adapter of a checkpoint into the model.
+
+    Raises:
+        ValueError: it is one of another rank or for other modules.
+    """
     adapter = load_file(folder / ADAPTER)
     expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
     if {name: tensor.shape for name, tensor in adapter.items()} != expected:
         raise ValueError(f"checkpoint {folder} holds an adapter of another rank or for other modules")
-    saved_kind = state.pop("optimizer_kind")
-    if saved_kind != _kind(optimizer):
-        raise ValueError(f"checkpoint {folder} was saved with {saved_kind}, not with {_kind(optimizer)}")
     set_peft_model_state_dict(model, adapter)
-    merged = _merge_tensors(state.pop("optimizer"), load_file(folder / OPTIMIZER))
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": merged, "param_groups": groups})
-    return TrainState(**state)
 
 
 def _kind(optimizer: torch.optim.Optimizer) -> str:

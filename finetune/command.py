@@ -5,20 +5,30 @@ import traceback
 from collections.abc import Callable, Sequence
 
 
-def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
-    """Run a command and return its exit code.
+def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
+    """Run a command and return its exit code: what it returns, or 0.
 
     A ValueError (what a user can get wrong) and an OSError (a full disk, a folder that cannot be written)
-    print one line and give 2; with --debug the traceback comes first.
+    print one line and give 2, a FloatingPointError (a run that diverged) one line and 1. With --debug the
+    traceback comes first.
     """
     try:
-        command(argv)
+        return command(argv) or 0
     except (ValueError, OSError) as error:
-        if "--debug" in argv:
-            traceback.print_exc()
-        print(f"error: {_in_words(error)}", file=sys.stderr)
-        return 2
-    return 0
+        return _end(argv, f"error: {_in_words(error)}", 2)
+    except FloatingPointError as error:
+        return _end(argv, f"stopped: {error}", 1)
+    except KeyboardInterrupt:
+        return _end(
+            argv, "stopped; the same command goes on from the last checkpoint, where there is one", 130
+        )
+
+
+def _end(argv: Sequence[str], line: str, code: int) -> int:
+    if "--debug" in argv:
+        traceback.print_exc()
+    print(line, file=sys.stderr)
+    return code
 
 
 def _in_words(error: Exception) -> str:

@@ -167,6 +167,8 @@ class Config:
     resume: str = "auto"
     """auto: go on with the run in output_dir if there is one; never: start anew, in a folder that holds no
     run; or the path of a checkpoint to go on from"""
+    strict: bool = False
+    """Stop where what would run differs from what was asked; alone, --strict means true"""
 
 
 def parse_config(argv: Sequence[str]) -> Config:
@@ -178,7 +180,7 @@ def parse_config(argv: Sequence[str]) -> Config:
     Raises:
         ValueError: an unreadable file, an unknown key or a bad value, named in one line.
     """
-    arguments = list(argv)
+    arguments = ["--strict=true" if argument == "--strict" else argument for argument in argv]
     files = [value for flag, value in pairwise(arguments) if flag == "--config"]
     files += [
         argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")

@@ -1,49 +1,49 @@
 """Evaluation: exact token-weighted means over all eval examples, and a few answers to read."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from datasets import Dataset
 
 from finetune.batching import MicroBatch
 from finetune.chat import Message, render, to_messages
 from finetune.loss import TokenLoss
-from finetune.metrics import Metrics, SumWindow
+from finetune.metrics import COUNT, Metrics, SumWindow, means
+from finetune.model import dropout_off
+from finetune.signals import StopRequest
 
 
 @torch.no_grad()
-def evaluate(accelerator: Any, token_loss: TokenLoss, batches: Iterable[MicroBatch]) -> Metrics:
-    """The metrics of all examples of all processes, with dropout off.
+def evaluate(
+    accelerator: Any,
+    token_loss: TokenLoss,
+    parts: Sequence[Iterable[MicroBatch]],
+    stop: StopRequest | None = None,
+) -> Metrics | None:
+    """The metrics of all examples of all processes, with dropout off; None where it was stopped midway.
 
     `token_loss` is the module itself, not its DDP wrapper: processes may have different numbers of batches.
+    `parts` are as `plan_evaluation` gives them: all examples, or, on all processes alike, those whose prompt
+    is not trained on and those whose is. Then `loss_without_leaks` is the loss of the first.
     """
-    window = SumWindow(accelerator.device)
-    with dropout_off(token_loss):
-        for batch in batches:
+
+    def sum_up(part: Iterable[MicroBatch]) -> SumWindow:
+        sums = SumWindow(accelerator.device)
+        for batch in part if stop is None else stop.until(part):
             with accelerator.autocast():
-                window.add(token_loss(batch))
-    return window.reduce(accelerator)
+                sums.add(token_loss(batch))
+        return sums
 
-
-@contextmanager
-def dropout_off(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, with the int8 layers computing as they do in training.
-
-    bitsandbytes' int8 layers look at the mode too: on a CPU they dequantise their weights in training and
-    quantise the activations as well in evaluation, which is many times slower and not the trained function.
-    """
-    was_training = model.training
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear8bitLt):
-            module.train()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+    with dropout_off(token_loss):
+        sums = [sum_up(part) for part in parts]
+    if stop is not None and stop.agreed():
+        return None
+    totals = torch.stack([part.total(accelerator) for part in sums])
+    metrics = means(totals.sum(0))
+    if len(parts) > 1 and float(totals[0, COUNT]) > 0:
+        metrics["loss_without_leaks"] = means(totals[0])["loss"]
+    return metrics
 
 
 def pick_conversations(rows: Dataset, system_prompt: str | None, count: int = 3) -> list[list[Message]]:

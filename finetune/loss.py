@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.batching import MicroBatch
+from finetune.batching import MicroBatch, pack, pad
+from finetune.chat import IGNORE
+from finetune.machine import Setting
+from finetune.model import dropout_off
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class TokenLoss(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self._can_skip_logits = "logits_to_keep" in inspect.signature(_base_forward(model)).parameters
+        self.can_skip_logits = "logits_to_keep" in inspect.signature(_base_forward(model)).parameters
 
     def forward(self, batch: MicroBatch) -> TokenSums:
         return sum_over_tokens(self.target_logits(batch), batch.target_ids)
@@ -38,7 +41,7 @@ class TokenLoss(nn.Module):
     def target_logits(self, batch: MicroBatch) -> Tensor:
         """[N, vocabulary]: the logits at the target positions, in the precision of the forward pass."""
         # A single row can ask the model for the positions it needs, and no others reach the head.
-        keep = self._can_skip_logits and len(batch.input_ids) == 1
+        keep = self.can_skip_logits and len(batch.input_ids) == 1
         arguments: dict[str, Any] = {"logits_to_keep": batch.target_positions} if keep else {}
         logits: Tensor = self.model(
             input_ids=batch.input_ids,
@@ -48,6 +51,37 @@ class TokenLoss(nn.Module):
             **arguments,
         ).logits
         return logits[0] if keep else logits.flatten(0, 1)[batch.target_positions]
+
+
+def choose_layout(packing: bool, accelerator: Any, token_loss: TokenLoss, dataset: Any) -> Setting:
+    """Pack only where the model keeps packed examples apart.
+
+    Models differ in whether they heed a mask between the examples of a row, and positions that restart (one
+    with a recurrent state cannot). So it is tried: an example's logits behind another must be those alone.
+    """
+    name = "layout"
+    if not packing:
+        return Setting(name, "padded", "padded")
+    before, tokens = (dataset[place]["input_ids"][:32] for place in (0, len(dataset) - 1))
+    first = {"input_ids": before, "labels": [IGNORE] * len(before)}
+    second = {"input_ids": tokens, "labels": [IGNORE, *tokens[1:]]}
+    with torch.no_grad(), dropout_off(token_loss), accelerator.autocast():
+        behind = token_loss.target_logits(pack([first, second]).to(accelerator.device)).float()
+        alone = token_loss.target_logits(pad([second]).to(accelerator.device)).float()
+    difference = ((behind - alone).square().mean() / alone.var()).sqrt()
+    if float(difference) < 0.1:  # rounding is below 0.03 in bf16
+        return Setting(name, "packed", "packed")
+    return Setting(name, "packed", "padded", "in this model an example sees those packed before it")
+
+
+def describe_loss(layout: Setting, token_loss: TokenLoss) -> Setting:
+    """Which tokens the head sees: packed rows ask the model for the logits of their targets alone."""
+    if layout.got == "padded":
+        return Setting("loss path", "logits of all tokens", "logits of all tokens")
+    asked = "logits of target tokens"
+    if token_loss.can_skip_logits:
+        return Setting("loss path", asked, asked)
+    return Setting("loss path", asked, "logits of all tokens", "the model's forward has no logits_to_keep")
 
 
 def sum_over_tokens(logits: Tensor, target_ids: Tensor) -> TokenSums:

@@ -4,16 +4,19 @@ import os
 import platform
 import resource
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 
 from finetune.config import Config
+from finetune.signals import launcher_command
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "tensorboard")
 GIB = 2**30
@@ -27,6 +30,39 @@ class Setting:
     asked: str
     got: str
     reason: str = ""
+
+
+def require_as_asked(settings: Sequence[Setting]) -> None:
+    """Raise ValueError, naming each, where something else runs than what was asked for."""
+    differing = [f"{s.name}: asked {s.asked}, got {s.got} ({s.reason})" for s in settings if s.asked != s.got]
+    if differing:
+        raise ValueError(f"strict is on, and the run would not be what was asked for: {'; '.join(differing)}")
+
+
+def describe_machine(accelerator: Accelerator) -> list[Setting]:
+    """Device, processes, data workers."""
+    device, processes = accelerator.device, accelerator.num_processes
+    return [_describe_device(device), _describe_processes(processes), Setting("data workers", "0", "0")]
+
+
+def _describe_device(device: torch.device) -> Setting:
+    """A torch that was built for a GPU asks for one, unless the launcher was told to use the CPU."""
+    got = device.type
+    told_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    if got == "cpu" and torch.version.cuda and not told_cpu:
+        reason = f"torch is built for CUDA {torch.version.cuda} and finds no GPU that it can use"
+        return Setting("device", "cuda", got, reason)
+    return Setting("device", got, got)
+
+
+def _describe_processes(num_processes: int) -> Setting:
+    """Several processes asked of `accelerate launch` on a CPU are one: it sets up an address for them to
+    meet at, and starts one."""
+    name, got = "processes", str(num_processes)
+    if launcher_command() and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        reason = "on a CPU accelerate launch starts one; torchrun --nproc_per_node N train.py starts N"
+        return Setting(name, "several", got, reason)
+    return Setting(name, got, got)
 
 
 def choose_precision(asked: str) -> Setting:
@@ -76,6 +112,11 @@ def _use_all_cores(num_processes: int) -> None:
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
         torch.set_num_threads(max(1, cores // num_processes))
+
+
+def reseed(seed: int, step: int, rank: int) -> None:
+    """Set the random state that dropout draws from: its noise depends on these three alone."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
 
 
 def device_name(device: torch.device) -> str:

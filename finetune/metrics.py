@@ -1,6 +1,5 @@
 """Sums over a window of updates, kept on the device, and the means they become once per log line."""
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +9,10 @@ import torch
 from torch import Tensor
 
 from finetune.loss import TokenSums
+from finetune.signals import largest
 
 Metrics = dict[str, float | int]
+COUNT = 3  # the place of the number of target tokens among the sums
 
 
 class SumWindow:
@@ -36,6 +37,10 @@ class SumWindow:
         self._sums.zero_()
         return metrics
 
+    def is_finite(self) -> Tensor:
+        """[]: bool, on the device."""
+        return self._sums.isfinite().all()
+
     def restore(self, sums: list[float]) -> None:
         """Go on from sums over all processes: for one process to call, lest they count twice."""
         self._sums += torch.tensor(sums, dtype=torch.float64, device=self._sums.device)
@@ -47,7 +52,9 @@ def means(sums: Tensor) -> Metrics:
     Raises:
         FloatingPointError: a sum is not finite, so the model has diverged.
     """
-    nll, entropy, correct, count = check_finite(sums.tolist())
+    if not bool(sums.isfinite().all()):
+        raise FloatingPointError("the loss of an evaluation is not a finite number; no weights were written")
+    nll, entropy, correct, count = sums.tolist()
     return {
         "loss": nll / count,
         "entropy": entropy / count,
@@ -56,10 +63,17 @@ def means(sums: Tensor) -> Metrics:
     }
 
 
-def check_finite(sums: list[float]) -> list[float]:
-    if not all(map(math.isfinite, sums)):
-        raise FloatingPointError("the loss is no longer a finite number")
-    return sums
+def all_finite(accelerator: Any, window: SumWindow, grad_norm: Tensor) -> bool:
+    """Whether the sums and the gradient are finite numbers in all processes: what may reach the weights.
+
+    Waits for the device. With fp16 a gradient may overflow: the loss scaler then leaves the update out and
+    lowers its scale. Only one that is not finite unscaled counts.
+    """
+    finite = bool(window.is_finite() & grad_norm.isfinite())
+    scaler = accelerator.scaler
+    if not finite and scaler is not None and scaler.get_scale() > 1:
+        finite = bool(window.is_finite())
+    return largest(accelerator, 0 if finite else 1) == 0
 
 
 class Stopwatch:

@@ -3,9 +3,12 @@
 import re
 import textwrap
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import peft
 import torch
 from accelerate.utils import set_seed
@@ -13,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
 from finetune.config import Config, LoraConfig, ModelConfig
+from finetune.machine import Setting
 from finetune.starter import starter_model_dir
 
+ATTENTION = "sdpa"
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -80,7 +85,7 @@ def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
             "dtype": dtype,
             "quantization_config": quantization,
             "device_map": {"": device},
-            "attn_implementation": "sdpa",
+            "attn_implementation": ATTENTION,
             "output_loading_info": True,
         },
     )
@@ -112,6 +117,41 @@ def add_adapter(base: Any, config: LoraConfig) -> peft.PeftModel:
         if missing:  # peft is content when one of them is found
             raise ValueError(f"lora.target_modules: the model has no {', '.join(missing)}")
     return model
+
+
+@contextmanager
+def dropout_off(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode, with the int8 layers computing as they do in training.
+
+    bitsandbytes' int8 layers look at the mode too: on a CPU they dequantise their weights in training and
+    quantise the activations as well in evaluation, which is many times slower and not the trained function.
+    """
+    was_training = model.training
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            module.train()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def describe_base(config: ModelConfig, model: Any) -> list[Setting]:
+    """What the layers of the base are, and how it computes attention: looked up in the model."""
+    asked = config.quantization
+    counts = {
+        "int8": sum(isinstance(module, bnb.nn.Linear8bitLt) for module in model.modules()),
+        "nf4": sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules()),
+    }
+    got = next((name for name, count in counts.items() if count > 0), "none")
+    attention = str(model.config._attn_implementation)
+    return [
+        Setting("quantisation", asked, got, "" if got == asked else f"no linear layer became {asked}"),
+        Setting(
+            "attention", ATTENTION, attention, "" if attention == ATTENTION else "the model has no other"
+        ),
+    ]
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

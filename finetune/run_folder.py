@@ -11,14 +11,16 @@ import yaml
 
 from finetune.batching import Plan
 from finetune.chat import Examples
-from finetune.checkpoint import fault_of, list_checkpoints
+from finetune.checkpoint import fault_of, list_checkpoints, require_room
 from finetune.config import Config, config_to_dict, config_to_yaml, flatten
 
-CONFIG, ENVIRONMENT, METRICS, ADAPTER = "config.yaml", "environment.json", "metrics.jsonl", "adapter"
+CONFIG, ENVIRONMENT, ADAPTER = "config.yaml", "environment.json", "adapter"
+METRICS, ANSWERS = "metrics.jsonl", "answers.jsonl"
 # Keys that change what is shown and kept, or how an update is laid out, not what it is.
 FREE_KEYS = (
     "output_dir",
     "resume",
+    "strict",
     "log.",
     "checkpoint.",
     "train.micro_batch_size",
@@ -83,23 +85,25 @@ def _differing_keys(saved: dict[str, Any], config: Config) -> list[str]:
 
 
 def start_run(
-    config: Config, environment: dict[str, Any], plan: Plan, train_set: Examples, eval_set: Examples
+    config: Config,
+    environment: dict[str, Any],
+    plan: Plan,
+    train_set: Examples,
+    eval_set: Examples,
+    checkpoint_bytes: int,
 ) -> None:
     """Write config.yaml and environment.json.
 
     Raises:
-        ValueError: the run goes on, but with other rows, or with updates of another size.
+        ValueError: the run goes on, but with other rows, or with updates of another size; or the disk has no
+            room for the checkpoints that the run keeps and the one it writes beside them.
     """
     folder = Path(config.output_dir)
-    data = {
-        "train_examples": len(train_set.dataset),
-        "eval_examples": len(eval_set.dataset),
-        "fingerprint": f"{train_set.fingerprint}-{eval_set.fingerprint}",
-    }
+    data = data_of(train_set, eval_set)
     environment = {**environment, "global_batch_size": plan.global_batch_size, "data": data}
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / ENVIRONMENT).exists():
-        before = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+        before = read_environment(folder)
         if before["data"] != data:
             raise ValueError(
                 f"the rows of {config.data.path} are not those that the run in {folder} was trained on; "
@@ -111,9 +115,39 @@ def start_run(
                 f"{plan.num_processes} process(es) this is {plan.global_batch_size}: set "
                 "train.gradient_accumulation_steps or train.micro_batch_size so that the product is the same"
             )
+    require_room(
+        folder, (config.checkpoint.keep + 1 - len(list_checkpoints(folder))) * checkpoint_bytes, "the run"
+    )
     # What the run first went on from stays on record: it does so again until it has its own checkpoint.
     _write(folder / CONFIG, config_to_yaml(replace(config, resume=_origin(config))))
     _write(folder / ENVIRONMENT, json.dumps(environment, indent=1, ensure_ascii=False))
+
+
+def data_of(train_set: Examples, eval_set: Examples) -> dict[str, Any]:
+    """What tells the examples of one run from those of another."""
+    return {
+        "train_examples": len(train_set.dataset),
+        "eval_examples": len(eval_set.dataset),
+        "fingerprint": f"{train_set.fingerprint}-{eval_set.fingerprint}",
+    }
+
+
+def read_environment(run_dir: Path) -> dict[str, Any]:
+    """What `start_run` wrote.
+
+    Raises:
+        ValueError: it cannot be read, or is none of ours.
+    """
+    path = run_dir / ENVIRONMENT
+    try:
+        environment = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(environment, dict) or not {"data", "global_batch_size", "num_processes"} <= set(
+        environment
+    ):
+        raise ValueError(f"{path} is no record of a run")
+    return environment
 
 
 def _origin(config: Config) -> str:
@@ -150,30 +184,34 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
     return None if origin in ("auto", "never") else Path(origin), skipped
 
 
-def keep_metrics_until(run_dir: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl that a run going on from `step` will write again, and a torn last one.
+def keep_lines_until(run_dir: Path, step: int) -> None:
+    """Drop the lines that a run going on from `step` will write again, and a torn last one, of metrics.jsonl
+    and answers.jsonl.
 
     Lines of step 0 were written before training, and are made anew only when it starts anew.
     """
-    path = run_dir / METRICS
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
+    for path in (run_dir / METRICS, run_dir / ANSWERS):
+        if not path.exists():
             continue
-        if 0 < step >= entry["step"]:
-            kept.append(line + "\n")
-    _write(path, "".join(kept))
+        kept = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if 0 < step >= entry["step"]:
+                kept.append(line + "\n")
+        _write(path, "".join(kept))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of metrics.jsonl or answers.jsonl, in order; none where it is not there."""
+    return list(map(json.loads, path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
 
 
 def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
     """The eval lines of metrics.jsonl, in order."""
-    path = run_dir / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [entry for entry in map(json.loads, lines) if entry["split"] == "eval"]
+    return [entry for entry in read_lines(run_dir / METRICS) if entry["split"] == "eval"]
 
 
 def _write(path: Path, text: str) -> None:

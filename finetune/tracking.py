@@ -1,12 +1,13 @@
 """What a person sees of a run: the console, metrics.jsonl and TensorBoard."""
 
 import json
+import os
+import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,17 +18,19 @@ from torch.utils.tensorboard.summary import hparams
 from finetune.batching import Plan
 from finetune.chat import Examples, Message
 from finetune.config import Config, config_to_dict, flatten
+from finetune.duplicates import Match
 from finetune.machine import Setting, device_name
 from finetune.metrics import Metrics
 from finetune.model import count_parameters
 from finetune.rows import Rows
-from finetune.run_folder import METRICS
+from finetune.run_folder import ANSWERS, CONFIG, METRICS, read_lines
 
 console = Console(highlight=False)
 
 # Metric, its name on screen, and how it is written.
 SHOWN = {
     "loss": ("loss", "{:.4f}"),
+    "loss_without_leaks": ("without leaks", "{:.4f}"),
     "mean_token_accuracy": ("accuracy", "{:.4f}"),
     "entropy": ("entropy", "{:.4f}"),
     "learning_rate": ("lr", "{:.2e}"),
@@ -46,7 +49,9 @@ class Tracker:
     """Shows and writes the metrics of a run. On all but the main process it does nothing.
 
     Scalars go to TensorBoard as `split/metric` through Accelerate, and as one object a line to
-    metrics.jsonl; generated answers go to TensorBoard as text.
+    metrics.jsonl; generated answers go to TensorBoard as text, and to answers.jsonl. The files are written
+    first, and a run that goes on tells TensorBoard anew what they hold of its first step: a kill between
+    the two costs nothing.
     """
 
     def __init__(self, accelerator: Any, config: Config, plan: Plan, first_step: int) -> None:
@@ -54,11 +59,11 @@ class Tracker:
         self._main = accelerator.is_main_process
         self._plan = plan
         self._metrics_file = Path(config.output_dir) / METRICS
-        # TensorBoard drops what an interrupted run wrote after the step that this one goes on from.
-        purge_step = first_step + 1 if first_step > 0 else 0
-        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": purge_step}})
+        self._answers_file = Path(config.output_dir) / ANSWERS
+        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first_step}})
         if self._main and first_step == 0:
             self._write_hparams(config)
+        self._restore(first_step)
         self._figures, self._activity = Text(), Text()
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
@@ -92,9 +97,7 @@ class Tracker:
         """Write the metrics of `split` (train or eval) after `step` updates, and show them."""
         if not self._main:
             return
-        entry = {"split": split, "step": step, "epoch": self._epochs(step), **metrics}
-        with self._metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        _append(self._metrics_file, {"split": split, "step": step, "epoch": self._epochs(step), **metrics})
         self._accelerator.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
         figures = "  ".join(
             f"{name} {pattern.format(metrics[key])}"
@@ -109,8 +112,36 @@ class Tracker:
 
     def log_answers(self, step: int, conversations: Sequence[list[Message]], answers: Sequence[str]) -> None:
         """Write a generated answer to each conversation, as text."""
-        for number, (messages, answer) in enumerate(zip(conversations, answers, strict=True), 1):
-            text = f"**{_as_markdown(messages[-1]['content'])}**\n\n{_as_markdown(answer)}"
+        if self._main:
+            entries = [
+                {"messages": messages, "answer": answer}
+                for messages, answer in zip(conversations, answers, strict=True)
+            ]
+            _append(self._answers_file, {"step": step, "answers": entries})
+            self._show_answers(step, entries)
+
+    def has(self, kind: str, step: int) -> bool:
+        """Whether the evaluation ("eval") or the "answers" of `step`, the one this run went on from, are
+        there already."""
+        return (kind, step) in self._written
+
+    def _restore(self, first_step: int) -> None:
+        """Give TensorBoard what the files hold of the step that this run goes on from."""
+        self._written: set[tuple[str, int]] = set()
+        for entry in read_lines(self._metrics_file):
+            if 0 < first_step == entry["step"]:
+                split, _, _ = (entry.pop(key) for key in ("split", "step", "epoch"))
+                self._accelerator.log({f"{split}/{name}": x for name, x in entry.items()}, step=first_step)
+                self._written.add((split, first_step))
+        for entry in read_lines(self._answers_file):
+            if 0 < first_step == entry["step"]:
+                self._show_answers(first_step, entry["answers"])
+                self._written.add(("answers", first_step))
+
+    def _show_answers(self, step: int, entries: Sequence[dict[str, Any]]) -> None:
+        for number, entry in enumerate(entries, 1):
+            question = _as_markdown(entry["messages"][-1]["content"])
+            text = f"**{question}**\n\n{_as_markdown(entry['answer'])}"
             self._accelerator.log({f"answers/{number}": text}, step=step)
 
     def show_activity(self, activity: str) -> None:
@@ -142,6 +173,14 @@ class Tracker:
             {"eval/loss": None, "eval/mean_token_accuracy": None},
         ):
             writer.file_writer.add_summary(summary)
+
+
+def _append(path: Path, entry: dict[str, Any]) -> None:
+    """Write one line, through to the disk: a checkpoint that follows must not outlive it."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _as_markdown(text: str) -> str:
@@ -189,17 +228,19 @@ def _layout_name(plan: Plan) -> str:
     return "packed without padding" if plan.layout.packing else "padded"
 
 
-def describe_model(config: Config, model: torch.nn.Module, device: torch.device) -> list[tuple[str, str]]:
+def describe_model(config: Config, model: Any) -> list[tuple[str, str]]:
     trainable, total = count_parameters(model)
     return [
-        ("device", device_name(device)),
+        ("device", device_name(model.device)),
         ("model", f"{config.model.name_or_path}, base in {config.model.quantization}"),
         ("parameters", f"{trainable:,} trainable of {total:,} ({trainable / total:.2%})"),
     ]
 
 
-def describe_data(rows: Rows, train_set: Examples, eval_set: Examples) -> list[tuple[str, str]]:
-    """Rows read, kept and dropped, and the examples they became."""
+def describe_data(
+    rows: Rows, train_set: Examples, eval_set: Examples, leaks: Mapping[int, Match]
+) -> list[tuple[str, str]]:
+    """Rows read, kept and dropped, the examples they became, and the eval rows that are trained on too."""
     dropped: Counter[str] = Counter()
     for source in (rows, train_set, eval_set):
         dropped.update({reason: len(numbers) for reason, numbers in source.dropped.items()})
@@ -211,7 +252,34 @@ def describe_data(rows: Rows, train_set: Examples, eval_set: Examples) -> list[t
         ("dropped", ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()) or "none"),
         ("cut at max_length", f"{len(train_set.truncated):,} train, {len(eval_set.truncated):,} eval"),
         ("examples", f"{len(train_set.dataset):,} train, {len(eval_set.dataset):,} eval"),
+        ("leaks", _leaks_in_words(leaks, len(eval_set.dataset))),
     ]
+
+
+def _leaks_in_words(leaks: Mapping[int, Match], num_eval: int) -> str:
+    if not leaks:
+        return "no eval prompt is trained on"
+    same = sum(match.similarity == 1 for match in leaks.values())
+    return (
+        f"{len(leaks):,} of {num_eval:,} eval prompts are trained on too ({same:,} the same, "
+        f"{len(leaks) - same:,} nearly); the loss is also given without them"
+    )
+
+
+def show_stop(config: Config, accelerator: Any, step: int) -> None:
+    """Print that the run was stopped, and the command that goes on with it."""
+    run_dir = Path(config.output_dir)
+    saved = f"after update {step}; all is saved" if step > 0 else "before its first update"
+    say(f"Stopped {saved}. To go on:")
+    number = accelerator.num_processes
+    launcher = "accelerate launch"
+    if number > 1:
+        on_gpu = accelerator.device.type == "cuda"
+        launcher += f" --multi_gpu --num_processes {number}" if on_gpu else ""
+        launcher = launcher if on_gpu else f"torchrun --nproc_per_node {number}"
+    # A run that was launched with `resume: never` has this in its config.yaml.
+    resume = " --resume auto" if config.resume == "never" else ""
+    say(f"  {launcher} train.py --config {shlex.quote(str(run_dir / CONFIG))}{resume}")
 
 
 def show_end(evaluations: Sequence[dict[str, Any]], run_dir: Path) -> None:

@@ -198,11 +198,28 @@ def test_no_two_packed_rows_would_fit_into_one(lengths, layout):
 @any_plan
 @given(st.lists(st.integers(1, LONGEST), max_size=30), plans())
 def test_evaluation_covers_every_example_exactly_once_within_the_limits(lengths, plan):
-    dataset = Dataset.from_dict({"input_ids": [[0] * length for length in lengths]})
-    eval_set = Examples(dataset, truncated=[], dropped={})
-    batches = [batch for one in processes(plan) for batch in plan_evaluation(one, eval_set)]
+    eval_set = eval_set_of(lengths)
+    batches = [batch for one in processes(plan) for batch in plan_evaluation(one, eval_set)[0]]
     assert all(batch and keeps_to(plan.layout, batch, lengths) for batch in batches)
     assert sorted(example for batch in batches for example in batch) == list(range(len(lengths)))
+
+
+@any_plan
+@given(st.lists(st.integers(1, LONGEST), min_size=1, max_size=30), plans(), st.data())
+def test_evaluation_lays_out_examples_that_are_trained_on_too_apart(lengths, plan, data):
+    leaked = data.draw(st.sets(st.integers(0, len(lengths) - 1), min_size=1))
+    eval_set = eval_set_of(lengths)
+    for place, expected in enumerate((set(range(len(lengths))) - leaked, leaked)):
+        parts = [plan_evaluation(one, eval_set, {100 + i for i in leaked})[place] for one in processes(plan)]
+        assert sorted(example for part in parts for batch in part for example in batch) == sorted(expected)
+        assert all(keeps_to(plan.layout, batch, lengths) for part in parts for batch in part)
+
+
+def eval_set_of(lengths: list[int]) -> Examples:
+    """Examples of these lengths, of the rows 100, 101, ..."""
+    ids = [[0] * length for length in lengths]
+    dataset = Dataset.from_dict({"input_ids": ids, "row_number": list(range(100, 100 + len(ids)))})
+    return Examples(dataset, truncated=[], dropped={})
 
 
 def test_the_plan_of_a_config_uses_its_sizes_and_defaults_to_the_memory_sized_for():
@@ -210,18 +227,16 @@ def test_the_plan_of_a_config_uses_its_sizes_and_defaults_to_the_memory_sized_fo
         {"input_ids": [[5, 6, 7], [8, 9]], "labels": [[IGNORE, 6, 7], [IGNORE, IGNORE]]}
     )
     train_set = Examples(dataset, truncated=[], dropped={})
-    train = TrainConfig(
-        micro_batch_size=3, gradient_accumulation_steps=4, num_epochs=5, max_steps=6, seed=7, packing=False
-    )
-    plan = make_plan(Config(train=train, data=DataConfig(max_length=10)), train_set, 1, 2)
+    train = TrainConfig(micro_batch_size=3, gradient_accumulation_steps=4, num_epochs=5, max_steps=6, seed=7)
+    plan = make_plan(Config(train=train, data=DataConfig(max_length=10)), train_set, False, 1, 2)
     assert plan.lengths.tolist() == [3, 2]
     assert plan.target_counts.tolist() == [2, 0]
     assert plan.layout == Layout(packing=False, micro_batch_size=3, max_tokens=30)
     assert plan.global_batch_size == 3 * 4 * 2
     assert (plan.num_epochs, plan.max_steps, plan.seed) == (5, 6, 7)
     assert (plan.rank, plan.num_processes) == (1, 2)
-    asked = replace(train, max_tokens_per_micro_batch=17, packing=True)
-    plan = make_plan(Config(train=asked, data=DataConfig(max_length=10)), train_set, 0, 1)
+    asked = replace(train, max_tokens_per_micro_batch=17)
+    plan = make_plan(Config(train=asked, data=DataConfig(max_length=10)), train_set, True, 0, 1)
     assert plan.layout == Layout(packing=True, micro_batch_size=3, max_tokens=17)
     assert plan.global_batch_size == 3 * 4
 

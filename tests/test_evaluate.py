@@ -36,7 +36,8 @@ def accelerator() -> Accelerator:
 
 
 def eval_set_of(examples: list[dict[str, list[int]]]) -> Examples:
-    return Examples(Dataset.from_list(examples), truncated=[], dropped={})
+    numbered = [{**example, "row_number": number} for number, example in enumerate(examples, 1)]
+    return Examples(Dataset.from_list(numbered), truncated=[], dropped={})
 
 
 def plan_for(layout: Any, num_processes: int = 1) -> Plan:
@@ -46,8 +47,11 @@ def plan_for(layout: Any, num_processes: int = 1) -> Plan:
 
 
 def evaluate_on(accelerator: Any, model: Any, examples: Examples, plan: Plan) -> dict[str, float]:
-    batches = iterate_batches(plan_evaluation(plan, examples), examples.dataset, plan.layout.packing, CPU)
-    return evaluate(accelerator, TokenLoss(model).train(model.training), batches)
+    parts = [
+        iterate_batches(part, examples.dataset, plan.layout.packing, CPU)
+        for part in plan_evaluation(plan, examples)
+    ]
+    return evaluate(accelerator, TokenLoss(model).train(model.training), parts)
 
 
 def test_evaluation_gives_the_plain_numbers_for_every_layout(accelerator):
@@ -89,7 +93,7 @@ def test_a_process_without_examples_adds_nothing(accelerator, monkeypatch):
     monkeypatch.setattr(accelerator, "reduce", lambda sums, reduction: sums + others)
     eval_set = eval_set_of(random_examples([5]))
     plan = replace(plan_for(LAYOUTS[0], num_processes=2), rank=1)
-    assert plan_evaluation(plan, eval_set) == []
+    assert plan_evaluation(plan, eval_set) == [[]]
     assert evaluate_on(accelerator, model, eval_set, plan) == {
         "loss": 3.0,
         "entropy": 2.0,
@@ -145,7 +149,7 @@ def test_a_failing_evaluation_leaves_the_mode_as_it_was(accelerator):
         raise RuntimeError("no more memory")
 
     with pytest.raises(RuntimeError):
-        evaluate(accelerator, TokenLoss(model), broken_batches())
+        evaluate(accelerator, TokenLoss(model), [broken_batches()])
     assert all(module.training for module in model.modules())
 
 

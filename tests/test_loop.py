@@ -79,6 +79,7 @@ def test_a_run_leaves_its_record_its_checkpoints_and_the_adapter(run_train):
         "config.yaml",
         "environment.json",
         "metrics.jsonl",
+        "answers.jsonl",
         "tensorboard",
         "checkpoints",
         "adapter",
@@ -542,13 +543,3 @@ def test_on_a_quantised_base_the_adapter_is_all_that_trains(run_train, monkeypat
     after = seen["model"].state_dict()
     changed = {name for name, value in seen["before"].items() if not torch.equal(value, after[name])}
     assert changed == {name for name in seen["before"] if "lora_" in name}
-
-
-def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(run_train, capfd):
-    diverging = {"optim__name": "sgd", "optim__learning_rate": 1e30, "optim__max_grad_norm": 0}
-    run_dir = run_train(expect=1, **diverging)
-    message = capfd.readouterr().err
-    assert "no longer a finite number" in message
-    assert "Traceback" not in message
-    assert "NaN" not in (run_dir / "metrics.jsonl").read_text()
-    assert not (run_dir / "adapter").exists()

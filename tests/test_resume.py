@@ -583,16 +583,16 @@ def test_adapter_optimizer_and_state_survive_a_round_trip(tmp_path, name):
     model, optimizer = build(seed=0)
     for seed in range(3):
         update(model, optimizer, seed)
-    state = TrainState(
-        step=3, window_sums=[0.1, 2.0, 3.0, 4.0], loss_scaler={"scale": 8.0, "_growth_tracker": 1}
-    )
-    folder = save_checkpoint(tmp_path, state, model, optimizer, keep=2)
+    state = TrainState(step=3, window_sums=[0.1, 2.0, 3.0, 4.0])
+    scaler, other_scaler = (torch.amp.GradScaler("cpu", init_scale=scale) for scale in (8.0, 2.0))
+    folder = save_checkpoint(tmp_path, state, model, optimizer, scaler, keep=2)
     if name == "adamw_8bit":
         saved = load_file(folder / "optimizer.safetensors")
         assert {torch.uint8, torch.float32} <= {tensor.dtype for tensor in saved.values()}
 
     other_model, other_optimizer = build(seed=1)
-    assert load_checkpoint(folder, other_model, other_optimizer) == state
+    assert load_checkpoint(folder, other_model, other_optimizer, other_scaler) == state
+    assert other_scaler.state_dict() == scaler.state_dict()
     for seed in range(3, 6):
         ours, theirs = everything(model, optimizer), everything(other_model, other_optimizer)
         assert ours.keys() == theirs.keys()

@@ -1,0 +1,87 @@
+"""`python -m finetune replay RUN`: repeat the update with a number that was not finite, and show it."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from finetune.bad_update import RECORD, STATE_BEFORE, examine_update, read_record
+from finetune.batching import make_plan
+from finetune.chat import tokenize_splits
+from finetune.checkpoint import fault_of, load_adapter
+from finetune.config import parse_config
+from finetune.loss import TokenLoss, choose_layout
+from finetune.machine import choose_precision, create_accelerator
+from finetune.model import load_model, load_tokenizer
+from finetune.rows import load_rows
+from finetune.run_folder import CONFIG, data_of, read_environment
+from finetune.tracking import console, say
+
+
+def replay_command(argv: Sequence[str]) -> int:
+    """0 where the update gave the recorded numbers again, 1 where it gave others.
+
+    Raises:
+        ValueError: the run has no bad update, its files are damaged, or its rows are others now.
+    """
+    parser = argparse.ArgumentParser(prog="python -m finetune replay", description=__doc__)
+    parser.add_argument("run", type=Path, help="the run's folder, which holds bad_update.json")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    run_dir: Path = parser.parse_args(argv).run
+    recorded = read_record(run_dir)
+    repeated = repeat_bad_update(run_dir, recorded)
+    show_update(repeated)
+    same = json.dumps(repeated) == json.dumps(recorded)
+    say("The same numbers as in the run." if same else f"These are not the numbers in {run_dir / RECORD}.")
+    return 0 if same else 1
+
+
+def repeat_bad_update(run_dir: Path, recorded: dict[str, Any]) -> dict[str, Any]:
+    """What `examine_update` says of the recorded update, made again from the state before it."""
+    if fault := fault_of(run_dir / STATE_BEFORE):
+        raise ValueError(f"{run_dir / STATE_BEFORE} is no whole checkpoint: {fault}")
+    config = parse_config(["--config", str(run_dir / CONFIG)])
+    environment = read_environment(run_dir)
+    precision = choose_precision(config.train.mixed_precision)
+    accelerator = create_accelerator(config, precision.got)
+    tokenizer = load_tokenizer(config.model)
+    train_set, eval_set = tokenize_splits(load_rows(config.data), tokenizer, config.data)
+    if environment["data"] != data_of(train_set, eval_set):
+        raise ValueError(f"the rows of {config.data.path} are not those that the run was trained on")
+    model = load_model(config, precision.got, accelerator.device)
+    token_loss = TokenLoss(model).train()
+    layout = choose_layout(config.train.packing, accelerator, token_loss, train_set.dataset)
+    load_adapter(run_dir / STATE_BEFORE, model)  # not before: its weights may be beyond all bounds
+    plan = make_plan(config, train_set, layout.got == "packed", 0, environment["num_processes"])
+    return examine_update(accelerator, token_loss, plan, recorded["update"] - 1, train_set.dataset, tokenizer)
+
+
+def show_update(record: dict[str, Any]) -> None:
+    """Print the examples of an update, and of each the tokens with the largest loss."""
+    target_tokens = f"{record['num_target_tokens']} target tokens"
+    title = f"Update {record['update']}, epoch {record['epoch']}: loss {record['loss']} over {target_tokens}"
+    table = Table("row", "tokens", "nats", "worst tokens", title=title, title_justify="left")
+    for batch in record["micro_batches"]:
+        for example in batch["examples"]:
+            worst = sorted(example["targets"], key=lambda target: _badness(target["nll"]), reverse=True)[:5]
+            words = ", ".join(f"{target['token']!r} {_short(target['nll'])}" for target in worst)
+            tokens = str(example["num_tokens"])
+            table.add_row(str(example["row_number"]), tokens, _short(example["nll"]), Text(words))
+    console.print(table)
+    for batch in record["micro_batches"]:
+        bad = batch["parameters_with_bad_gradient"]
+        if bad:
+            rows = ", ".join(str(example["row_number"]) for example in batch["examples"])
+            say(f"rows {rows}: the gradient of {len(bad)} parameters is not finite, such as {bad[0]}")
+
+
+def _badness(nll: float | str) -> float:
+    return float("inf") if isinstance(nll, str) else nll
+
+
+def _short(nll: float | str) -> str:
+    return nll if isinstance(nll, str) else f"{nll:.3f}"

@@ -1,0 +1,103 @@
+"""Stopping when asked: SIGTERM and SIGINT let the update end and the run be saved; a second one does not."""
+
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from functools import cache
+from types import FrameType
+from typing import Any, TypeVar
+
+import psutil
+import torch
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A terminal signals the launcher and its processes at once, and the launcher then passes its own on:
+# within this time it is one request, not two.
+SAME_REQUEST_SECONDS = 1.0
+
+T = TypeVar("T")
+
+
+class StopRequest:
+    """Notes the first signal and leaves it to the loop when to stop; a second one ends the process.
+
+    The death of `accelerate launch` counts as a SIGTERM: a signal sent to it alone would otherwise leave its
+    process training unseen.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        self._main = accelerator.is_main_process
+        self._received = 0
+        self._received_at = 0.0
+        self._agreed = 0
+        self._launcher = os.getppid() if launcher_command() else None
+        self._accelerator = accelerator
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process was asked to stop."""
+        if not self._received and self._launcher is not None and os.getppid() != self._launcher:
+            self._received = signal.SIGTERM
+        return self._received > 0
+
+    def agreed(self) -> bool:
+        """Whether any process was asked to stop: the same answer in all. Each must call it equally often."""
+        self._agreed = largest(self._accelerator, self._received if self.requested else 0)
+        return self._agreed > 0
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal that was agreed on, as a shell counts."""
+        return 128 + self._agreed
+
+    def until(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, up to a request to stop."""
+        for item in items:
+            if self.requested:
+                return
+            yield item
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self._received:
+            self._received, self._received_at = number, now
+            if self._main:
+                name = signal.Signals(number).name
+                line = f"\n{name}: ending this update and saving; a second one stops at once\n"
+                os.write(2, line.encode())  # print may be what the signal interrupted
+        elif now - self._received_at > SAME_REQUEST_SECONDS:
+            raise SystemExit(128 + number)
+
+
+def largest(accelerator: Any, number: int) -> int:
+    """The largest of the processes' numbers: the same in all, each of which must call it equally often."""
+    if accelerator.num_processes == 1:
+        return number
+    tensor = torch.tensor(number)
+    torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, _cpu_group())
+    return int(tensor)
+
+
+@cache
+def _cpu_group() -> Any:
+    """All processes, over the CPU: a number on the GPU would have the loop wait for the device."""
+    return torch.distributed.new_group(backend="gloo")
+
+
+def launcher_command() -> list[str]:
+    """The command line of `accelerate launch`, where that is what started this process; else empty."""
+    try:
+        command = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return []
+    words = {os.path.basename(word) for word in command}
+    return command if {"accelerate", "launch"} <= words or "accelerate.commands.launch" in words else []
