@@ -41,7 +41,7 @@ class Listing(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Neighbouring tokens of one kind: `role` is one of chat.ROLES; not `kept` is what max_length cut away."""
+    """Neighbouring tokens of one kind. `role` is one of chat.ROLES; what max_length cuts is not `kept`."""
 
     text: str
     role: str
@@ -56,6 +56,19 @@ class ShownRow(NamedTuple):
     split: str
     problems: Sequence[str]
     segments: Sequence[Segment]
+
+
+class Report(NamedTuple):
+    """All that is shown of an audit. `rows` are the worst first, `note` says how many of all they are;
+    `names` says of each row number how it is written."""
+
+    title: str
+    tables: Sequence[Table]
+    histogram: str
+    listings: Sequence[Listing]
+    rows: Sequence[ShownRow]
+    note: str
+    names: Mapping[int, str]
 
 
 def visible(text: str) -> str:
@@ -76,30 +89,12 @@ def check_page_path(path: Path) -> None:
         raise ValueError(f"--page {path} cannot be written: {error.strerror or error}") from error
 
 
-def write_page(
-    path: Path,
-    title: str,
-    tables: Sequence[Table],
-    histogram: str,
-    listings: Sequence[Listing],
-    rows: Sequence[ShownRow],
-    note: str,
-    names: Mapping[int, str],
-) -> None:
-    """Write the page whole or not at all. `names` says of a row number how it is written."""
+def write_page(path: Path, report: Report) -> None:
+    """Write the page whole or not at all."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["visible"] = visible
-    page = environment.from_string(_TEMPLATE).render(
-        title=title,
-        tables=tables,
-        histogram=histogram,
-        listings=listings,
-        rows=rows,
-        note=note,
-        names=names,
-        shown={row.number for row in rows},
-        long=LONG,
-    )
+    shown = {row.number for row in report.rows}
+    page = environment.from_string(_TEMPLATE).render(**report._asdict(), shown=shown, long=LONG)
     try:
         _partial(path).write_text(page, encoding="utf-8")
         os.replace(_partial(path), path)
@@ -138,7 +133,8 @@ p, li { overflow-wrap: anywhere; }
 .note { color: var(--dim); margin: .4rem 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right;
+  white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .facts td { white-space: normal; overflow-wrap: anywhere; text-align: left; vertical-align: top; }
 .facts td:first-child { white-space: nowrap; color: var(--dim); }

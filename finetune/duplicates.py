@@ -4,74 +4,108 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import islice
 from typing import NamedTuple
 
+import numpy as np
 from datasketch import MinHash, MinHashLSH
 
 NEAR = 0.8  # two texts are near duplicates from this similarity on
 SHINGLE_CHARACTERS = 5
 NUM_PERMUTATIONS = 128
-# Candidates are sought from further off, so that hardly one above NEAR is missed; all are then measured.
-CANDIDATES_FROM = 0.6
-# Templated rows ("Convert 3 km", "Convert 4 km", ...) are all near each other; a few are enough to show it.
+# Candidates are sought from further off: of the pairs at NEAR, one in 20,000 is then missed.
+CANDIDATES_FROM = 0.5
+# Templated rows ("Convert 3 km", "Convert 4 km", ...) are all near each other. Of more candidates
+# than these, the nearest by their MinHashes are measured.
 MOST_CANDIDATES = 50
 
-# At the end or the start of a word: within one it has a meaning, as in 3.5 and C++ and x-1.
-_PUNCTUATION = re.compile(
-    r"[.,;:!?…\"'\u201c\u201d\u2018\u2019)\]]+(?=\s|$)|(?<!\S)[\"'\u201c\u201d\u2018\u2019(\[]+"
-)
+# Around words only: within one it has a meaning, as in 3.5 and C++ and x-1. Behind a digit ! and quotes have
+# one too (5! and 5'), and brackets have one wherever they stand.
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
+_QUOTES = "\"'\N{LEFT DOUBLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK}"
+_QUOTES += "\N{LEFT SINGLE QUOTATION MARK}\N{RIGHT SINGLE QUOTATION MARK}"
+_PUNCTUATION = re.compile(rf"(?:(?<!\d)[!{_QUOTES}]|[.,;:?。])+(?=\s|$)|(?<!\S)[{_QUOTES}¿¡]+")
 
 
 class Match(NamedTuple):
-    """The text at `position` is the most similar one; a similarity of 1 is the same after `normalise`."""
+    """The text at `position` is the most similar one; `exact` if it is the same after `normalise`."""
 
     position: int
     similarity: float
+    exact: bool
 
 
 def normalise(text: str) -> str:
     """The text without what seldom changes its meaning: case, width, spaces, punctuation around words."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
+    compatible = _NOT_ASCII.sub(lambda match: _compatible(match[0]), text)
+    plain = unicodedata.normalize("NFC", compatible.casefold())
     return " ".join(_PUNCTUATION.sub("", plain).split()) or plain.strip()
+
+
+def _compatible(letter: str) -> str:
+    """The plain form of a wide letter, a ligature and the like; raised digits stay: 10² is not 102."""
+    is_raised = unicodedata.decomposition(letter).startswith(("<super>", "<sub>"))
+    return letter if is_raised else unicodedata.normalize("NFKC", letter)
+
+
+def same_after_normalising(texts: Sequence[str]) -> list[list[int]]:
+    """The positions of texts that `normalise` leaves the same, wherever there are two or more.
+
+    Blank texts are the same as nothing.
+    """
+    places: dict[str, list[int]] = defaultdict(list)
+    for position, text in enumerate(texts):
+        places[normalise(text)].append(position)
+    return [positions for text, positions in places.items() if text and len(positions) > 1]
 
 
 def most_similar(texts: Sequence[str], among: Sequence[str] | None = None) -> list[Match | None]:
     """For each text the most similar one `among` others, or, without these, among the texts themselves.
 
-    None where nothing reaches NEAR. Similarity is the Jaccard index of the sets of 5-character pieces of
-    the normalised texts (Broder 1997). Candidates come from MinHash with locality-sensitive hashing, which
-    may miss a pair just above NEAR.
+    None where nothing reaches NEAR, and for blank texts. Similarity is the Jaccard index of the sets of
+    5-character pieces of the normalised texts (Broder 1997). Candidates come from MinHash with
+    locality-sensitive hashing, which may miss a pair just above NEAR.
     """
     wanted = [normalise(text) for text in texts]
     themselves = among is None
     corpus = wanted if among is None else [normalise(text) for text in among]
     places: dict[str, list[int]] = defaultdict(list)
-    for index, text in enumerate(corpus):
-        places[text].append(index)
+    for position, text in enumerate(corpus):
+        if text:
+            places[text].append(position)
 
     unique = list(places)
-    hashes = dict(zip(unique, _min_hashes(unique), strict=True))
+    new = [text for text in dict.fromkeys(wanted) if text and text not in places]
+    numbers = {text: number for number, text in enumerate([*unique, *new])}
+    min_hashes = _min_hashes(list(numbers))
     index = MinHashLSH(threshold=CANDIDATES_FROM, num_perm=NUM_PERMUTATIONS)
-    for text, signature in hashes.items():
-        index.insert(text, signature)
-    new = [text for text in dict.fromkeys(wanted) if text not in hashes]
-    hashes |= dict(zip(new, _min_hashes(new), strict=True))
+    for number, min_hash in enumerate(min_hashes[: len(unique)]):
+        index.insert(number, min_hash)
+    values = np.array([min_hash.hashvalues for min_hash in min_hashes])
 
-    near: dict[str, Match | None] = {}
+    near: dict[str, Match | None] = {"": None}
     matches: list[Match | None] = []
     for position, text in enumerate(wanted):
         same = next((i for i in places.get(text, []) if not (themselves and i == position)), None)
         if same is not None:
-            matches.append(Match(same, 1.0))
+            matches.append(Match(same, 1.0, exact=True))
             continue
         if text not in near:
-            candidates = islice(sorted(index.query(hashes[text])), MOST_CANDIDATES)
-            scored = [Match(places[c][0], _jaccard(text, c)) for c in candidates if c != text]
-            best = max(scored, key=lambda match: match.similarity, default=None)
-            near[text] = best if best is not None and best.similarity >= NEAR else None
+            number = numbers[text]
+            candidates = np.array(sorted(c for c in index.query(min_hashes[number]) if c != number), np.int64)
+            agreement = (values[candidates] == values[number]).sum(axis=1)
+            nearest = candidates[np.argsort(-agreement, kind="stable")[:MOST_CANDIDATES]]
+            best = _nearest(text, [unique[c] for c in nearest])
+            near[text] = Match(places[best[0]][0], best[1], exact=False) if best is not None else None
         matches.append(near[text])
     return matches
+
+
+def _nearest(text: str, candidates: list[str]) -> tuple[str, float] | None:
+    """The most similar candidate and its similarity; None where none reaches NEAR."""
+    pieces = _shingles(text)
+    scored = [(candidate, _jaccard(pieces, _shingles(candidate))) for candidate in candidates]
+    best = max(scored, key=lambda pair: pair[1], default=None)
+    return best if best is not None and best[1] >= NEAR else None
 
 
 def _shingles(text: str) -> set[str]:
@@ -85,6 +119,5 @@ def _min_hashes(texts: Sequence[str]) -> list[MinHash]:
     return hashes
 
 
-def _jaccard(first: str, second: str) -> float:
-    a, b = _shingles(first), _shingles(second)
-    return len(a & b) / len(a | b)
+def _jaccard(first: set[str], second: set[str]) -> float:
+    return len(first & second) / len(first | second)
