@@ -12,6 +12,7 @@ from typing import Any, Literal, cast, get_args
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
 
+LARGEST_FLOAT = 1e38  # about what fp32 holds, in which optimizers compute
 DEFAULT_CONFIG_FILE = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
 
@@ -362,6 +363,8 @@ def check_config(config: Config) -> None:
     for name, value, holds, expected in ranges:
         if not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, not {value}")
+        if value > LARGEST_FLOAT:
+            raise ValueError(f"{name} must be at most {LARGEST_FLOAT}, not {value}")
         if not holds:
             raise ValueError(f"{name} must be {expected}, not {value}")
     if isinstance(lora.target_modules, str) and lora.target_modules != "all-linear":

@@ -91,9 +91,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(run_trai
 
 def test_weights_that_overflow_are_never_saved(run_train, capfd):
     """The last update's: no further loss would show them."""
-    run_train(
-        expect=1, **{**DIVERGING, "optim__learning_rate": 1e39}, train__max_steps=1, data__eval_fraction=0
-    )
+    overflowing = {**DIVERGING, "optim__learning_rate": 1e37, "optim__weight_decay": 1e6}
+    run_train(expect=1, **overflowing, train__max_steps=1, data__eval_fraction=0)
     assert "a weight is not a finite number" in capfd.readouterr().err
 
 

@@ -83,6 +83,7 @@ OTHER_VALUES = Config(
     log=LogConfig(every_steps=1, progress=False),
     output_dir="runs/мой прогон",
     resume="never",
+    strict=True,
 )
 
 
