@@ -53,6 +53,7 @@ OTHER_VALUES = Config(
         sample_seed=1,
         eval_fraction=0.0,
         split_seed=2,
+        split_by="instruction",
         max_length=64,
         overlong="drop",
         train_on="all",
