@@ -379,13 +379,12 @@ def _roles_table(examples: pd.DataFrame) -> Table:
             tokens, trained = int(part[role].sum()), int(part[f"{role} trained"].sum())
             if tokens > 0:
                 share, of_them = f"{tokens / total:.1%}", f"{trained / tokens:.1%}"
-                rows.append((split, role, f"{tokens:,}", share, f"{trained:,}", of_them))
-        rows.append(
-            (split, "all", f"{total:,}", "100.0%", f"{trained_total:,}", f"{trained_total / total:.1%}")
-        )
+                rows.append((f"{split}, {role}", f"{tokens:,}", share, f"{trained:,}", of_them))
+        of_all = f"{trained_total / total:.1%}"
+        rows.append((f"{split}, all", f"{total:,}", "100.0%", f"{trained_total:,}", of_all))
     return Table(
         "Tokens by role",
-        ("", "role", "tokens", "share", "trained on", "of them"),
+        ("", "tokens", "share", "trained on", "of them"),
         rows,
         "template: what the chat template writes, ends of turns among it.",
     )
@@ -415,9 +414,9 @@ def _lengths_table(examples: pd.DataFrame) -> Table:
             lengths = part[column].to_numpy()
             p90, p99 = np.quantile(lengths, [0.9, 0.99], method="inverted_cdf")
             figures = (lengths.min(), np.median(lengths), lengths.mean(), p90, p99, lengths.max())
-            rows.append((split, name, *(_figure(figure) for figure in figures)))
-    columns = ("", "of an example", "min", "median", "mean", "90%", "99%", "max")
-    return Table("Lengths", columns, rows, "90%: nine of ten examples are at most this long.")
+            rows.append((f"{split}, {name}", *(_figure(figure) for figure in figures)))
+    columns = ("", "min", "median", "mean", "90%", "99%", "max")
+    return Table("Lengths of the examples", columns, rows, "90%: nine of ten examples are at most this long.")
 
 
 def _likeness_table(audit: Audit) -> Table:

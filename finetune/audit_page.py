@@ -151,6 +151,12 @@ mark { background: var(--trained); color: var(--ink); text-decoration: underline
   text-underline-offset: .2em; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 del { color: var(--dim); text-decoration: line-through; }
 .keys { position: sticky; top: 0; background: var(--paper); padding: .4rem 0; }
+@media (max-width: 40rem) {
+  table { font-size: .85rem; }
+  th { white-space: normal; }
+  th, td { padding: .2rem .3rem; }
+  pre { font-size: .62rem; }
+}
 @media print {
   .keys { position: static; }
   details::details-content { content-visibility: visible; block-size: auto; opacity: 1; }

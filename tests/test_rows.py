@@ -1,15 +1,30 @@
 """Files and hub data sets become clean rows, and these the same sample and split as the seeds' calls give."""
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from conftest import ROOT
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from finetune.config import DataConfig
-from finetune.rows import load_rows, read_rows, sample_rows, split_rows
+from finetune.rows import (
+    Rows,
+    answer_of,
+    find_leaks,
+    instruction_of,
+    load_rows,
+    prompt_of,
+    read_rows,
+    sample_rows,
+    split_rows,
+    split_rows_by_instruction,
+)
 
 ALPACA = [
     {"instruction": "Name a coin.", "input": None, "output": "A dime, or a penny."},
@@ -622,3 +637,129 @@ def test_reading_needs_no_configuration_but_the_path():
     table = read_rows(str(ROOT / "data" / "finance_sample.parquet"))
     assert table.column_names == ["instruction", "output", "input", "row_number"]
     assert table["row_number"][:] == list(range(1, len(table) + 1))
+
+
+# --- Instructions: split by them, and leaks ---
+
+
+def repeated(num_rows: int, num_instructions: int) -> Dataset:
+    """Rows whose instructions repeat, written in more than one way."""
+    ways = (str, str.upper, " {}. ".format)
+    return Dataset.from_list(
+        [
+            {
+                "instruction": ways[number % 3](f"Instruction {number * 7 % num_instructions}"),
+                "input": str(number),
+                "output": "x",
+                "row_number": number + 1,
+            }
+            for number in range(num_rows)
+        ]
+    )
+
+
+def instructions(table: Dataset) -> set[str]:
+    return {row["instruction"].strip(" .").lower() for row in table}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    num_rows=st.integers(4, 80),
+    num_instructions=st.integers(2, 30),
+    fraction=st.floats(0.05, 0.9),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_split_by_instruction_leaves_none_on_both_sides_and_keeps_to_its_share(
+    num_rows, num_instructions, fraction, seed
+):
+    table = repeated(num_rows, num_instructions)
+    largest = max(Counter(row["instruction"].strip(" .").lower() for row in table).values())
+    share = math.ceil(fraction * num_rows)
+    try:
+        train, evaluation = split_rows_by_instruction(table, fraction, seed)
+    except ValueError:
+        assert share < largest or share > num_rows - largest  # no instruction fits, or none would be left
+        return
+    assert not instructions(train) & instructions(evaluation)
+    assert sorted(train["row_number"][:] + evaluation["row_number"][:]) == table["row_number"][:]
+    assert share - largest < len(evaluation) <= share
+    again = split_rows_by_instruction(table, fraction, seed)
+    assert (list(again[0]), list(again[1])) == (list(train), list(evaluation))
+
+
+def test_split_by_instruction_is_another_for_another_seed():
+    splits = {tuple(split_rows_by_instruction(repeated(60, 20), 0.3, s)[1]["row_number"]) for s in range(5)}
+    assert len(splits) == 5
+
+
+def test_split_by_instruction_is_what_the_configuration_asks_for(tmp_path):
+    rows = [{"instruction": f"Say {n // 4}.", "input": str(n), "output": "x"} for n in range(40)]
+    path = str(write(tmp_path / "rows.jsonl", rows))
+    by_row, by_instruction = (load_rows(DataConfig(path=path, split_by=by)) for by in ("row", "instruction"))
+    assert instructions(by_row.train) & instructions(by_row.eval)
+    assert not instructions(by_instruction.train) & instructions(by_instruction.eval)
+    assert len(by_instruction.eval) == len(by_row.eval) == 8
+    assert len(load_rows(DataConfig(path=path, split_by="instruction", eval_fraction=0)).eval) == 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 10])
+def test_one_instruction_cannot_be_split_and_the_keys_are_named(tmp_path, count):
+    rows = [{"instruction": way, "output": "x"} for way in ["Say hi.", "say HI", " Say hi "] * 4]
+    message = what_is_said(str(write(tmp_path / "rows.jsonl", rows[:count])), split_by="instruction")
+    assert "data.split_by" in message
+    assert "1 different instruction" in message
+    assert "data.eval_fraction" in message
+
+
+CONVERSATION = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "Two?"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "Thanks."},
+    ]
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"instruction": "Add.", "input": "1, 2", "output": "3"}, ("Add.", "Add.\n1, 2", "3")),
+        ({"instruction": "Add.", "input": None, "output": "3"}, ("Add.", "Add.", "3")),
+        ({"prompt": "2 + 2 =", "completion": "4"}, ("2 + 2 =", "2 + 2 =", "4")),
+        (CONVERSATION, ("One?", "One?\n1\nTwo?", "2")),
+        ({"messages": [{"role": "assistant", "content": "Hello."}]}, ("", "", "Hello.")),
+    ],
+)
+def test_instruction_prompt_and_answer_of_every_format(row, expected):
+    assert (instruction_of(row), prompt_of(row), answer_of(row)) == expected
+
+
+def test_leaks_are_eval_rows_whose_prompt_is_trained_on_or_nearly():
+    long = "Explain in two or three sentences what a bond is, who issues it, and why anybody would buy one"
+    prompts = {
+        "train": [("Name a coin.", ""), (long, ""), ("Add them.", "1 and 2")],
+        "eval": [
+            ("Add them.", "3 and 4"),
+            ("NAME a coin", None),
+            (long.replace("three", "four"), ""),
+            ("Hi", ""),
+        ],
+    }
+    train, evaluation = (
+        Dataset.from_list(
+            [
+                {"instruction": instruction, "input": text, "output": str(n), "row_number": first + n}
+                for n, (instruction, text) in enumerate(prompts[split])
+            ]
+        )
+        for split, first in (("train", 10), ("eval", 50))
+    )
+    leaks = find_leaks(Rows(train=train, eval=evaluation, num_read=7, dropped={}))
+    assert {number: (match.position, match.exact) for number, match in leaks.items()} == {
+        51: (0, True),
+        52: (1, False),
+    }
+    assert find_leaks(Rows(train=train, eval=evaluation.select([]), num_read=3, dropped={})) == {}
