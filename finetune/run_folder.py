@@ -101,7 +101,6 @@ def start_run(
     folder = Path(config.output_dir)
     data = data_of(train_set, eval_set)
     environment = {**environment, "global_batch_size": plan.global_batch_size, "data": data}
-    folder.mkdir(parents=True, exist_ok=True)
     if (folder / ENVIRONMENT).exists():
         before = read_environment(folder)
         if before["data"] != data:
@@ -118,6 +117,7 @@ def start_run(
     require_room(
         folder, (config.checkpoint.keep + 1 - len(list_checkpoints(folder))) * checkpoint_bytes, "the run"
     )
+    folder.mkdir(parents=True, exist_ok=True)
     # What the run first went on from stays on record: it does so again until it has its own checkpoint.
     _write(folder / CONFIG, config_to_yaml(replace(config, resume=_origin(config))))
     _write(folder / ENVIRONMENT, json.dumps(environment, indent=1, ensure_ascii=False))

@@ -4,7 +4,8 @@ import json
 import os
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from finetune.batching import Plan
 from finetune.chat import Examples, Message
+from finetune.checkpoint import GO_ON
 from finetune.config import Config, config_to_dict, flatten
 from finetune.duplicates import Match
 from finetune.machine import Setting, device_name
@@ -91,14 +93,16 @@ class Tracker:
         if self._live:
             self._activity.plain = ""
             self._live.stop()
-        self._accelerator.end_training()
+        with _saying_where(self._metrics_file.parent):
+            self._accelerator.end_training()
 
     def log(self, split: str, step: int, metrics: Metrics) -> None:
         """Write the metrics of `split` (train or eval) after `step` updates, and show them."""
         if not self._main:
             return
-        _append(self._metrics_file, {"split": split, "step": step, "epoch": self._epochs(step), **metrics})
-        self._accelerator.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
+        with _saying_where(self._metrics_file.parent):
+            _append(self._metrics_file, {"split": split, "step": step, "epoch": self._epochs(step), **metrics})
+            self._accelerator.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
         figures = "  ".join(
             f"{name} {pattern.format(metrics[key])}"
             for key, (name, pattern) in SHOWN.items()
@@ -117,8 +121,9 @@ class Tracker:
                 {"messages": messages, "answer": answer}
                 for messages, answer in zip(conversations, answers, strict=True)
             ]
-            _append(self._answers_file, {"step": step, "answers": entries})
-            self._show_answers(step, entries)
+            with _saying_where(self._answers_file.parent):
+                _append(self._answers_file, {"step": step, "answers": entries})
+                self._show_answers(step, entries)
 
     def has(self, kind: str, step: int) -> bool:
         """Whether the evaluation ("eval") or the "answers" of `step`, the one this run went on from, are
@@ -173,6 +178,15 @@ class Tracker:
             {"eval/loss": None, "eval/mean_token_accuracy": None},
         ):
             writer.file_writer.add_summary(summary)
+
+
+@contextmanager
+def _saying_where(run_dir: Path) -> Iterator[None]:
+    """Name the folder where a write fails: TensorBoard's thread, among others, does not."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{run_dir} could not be written ({error.strerror or error}); {GO_ON}") from error
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:
