@@ -124,6 +124,25 @@ def test_a_token_that_reaches_into_an_answer_is_the_answers():
     assert tokenizer.decode([i for i in labels if i != IGNORE]) == " The coin.<|im_end|>"
 
 
+def test_a_token_that_reaches_from_a_question_into_an_answer_is_the_answers():
+    tokenizer = tiny_tokenizer(
+        "{% for m in messages %}{{ m.content ~ (eos_token if m.role == 'assistant' else '') }}{% endfor %}"
+    )
+    assert tokenizer.tokenize("an interest") == ["an", "Ġinterest"]
+    roles = texts_by_role(tokenizer, turns("an inte", "rest"))
+    assert (roles["user"], roles["assistant"]) == ("an", " interest")
+
+
+def test_what_is_cut_away_is_shown_as_not_trained():
+    messages = turns("What?", "A long answer. " * 20)
+    segments = segments_of({"messages": messages}, TOKENIZER, DataConfig(path="x", max_length=50))
+    assert [(s.role, s.trained, s.kept) for s in segments][-3:] == [
+        ("assistant", True, True),
+        ("assistant", False, False),
+        ("template", False, False),
+    ]
+
+
 def test_what_follows_the_last_answer_counts_only_where_every_token_is_trained():
     messages = [*turns("What?", "A coin."), {"role": "user", "content": "Thanks."}]
     assert texts_by_role(TOKENIZER, messages)["user"] == "What?"
