@@ -130,19 +130,17 @@ def audit_command(argv: Sequence[str]) -> None:
         usage="%(prog)s [--config FILE] [--page FILE] [--section.key VALUE ...]",
         description="What would be trained on: tokens by role, cut and dropped rows, duplicates and leaks. "
         "Loads no model but its tokenizer.",
-        epilog="All keys of the configuration are accepted as train.py takes them, such as --data.path FILE "
+        epilog="--config and the keys of the configuration are what train.py takes, such as --data.path FILE "
         "or --data.max_length 1024; `python train.py --help` lists them. Without --config: the quickstart.",
         allow_abbrev=False,
         exit_on_error=False,
     )
     parser.add_argument("--page", metavar="FILE", default="audit.html", help="where the HTML page is written")
-    parser.add_argument("--config", metavar="FILE", help="a YAML file, as for train.py")
     try:
-        arguments, others = parser.parse_known_args(argv)
+        arguments, settings = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from None
-    files = [] if arguments.config is None else ["--config", arguments.config]
-    config = parse_config([*files, *others])
+    config = parse_config(settings)
     page = Path(arguments.page)
     check_page_path(page)
 
@@ -162,8 +160,8 @@ def audit_command(argv: Sequence[str]) -> None:
         note=_what_is_shown(len(problems), shown),
         names=row_names(audit),
     )
-    print_report(report)
     write_page(page, report)
+    print_report(report)
     console.print(f"page  {page}", soft_wrap=True, markup=False)
 
 
@@ -366,7 +364,7 @@ def _facts_table(audit: Audit) -> Table:
         ("dropped", ", ".join(f"{len(n):,} {reason}" for reason, n in audit.dropped.items()) or "none"),
         ("examples", f"{counts.get('train', 0):,} train, {counts.get('eval', 0):,} eval"),
         (f"cut at {data.max_length}", f"{len(cut):,}, {sum(lost for _, lost, *_ in cut):,} tokens lost"),
-        ("trained on", {"all": "every token"}.get(data.train_on, "the answers and what ends them")),
+        ("trained on", "every token" if data.train_on == "all" else "the answers and what ends them"),
     ]
     return Table("What is trained on", (), facts)
 

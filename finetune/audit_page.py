@@ -143,7 +143,7 @@ details, .list { border-top: 1px solid var(--line); padding: .5rem 0; }
 summary { cursor: pointer; }
 .list ul { margin: .3rem 0; padding-left: 1.2rem; }
 article { border: 1px solid var(--line); border-radius: .5rem; padding: .7rem; margin: .8rem 0;
-  background: var(--card); break-inside: avoid-page; }
+  background: var(--card); break-inside: avoid-page; scroll-margin-top: 3rem; }
 .problems { margin: .2rem 0 .5rem; padding-left: 1.2rem; color: var(--bad); }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .92rem; color: var(--dim); }
 .system, .user, .other { color: var(--ink); }

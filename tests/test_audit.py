@@ -596,6 +596,17 @@ def test_overrides_are_those_of_training(run_audit_command):
     assert "Be kind." in page
 
 
+def test_files_and_arguments_override_each_other_in_their_order_as_in_training(run_audit_command, tmp_path):
+    (tmp_path / "more.yaml").write_text("data:\n  num_samples: 30\n", encoding="utf-8")
+    more = ("--config", tmp_path / "more.yaml")
+    for arguments, expected in (
+        (more, "24 train, 6 eval"),
+        ((*more, "--data.num_samples=20"), "16 train, 4 eval"),
+    ):
+        assert expected in run_audit_command(SAMPLE, *arguments)[1].out
+    assert "24 train, 6 eval" in run_audit_command(SAMPLE, "--data.num_samples=20", *more)[1].out
+
+
 def test_a_page_of_another_name_is_written_there(run_audit_command, tmp_path):
     code, _, _ = run_audit_command(SAMPLE, "--page", tmp_path / "other.html", "--data.num_samples=20")
     assert code == 0
@@ -677,7 +688,7 @@ def test_help_says_what_is_accepted(capsys):
         "python -m finetune audit",
         "--page FILE",
         "--config FILE",
-        "All keys of the configuration",
+        "the keys of the configuration",
     ):
         assert expected in said
 
