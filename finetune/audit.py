@@ -72,8 +72,11 @@ class Severity(IntEnum):
 
 
 class Problem(NamedTuple):
+    """Of two of one severity the one with more `tokens_lost` is the worse."""
+
     severity: Severity
     text: str
+    tokens_lost: int = 0
 
 
 class Likeness(NamedTuple):
@@ -257,9 +260,9 @@ def find_problems(audit: Audit) -> dict[int, list[Problem]]:
     for number, lost, full_length, last_end in audit.cut_rows():
         text = f"cut: {lost} of {full_length} tokens lost"
         if last_end == "untrained":
-            problem = Problem(Severity.NO_END, f"{text}, the last end-of-turn token with them")
+            problem = Problem(Severity.NO_END, f"{text}, the last end-of-turn token with them", lost)
         else:
-            problem = Problem(Severity.CUT, text)
+            problem = Problem(Severity.CUT, text, lost)
         problems[number].append(problem)
 
     # A weaker likeness to the same rows says nothing new.
@@ -292,7 +295,8 @@ def find_problems(audit: Audit) -> dict[int, list[Problem]]:
 
 def pick_rows(audit: Audit, tokenizer: Any, problems: Mapping[int, Sequence[Problem]]) -> list[ShownRow]:
     """The rows to show: the worst first, and a few sound ones behind them."""
-    worst = sorted(problems, key=lambda number: (problems[number][0].severity, number))
+    worst_of = {number: found[0] for number, found in problems.items()}
+    worst = sorted(worst_of, key=lambda n: (worst_of[n].severity, -worst_of[n].tokens_lost, n))
     sound = [number for number in audit.examples.index if number not in problems]
     picked = [*worst[:MOST_SHOWN_ROWS], *sound[:SOUND_ROWS]]
     everything = read_rows(audit.config.data.path)  # the dropped ones too

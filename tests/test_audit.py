@@ -539,14 +539,14 @@ def test_marked_text_is_exactly_what_is_trained(run_audit_command):
 
 def test_rows_are_shown_worst_first_with_every_problem_beside_them(run_audit_command):
     rows = [row("Fine?"), row("Twice?"), row("twice"), row("Long?", "It is long. " * 60), row("Nothing?", "")]
-    rows += [row("One?", "1")]
+    rows += [row("One?", "1"), row("Longer?", "It is longer. " * 90)]
     _, _, page = run_audit_command(rows, "--data.max_length=100", "--data.eval_fraction=0")
     articles = re.findall(r'<article id="row-(\d+)">(.*?)</article>', page, re.S)
-    assert [int(number) for number, _ in articles] == [5, 4, 2, 3, 6, 1]
+    assert [int(number) for number, _ in articles] == [5, 7, 4, 2, 3, 6, 1]
     problems = [re.findall(r"<li>(.*?)</li>", body) for _, body in articles]
     assert problems[0] == ["dropped: without output"]
-    assert "the last end-of-turn token with them" in problems[1][0]
-    assert problems[2:] == [
+    assert all("the last end-of-turn token with them" in found for [found] in problems[1:3])
+    assert problems[3:] == [
         ["same prompt and answer as row 3"],
         ["same prompt and answer as row 2"],
         ["only 2 target tokens"],
