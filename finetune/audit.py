@@ -6,6 +6,7 @@ them. No model is loaded but its tokenizer, and nothing is written but the page.
 
 import argparse
 import textwrap
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -243,12 +244,17 @@ def compare_rows(rows: Rows, text_of: Callable[[Mapping[str, Any]], str]) -> Lik
     return Likeness([sorted(every[position] for position in group) for group in groups], near)
 
 
-def same_in_scope(group: Sequence[int], scope: str, split_of: Mapping[int, str]) -> dict[int, list[int]]:
-    """Rows of a group of same ones, each with the others of the group that the scope sets it beside."""
+def same_in_scope(
+    group: Sequence[int], scope: str, split_of: Mapping[int, str]
+) -> tuple[list[int], list[int]]:
+    """Of a group of same rows those that the scope is about, and those that it sets them beside.
+
+    Both are empty where no row has another one beside it.
+    """
     of, among = ("eval", "train") if scope == "leak" else (scope, scope)
+    rows = [number for number in group if split_of[number] == of]
     others = [number for number in group if split_of[number] == among]
-    beside = {n: [other for other in others if other != n] for n in group if split_of[n] == of}
-    return {number: found for number, found in beside.items() if found}
+    return (rows, others) if rows and others and (of != among or len(rows) > 1) else ([], [])
 
 
 def find_problems(audit: Audit) -> dict[int, list[Problem]]:
@@ -265,27 +271,28 @@ def find_problems(audit: Audit) -> dict[int, list[Problem]]:
             problem = Problem(Severity.CUT, text, lost)
         problems[number].append(problem)
 
-    # A weaker likeness to the same rows says nothing new.
-    said: dict[tuple[int, str], set[int]] = defaultdict(set)
+    def add_likeness(severity: Severity, scope: str, number: int, text: str) -> None:
+        leak = Problem(Severity.LEAK, f"leak: {text} in train")
+        problems[number].append(leak if scope == "leak" else Problem(severity, text))
 
-    def say(severity: Severity, scope: str, number: int, others: Sequence[int], text: str) -> None:
-        if not said[number, scope].issuperset(others):
-            said[number, scope].update(others)
-            if scope == "leak":
-                problems[number].append(Problem(Severity.LEAK, f"leak: {text} in train"))
-            else:
-                problems[number].append(Problem(severity, text))
-
+    # A weaker likeness to no more rows, or to the same nearest row, says nothing new.
+    num_said: dict[tuple[int, str], int] = defaultdict(int)
+    nearest_said = set()
     for name, alike in audit.likeness.items():
         for scope in SCOPES:
             for group in alike.same:
-                for number, others in same_in_scope(group, scope, audit.split_of).items():
-                    say(Severity.SAME, scope, number, others, f"same {name} as row {_some(others)}")
-    for name, alike in audit.likeness.items():
-        for scope in SCOPES:
+                rows, others = same_in_scope(group, scope, audit.split_of)
+                for number in rows:
+                    if len(others) > num_said[number, scope]:
+                        num_said[number, scope] = len(others)
+                        add_likeness(
+                            Severity.SAME, scope, number, f"same {name} as row {_some(others, number)}"
+                        )
             for number, (other, similarity) in alike.near[scope].items():
-                text = f"{name} much like that of row {other} ({similarity:.2f})"
-                say(Severity.NEAR, scope, number, [other], text)
+                if (number, scope, other) not in nearest_said:
+                    nearest_said.add((number, scope, other))
+                    text = f"{name} much like that of row {other} ({similarity:.2f})"
+                    add_likeness(Severity.NEAR, scope, number, text)
 
     for number, count in zip(audit.examples.index, audit.examples["num_targets"], strict=True):
         if count <= FEW_TARGETS:
@@ -426,7 +433,7 @@ def _likeness_table(audit: Audit) -> Table:
     for name, alike in audit.likeness.items():
         counts = []
         for scope in SCOPES:
-            same = sum(len(same_in_scope(group, scope, audit.split_of)) for group in alike.same)
+            same = sum(len(same_in_scope(group, scope, audit.split_of)[0]) for group in alike.same)
             counts += [f"{same:,}", f"{len(alike.near[scope]):,}"]
         rows.append((name, *counts))
     columns = ("rows that share", "same, train", "near", "same, eval", "near", "eval in train", "near")
@@ -523,9 +530,12 @@ def _figure(value: float) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
 
 
-def _some(numbers: Sequence[int], most: int = 10) -> str:
-    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
-    return ", ".join(str(number) for number in numbers[:most]) + more
+def _some(numbers: list[int], but: int, most: int = 10) -> str:
+    """The sorted numbers but for one, in words: the first ones, and how many more."""
+    first = [number for number in numbers[: most + 1] if number != but][:most]
+    place = bisect_left(numbers, but)
+    more = len(numbers) - (numbers[place : place + 1] == [but]) - len(first)
+    return ", ".join(map(str, first)) + (f" and {more} more" if more else "")
 
 
 def _path_in_words(data: DataConfig) -> str:

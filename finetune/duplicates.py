@@ -2,21 +2,24 @@
 
 import re
 import unicodedata
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from datasketch import MinHash, MinHashLSH
+from datasketch import MinHash
+from numpy.typing import NDArray
 
 NEAR = 0.8  # two texts are near duplicates from this similarity on
 SHINGLE_CHARACTERS = 5
-NUM_PERMUTATIONS = 128
-# Candidates are sought from further off: of the pairs at NEAR, one in 20,000 is then missed.
-CANDIDATES_FROM = 0.5
-# Templated rows ("Convert 3 km", "Convert 4 km", ...) are all near each other. Of more candidates
-# than these, the nearest by their MinHashes are measured.
-MOST_CANDIDATES = 50
+# Texts are candidates where all hashes of a band agree: of the pairs at NEAR, one in 20,000 agrees in none.
+NUM_BANDS = 25
+HASHES_PER_BAND = 5
+# Templated rows ("Convert 3 km", "Convert 4 km", ...) are all near each other, and comparing each with each
+# would never end: so many of a band are looked at, and so many of all, the nearest by their hashes, measured.
+MOST_PER_BAND = 20
+MOST_MEASURED = 50
 
 # Around words only: within one it has a meaning, as in 3.5 and C++ and x-1. Behind a digit ! and quotes have
 # one too (5! and 5'), and brackets have one wherever they stand.
@@ -63,7 +66,7 @@ def most_similar(texts: Sequence[str], among: Sequence[str] | None = None) -> li
 
     None where nothing reaches NEAR, and for blank texts. Similarity is the Jaccard index of the sets of
     5-character pieces of the normalised texts (Broder 1997). Candidates come from MinHash with
-    locality-sensitive hashing, which may miss a pair just above NEAR.
+    locality-sensitive hashing, which may miss a pair just above NEAR, in a crowd above all.
     """
     wanted = [normalise(text) for text in texts]
     themselves = among is None
@@ -76,11 +79,12 @@ def most_similar(texts: Sequence[str], among: Sequence[str] | None = None) -> li
     unique = list(places)
     new = [text for text in dict.fromkeys(wanted) if text and text not in places]
     numbers = {text: number for number, text in enumerate([*unique, *new])}
-    min_hashes = _min_hashes(list(numbers))
-    index = MinHashLSH(threshold=CANDIDATES_FROM, num_perm=NUM_PERMUTATIONS)
-    for number, min_hash in enumerate(min_hashes[: len(unique)]):
-        index.insert(number, min_hash)
-    values = np.array([min_hash.hashvalues for min_hash in min_hashes])
+    hashes = _min_hashes(list(numbers))
+    bands = [band.tobytes() for row in hashes for band in np.split(row, NUM_BANDS)]
+    alike: dict[tuple[int, bytes], list[int]] = defaultdict(list)
+    for number in range(len(unique)):
+        for band in range(NUM_BANDS):
+            alike[band, bands[number * NUM_BANDS + band]].append(number)
 
     near: dict[str, Match | None] = {"": None}
     matches: list[Match | None] = []
@@ -91,9 +95,14 @@ def most_similar(texts: Sequence[str], among: Sequence[str] | None = None) -> li
             continue
         if text not in near:
             number = numbers[text]
-            candidates = np.array(sorted(c for c in index.query(min_hashes[number]) if c != number), np.int64)
-            agreement = (values[candidates] == values[number]).sum(axis=1)
-            nearest = candidates[np.argsort(-agreement, kind="stable")[:MOST_CANDIDATES]]
+            found: set[int] = set()
+            for band in range(NUM_BANDS):
+                others = alike.get((band, bands[number * NUM_BANDS + band]), [])
+                middle = bisect_left(others, number)
+                found.update(others[max(0, middle - MOST_PER_BAND // 2) : middle + MOST_PER_BAND // 2])
+            candidates = np.array(sorted(found - {number}), np.int64)
+            agreement = (hashes[candidates] == hashes[number]).sum(axis=1)
+            nearest = candidates[np.argsort(-agreement, kind="stable")[:MOST_MEASURED]]
             best = _nearest(text, [unique[c] for c in nearest])
             near[text] = Match(places[best[0]][0], best[1], exact=False) if best is not None else None
         matches.append(near[text])
@@ -113,10 +122,12 @@ def _shingles(text: str) -> set[str]:
     return {text[start : start + SHINGLE_CHARACTERS] for start in range(last)}
 
 
-def _min_hashes(texts: Sequence[str]) -> list[MinHash]:
+def _min_hashes(texts: Sequence[str]) -> NDArray[np.uint64]:
+    """[len(texts), NUM_BANDS * HASHES_PER_BAND]"""
     pieces = [[piece.encode() for piece in sorted(_shingles(text))] for text in texts]
-    hashes: list[MinHash] = MinHash.bulk(pieces, num_perm=NUM_PERMUTATIONS) if pieces else []
-    return hashes
+    num_hashes = NUM_BANDS * HASHES_PER_BAND
+    hashes = [min_hash.hashvalues for min_hash in MinHash.generator(pieces, num_perm=num_hashes)]
+    return np.array(hashes, np.uint64).reshape(len(texts), num_hashes)
 
 
 def _jaccard(first: set[str], second: set[str]) -> float:

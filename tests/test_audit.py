@@ -404,6 +404,15 @@ def test_leaks_and_duplicates_are_told_apart_and_said_of_the_row_with_the_strong
     assert names["Same prompt within a split"] == [(3, 4)]
 
 
+def test_many_rows_of_one_instruction_are_counted_and_the_first_named(tmp_path):
+    rows = [row("Name it.", f"It is coin number {number}.", f"{number} cents") for number in range(30)]
+    audit = audit_of(write(tmp_path / "rows.jsonl", rows), eval_fraction=0)
+    texts = {number: problems[0].text for number, problems in find_problems(audit).items()}
+    assert texts[1] == "same instruction as row 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 19 more"
+    assert texts[30] == "same instruction as row 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 19 more"
+    assert listed(audit)["Same instruction within a split"] == [tuple(range(1, 31))]
+
+
 def test_near_duplicates_within_a_split_are_listed_once_a_pair(tmp_path):
     rows = [row(LONG_TEXT), row("Name a coin."), row(LONG_TEXT.replace("three", "four"), "Else.")]
     audit = audit_of(write(tmp_path / "rows.jsonl", rows), eval_fraction=0)

@@ -8,6 +8,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune import duplicates
 from finetune.duplicates import NEAR, SHINGLE_CHARACTERS, most_similar, normalise, same_after_normalising
 
 SENTENCE = (
@@ -135,6 +136,15 @@ def test_the_nearest_of_many_is_found():
     wanted = f"{SENTENCE} 7 times over"
     [match] = most_similar([wanted], words)
     assert match.position == max(range(len(words)), key=lambda i: similarity(wanted, words[i]))
+
+
+def test_a_crowd_of_near_texts_is_compared_in_a_time_that_grows_with_it_alone(monkeypatch):
+    measured = []
+    jaccard = duplicates._jaccard
+    monkeypatch.setattr(duplicates, "_jaccard", lambda a, b: measured.append(1) or jaccard(a, b))
+    crowd = [f"{SENTENCE} {number} times" for number in range(400)]
+    assert all(match is not None for match in most_similar(crowd))
+    assert len(measured) <= duplicates.MOST_MEASURED * len(crowd) < len(crowd) * (len(crowd) - 1) / 4
 
 
 def test_a_same_text_goes_before_near_ones():
