@@ -77,7 +77,7 @@ def train(config: Config) -> int:
     ddp_loss, optimizer = accelerator.prepare(token_loss, optimizer)
 
     # What was asked, beside what runs; the plan of all updates.
-    layout = choose_layout(config.train.packing, accelerator, token_loss, train_set.dataset)
+    layout = choose_layout(config.train.packing, accelerator, token_loss, train_set)
     settings = [*describe_machine(accelerator), precision, *describe_base(config.model, model)]
     settings += [optimizer_choice, layout, describe_loss(layout, token_loss)]
     if config.strict:
@@ -182,14 +182,13 @@ def train(config: Config) -> int:
 
         if stop.agreed():
             save()
-            if is_main:
-                show_stop(config, accelerator, state.step)
-            return stop.exit_code
 
-    if is_main:
+    if is_main and stop.exit_code:
+        show_stop(config, accelerator, state.step)
+    elif is_main:
         save_adapter_and_tokenizer(run_dir / "adapter", model, tokenizer)
         show_end(read_evaluations(run_dir), run_dir)
-    return 0
+    return stop.exit_code
 
 
 def is_due(every: int | str, step: int, plan: Plan) -> bool:

@@ -85,10 +85,13 @@ def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
             "dtype": dtype,
             "quantization_config": quantization,
             "device_map": {"": device},
-            "attn_implementation": ATTENTION,
             "output_loading_info": True,
         },
     )
+    if {module.is_causal for module in base.modules() if hasattr(module, "is_causal")} == {False}:
+        raise ValueError(
+            f"model.name_or_path {config.name_or_path} is no causal language model: its tokens see later ones"
+        )
     if loading["missing_keys"]:  # transformers makes them up at random, and goes on
         missing = sorted(loading["missing_keys"])
         raise ValueError(
@@ -170,7 +173,10 @@ def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     name = config.name_or_path
     if name == "starter":
         return str(starter_model_dir()), {}
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:  # no such user, or one without a home
+        raise ValueError(f"model.name_or_path {name}: {error}") from error
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ValueError(f"model.name_or_path {name} does not exist")
@@ -179,7 +185,7 @@ def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
         if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
             raise ValueError(f"model.name_or_path {name} holds an adapter; name the model it was trained on")
         return str(path), {}
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise ValueError(f"model.name_or_path {name!r} is no folder that exists and no hub name")
     return name, {"revision": config.revision} if config.revision else {}
 

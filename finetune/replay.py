@@ -54,7 +54,7 @@ def repeat_bad_update(run_dir: Path, recorded: dict[str, Any]) -> dict[str, Any]
         raise ValueError(f"the rows of {config.data.path} are not those that the run was trained on")
     model = load_model(config, precision.got, accelerator.device)
     token_loss = TokenLoss(model).train()
-    layout = choose_layout(config.train.packing, accelerator, token_loss, train_set.dataset)
+    layout = choose_layout(config.train.packing, accelerator, token_loss, train_set)
     load_adapter(run_dir / STATE_BEFORE, model)  # not before: its weights may be beyond all bounds
     plan = make_plan(config, train_set, layout.got == "packed", 0, environment["num_processes"])
     return examine_update(accelerator, token_loss, plan, recorded["update"] - 1, train_set.dataset, tokenizer)

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from types import FrameType
 from typing import Any, TypeVar
@@ -56,8 +58,8 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal that was agreed on, as a shell counts."""
-        return 128 + self._agreed
+        """128 + the signal that was agreed on, as a shell counts; 0 without one."""
+        return 128 + self._agreed if self._agreed else 0
 
     def until(self, items: Iterable[T]) -> Iterator[T]:
         """The items, up to a request to stop."""
@@ -72,8 +74,8 @@ class StopRequest:
             self._received, self._received_at = number, now
             if self._main:
                 name = signal.Signals(number).name
-                line = f"\n{name}: ending this update and saving; a second one stops at once\n"
-                os.write(2, line.encode())  # print may be what the signal interrupted
+                with suppress(RuntimeError):  # print is what the signal interrupted
+                    print(f"{name}: ending this update and saving; a second stops at once", file=sys.stderr)
         elif now - self._received_at > SAME_REQUEST_SECONDS:
             raise SystemExit(128 + number)
 

@@ -101,7 +101,9 @@ class Tracker:
         if not self._main:
             return
         with _saying_where(self._metrics_file.parent):
-            _append(self._metrics_file, {"split": split, "step": step, "epoch": self._epochs(step), **metrics})
+            _append(
+                self._metrics_file, {"split": split, "step": step, "epoch": self._epochs(step), **metrics}
+            )
             self._accelerator.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
         figures = "  ".join(
             f"{name} {pattern.format(metrics[key])}"

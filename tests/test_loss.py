@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import tiny_model
+from datasets import Dataset
 from torch import Tensor
 from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
 
 from finetune.batching import Layout, Plan, collate
-from finetune.chat import IGNORE
+from finetune.chat import IGNORE, Examples
 from finetune.config import Config, LoraConfig, ModelConfig
-from finetune.loss import TokenLoss, TokenSums
+from finetune.loss import TokenLoss, TokenSums, choose_layout
 from finetune.model import add_adapter, load_model, load_tokenizer
 
 Example = dict[str, list[int]]
@@ -280,3 +282,61 @@ def test_a_quantized_base_gives_nearly_the_same_loss_and_gradients_to_the_adapte
         torch.cat([gradient.flatten() for gradient in each.values()]) for each in (gradients, exact_gradients)
     )
     assert torch.cosine_similarity(flat, exact_flat, dim=0) > least_similarity
+
+
+def layout_of(model: Any, packing: bool = True) -> Any:
+    """What is chosen for a model, with examples of which the longest has 60 tokens."""
+    examples = random_examples([20, 60, 33])
+    train_set = Examples(Dataset.from_list(examples), truncated=[], dropped={})
+    return choose_layout(packing, Accelerator(cpu=True), TokenLoss(model), train_set)
+
+
+def built(architecture: str, **settings: Any) -> Any:
+    """A tiny random causal model of an architecture, with weights large enough that tokens matter."""
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    torch.manual_seed(0)
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(architecture, **{**sizes, **special, **settings})
+    )
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "llama", "phi3", "gpt2"])
+def test_models_that_keep_packed_examples_apart_are_packed(architecture):
+    setting = layout_of(built(architecture))
+    assert (setting.asked, setting.got, setting.reason) == ("packed", "packed", "")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "reason"),
+    [
+        ("falcon_h1", {}, "otherwise than each alone"),  # a recurrent state beside its attention
+        ("mistral", {"sliding_window": 40}, "otherwise than each alone"),  # a window shorter than an example
+        ("bloom", {}, "no mask between packed examples"),
+    ],
+)
+def test_models_that_do_not_are_padded_and_the_reason_is_given(architecture, settings, reason):
+    setting = layout_of(built(architecture, **settings))
+    assert (setting.asked, setting.got) == ("packed", "padded")
+    assert reason in setting.reason
+
+
+def test_a_window_longer_than_any_example_is_packed():
+    assert layout_of(built("mistral", sliding_window=64)).got == "packed"
+
+
+def test_padded_is_what_is_asked_where_packing_is_off():
+    setting = layout_of(built("falcon_h1"), packing=False)
+    assert (setting.asked, setting.got, setting.reason) == ("padded", "padded", "")

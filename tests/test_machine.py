@@ -2,14 +2,20 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import accelerate
 import pytest
 import torch
-from conftest import read_metrics
+from conftest import ROOT, read_metrics
+from rich.console import Console
 
+from finetune.config import ModelConfig, parse_config
 from finetune.machine import PACKAGES, choose_precision
+from finetune.model import describe_base, load_base
 
+CPU = torch.device("cpu")
 SHORT = {"train__micro_batch_size": 2, "train__gradient_accumulation_steps": 2, "train__max_steps": 3}
 
 
@@ -141,3 +147,78 @@ def test_all_cores_work_where_a_launcher_left_one_thread(run_train, tmp_path, mo
         assert os.environ["OMP_NUM_THREADS"] == "1"
     finally:
         torch.set_num_threads(threads)
+
+
+# Asked and got
+
+
+def table_of(text: str) -> dict[str, tuple[str, str, str]]:
+    """The rows of "Asked and got" as name -> asked, got, why."""
+    lines = text.partition("Asked and got")[2].partition("└")[0].splitlines()
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+    return {name: (asked, got, why) for name, asked, got, why in rows}
+
+
+def test_every_part_is_in_the_table_of_asked_and_got(run_train, capsys):
+    run_train(**SHORT, model__quantization="int8", train__mixed_precision="bf16", optim__name="adamw")
+    table = table_of(capsys.readouterr().out)
+    assert {name: asked for name, (asked, _, _) in table.items()} == {
+        "device": "cpu",
+        "processes": "1",
+        "data workers": "0",
+        "precision": "bf16",
+        "quantisation": "int8",
+        "attention": "sdpa",
+        "optimizer": "adamw",
+        "layout": "packed",
+        "loss path": "logits of target tokens",
+    }
+    assert all(asked == got and why == "" for asked, got, why in table.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine pages")
+def test_strict_refuses_what_differs_and_runs_what_does_not(run_train, tmp_path, capfd):
+    run_train(expect=2, output_dir=tmp_path / "refused", **SHORT, strict=True, optim__name="paged_adamw")
+    error = capfd.readouterr().err
+    assert error.startswith("error: strict is on")
+    assert "optimizer: asked paged_adamw, got adamw (paging" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "refused").exists()
+    run_train(output_dir=tmp_path / "run", **SHORT, strict=True, optim__name="adamw")
+
+
+def test_strict_alone_on_the_command_line_means_true():
+    assert parse_config(["--strict"]).strict is True
+    assert parse_config([]).strict is False
+    assert parse_config(["--strict", "false"]).strict is False
+
+
+def test_a_torch_built_for_a_card_that_is_not_there_is_a_difference(run_train, monkeypatch, capsys):
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    run_train(**SHORT)
+    monkeypatch.setattr("finetune.tracking.console", Console(width=250, highlight=False))
+    asked, got, why = table_of(capsys.readouterr().out)["device"]
+    assert (asked, got) == ("cuda", "cpu")
+    assert "finds no GPU" in why
+
+
+def test_several_processes_asked_of_accelerate_launch_on_a_cpu_are_a_difference(tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "train.py"]
+    ended = subprocess.run(
+        [*launch, "--strict", "--output_dir", str(tmp_path / "run"), "--optim.name", "adamw"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode != 0
+    assert "processes: asked several, got 1 (on a CPU accelerate launch starts one" in ended.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_quantisation_that_did_not_happen_is_a_difference(tiny_model_dir):
+    model = load_base(ModelConfig(name_or_path=str(tiny_model_dir), quantization="none"), "no", CPU)
+    quantisation, _ = describe_base(ModelConfig(quantization="int8"), model)
+    assert (quantisation.asked, quantisation.got) == ("int8", "none")
+    assert quantisation.reason
