@@ -87,6 +87,36 @@ def test_the_shares_of_all_processes_add_up_to_the_whole(accelerator, layout):
         assert total / sum(counts) == pytest.approx(whole[name], rel=1e-6)
 
 
+@pytest.mark.parametrize("layout", [LAYOUTS[1], LAYOUTS[4]], ids=["packed", "padded"])
+def test_examples_that_are_trained_on_too_count_and_the_loss_without_them_is_given(accelerator, layout):
+    model = with_adapter(tiny_model(VOCABULARY))
+    examples = random_examples(LENGTHS)
+    numbers = {2, 5}  # from 1
+    plan, eval_set = plan_for(layout), eval_set_of(examples)
+    parts = [
+        iterate_batches(part, eval_set.dataset, layout.packing, CPU)
+        for part in plan_evaluation(plan, eval_set, numbers)
+    ]
+    with_leaks = evaluate(accelerator, TokenLoss(model), parts)
+    everything = evaluate_on(accelerator, model, eval_set, plan)
+    others = [example for number, example in enumerate(examples, 1) if number not in numbers]
+    clean = evaluate_on(accelerator, model, eval_set_of(others), plan)
+    assert {name: with_leaks[name] for name in everything} == pytest.approx(everything, rel=1e-6)
+    assert with_leaks["loss_without_leaks"] == pytest.approx(clean["loss"], rel=1e-6)
+    assert clean["loss"] != pytest.approx(everything["loss"], rel=1e-3)
+
+
+def test_where_all_examples_are_trained_on_too_there_is_no_loss_without_them(accelerator):
+    model, eval_set = with_adapter(tiny_model(VOCABULARY)), eval_set_of(random_examples([5, 9]))
+    plan = plan_for(LAYOUTS[1])
+    parts = [
+        iterate_batches(part, eval_set.dataset, True, CPU) for part in plan_evaluation(plan, eval_set, {1, 2})
+    ]
+    assert evaluate(accelerator, TokenLoss(model), parts) == pytest.approx(
+        evaluate_on(accelerator, model, eval_set, plan)
+    )
+
+
 def test_a_process_without_examples_adds_nothing(accelerator, monkeypatch):
     model = with_adapter(tiny_model(VOCABULARY))
     others = torch.tensor([6.0, 4.0, 1.0, 2.0], dtype=torch.float64)

@@ -10,6 +10,7 @@ import torch
 from conftest import read_metrics
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -543,3 +544,33 @@ def test_on_a_quantised_base_the_adapter_is_all_that_trains(run_train, monkeypat
     after = seen["model"].state_dict()
     changed = {name for name, value in seen["before"].items() if not torch.equal(value, after[name])}
     assert changed == {name for name in seen["before"] if "lora_" in name}
+
+
+def test_eval_rows_that_are_trained_on_too_are_reported_and_the_loss_is_given_without_them(
+    run_train, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("finetune.tracking.console", Console(width=250, highlight=False))
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghijklmno"), size=7)) for _ in range(70)]
+    rows = [{"instruction": " ".join(words[5 * n : 5 * n + 5]), "output": "No."} for n in range(14)]
+    path = tmp_path / "twice.jsonl"
+    again = [{**row, "instruction": row["instruction"].upper()} for row in rows[:6]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows + again), encoding="utf-8")
+    run_dir = run_train(output_dir=tmp_path / "by row", data__path=path, train__max_steps=1)
+    text = capsys.readouterr().out
+    (line,) = [line for line in text.splitlines() if "eval prompts are trained on too" in line]
+    count = int(line.split("│")[2].split()[0])
+    assert 0 < count < 4
+    evaluations = [entry for entry in read_metrics(run_dir) if entry["split"] == "eval"]
+    assert len(evaluations) == 2
+    assert all(0 < entry["loss_without_leaks"] != entry["loss"] for entry in evaluations)
+    assert text.count("  without leaks ") == 2
+
+    run_dir = run_train(
+        output_dir=tmp_path / "by instruction",
+        data__path=path,
+        train__max_steps=1,
+        data__split_by="instruction",
+    )
+    assert "no eval prompt is trained on" in capsys.readouterr().out
+    assert all("loss_without_leaks" not in entry for entry in read_metrics(run_dir))

@@ -1,5 +1,6 @@
 """Several processes make the updates of one."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -172,3 +173,51 @@ def test_processes_of_which_accelerate_knows_nothing_are_refused(run_train, tmp_
     assert message.startswith("error: 2 processes were started, but Accelerate knows of 1")
     assert message.count("\n") == 1
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "file", ["alpaca_9229.json", "finance_alpaca_900.csv", "finance_alpaca_900_messages.jsonl"]
+)
+def test_on_real_rows_two_processes_packed_and_padded_are_one(run_train, launch, tmp_path, shared_data, file):
+    settings = {
+        **SETTINGS,
+        "data__path": shared_data / file,
+        "data__num_samples": 60,
+        "data__max_length": 512,
+        "train__num_epochs": 1,
+    }
+    alone = run_train(output_dir=tmp_path / "alone", **settings, **ONE)
+    assert len(read_metrics(alone)) > 8
+    run_train(output_dir=tmp_path / "padded", **settings, **ONE, train__packing=False)
+    assert_same_metrics(tmp_path / "padded", alone)
+    result = launch(output_dir=tmp_path / "both", **settings, **EACH_OF_TWO)
+    assert result.returncode == 0, result.stderr
+    assert_same_metrics(tmp_path / "both", alone)
+
+
+# In two processes of which one meets a gradient that is not finite.
+BAD_IN_ONE = """
+import os, sys, train
+from finetune import loss
+sum_over_tokens = loss.sum_over_tokens
+def bad_in_rank_1(logits, target_ids):
+    sums = sum_over_tokens(logits, target_ids)
+    if os.environ["RANK"] == "1" and logits.requires_grad:
+        return loss.TokenSums(sums.nll * float("nan"), sums.entropy, sums.correct, sums.count)
+    return sums
+loss.sum_over_tokens = bad_in_rank_1
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_a_bad_number_of_one_process_stops_both_before_it_reaches_the_weights(launch, tmp_path):
+    script = tmp_path / "bad_in_one.py"
+    script.write_text(BAD_IN_ONE)
+    result = launch(script, output_dir=tmp_path / "run", **SETTINGS, **EACH_OF_TWO)
+    assert result.returncode != 0
+    assert "a number of update 1 is not finite" in result.stderr
+    record = json.loads((tmp_path / "run" / "bad_update.json").read_text(encoding="utf-8"))
+    assert {batch["process"] for batch in record["micro_batches"]} == {0, 1}
+    rows = [example["row_number"] for batch in record["micro_batches"] for example in batch["examples"]]
+    assert len(set(rows)) == len(rows) == 6
+    assert not (tmp_path / "run" / "checkpoints").exists()
