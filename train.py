@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from finetune import screen
 from finetune.bad_update import examine_update, write_bad_update
 from finetune.batching import Plan, iterate_batches, iterate_updates, make_plan, plan_evaluation
 from finetune.chat import tokenize_splits
@@ -33,7 +34,7 @@ from finetune.machine import (
     reseed,
 )
 from finetune.metrics import Stopwatch, SumWindow, all_finite
-from finetune.model import describe_base, load_model, load_tokenizer
+from finetune.model import base_fingerprint, describe_base, load_model, load_tokenizer
 from finetune.optim import choose_optimizer, create_optimizer, learning_rate_at, set_learning_rate
 from finetune.rows import find_leaks, load_rows
 from finetune.run_folder import (
@@ -45,7 +46,7 @@ from finetune.run_folder import (
     start_run,
 )
 from finetune.signals import StopRequest
-from finetune.tracking import Tracker, describe_data, describe_model, say, show_end, show_start, show_stop
+from finetune.tracking import Tracker
 
 
 def train(config: Config) -> int:
@@ -56,8 +57,7 @@ def train(config: Config) -> int:
     is_main, device = accelerator.is_main_process, accelerator.device
     if run_status(config) is RunStatus.FINISHED:
         if is_main:
-            say(f"The run in {run_dir} is finished; its adapter is {run_dir / 'adapter'}.")
-            say("To train again, choose another --output_dir, or delete that folder.")
+            screen.show_finished(run_dir)
         return 0
 
     # Data: rows -> tokens with their mask.
@@ -88,9 +88,9 @@ def train(config: Config) -> int:
 
     # The run: new, or going on from a checkpoint.
     checkpoint, damaged = find_checkpoint(config)
-    state, window = TrainState(), SumWindow(device)
+    state, window = TrainState(base_fingerprint(config.model, model)), SumWindow(device)
     if checkpoint is not None:
-        state = load_checkpoint(checkpoint, model, optimizer, accelerator.scaler)
+        state = load_checkpoint(checkpoint, state.base, model, optimizer, accelerator.scaler)
         if is_main:  # sums over all processes: they must count once
             window.restore(state.window_sums)
     accelerator.wait_for_everyone()
@@ -98,12 +98,9 @@ def train(config: Config) -> int:
         size = estimate_bytes(model, optimizer_choice.got)
         start_run(config, environment(accelerator), plan, train_set, eval_set, size)
         keep_lines_until(run_dir, state.step)
-        facts = [*describe_model(config, model), *describe_data(rows, train_set, eval_set, leaks)]
-        show_start(config, settings, plan, facts)
-        for line in damaged:
-            say(line)
-        if checkpoint is not None:
-            say(f"Going on from {checkpoint}, after update {state.step}.")
+        facts = screen.describe(config, model, rows, train_set, eval_set, leaks)
+        screen.show_start(config, settings, plan, facts)
+        screen.show_checkpoint(checkpoint, damaged, state.step)
     accelerator.wait_for_everyone()
 
     with Tracker(accelerator, config, plan, state.step) as tracker, StopRequest(accelerator) as stop:
@@ -157,7 +154,7 @@ def train(config: Config) -> int:
                     record = examine_update(
                         accelerator, token_loss, plan, state.step, train_set.dataset, tokenizer
                     )
-                    say(write_bad_update(run_dir, record, state, model, optimizer, accelerator.scaler))
+                    screen.say(write_bad_update(run_dir, record, state, model, optimizer, accelerator.scaler))
                 accelerator.wait_for_everyone()
                 raise FloatingPointError(f"a number of update {state.step + 1} is not finite")
             optimizer.step()
@@ -184,10 +181,10 @@ def train(config: Config) -> int:
             save()
 
     if is_main and stop.exit_code:
-        show_stop(config, accelerator, state.step)
+        screen.show_stop(config, accelerator, state.step)
     elif is_main:
         save_adapter_and_tokenizer(run_dir / "adapter", model, tokenizer)
-        show_end(read_evaluations(run_dir), run_dir)
+        screen.show_end(read_evaluations(run_dir), run_dir)
     return stop.exit_code
 
 

@@ -117,7 +117,8 @@ def write_bad_update(
     scaler: torch.amp.GradScaler | None,
 ) -> str:
     """Write bad_update.json and, as a checkpoint, the state before the update; return what to say of it."""
-    write_checkpoint(run_dir / STATE_BEFORE, TrainState(state.step), model, optimizer, scaler)
+    before = TrainState(state.base, state.step)  # without the sums of the log window, which are bad
+    write_checkpoint(run_dir / STATE_BEFORE, before, model, optimizer, scaler)
     (run_dir / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
     kept = list_checkpoints(run_dir)
     last = f"the last checkpoint is {kept[0]}" if kept else "there was no checkpoint yet"

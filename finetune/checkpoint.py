@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ GO_ON = "earlier checkpoints are as they were: make room, and the same command g
 class TrainState:
     """Where a run is, beside its weights."""
 
+    base: str = ""
+    """Fingerprint of the base model that the adapter belongs to"""
     step: int = 0
     """Updates made"""
     window_sums: list[float] = field(default_factory=lambda: [0.0] * 4)
@@ -92,7 +94,7 @@ def write_checkpoint(
     ) as staging:
         save_adapter(model, staging)
         save_file(tensors, staging / OPTIMIZER)
-        loop = {"step": state.step, "window_sums": state.window_sums}
+        loop = asdict(state)
         scale = {} if scaler is None else scaler.state_dict()
         kind = _kind(optimizer)
         _write_json(
@@ -167,13 +169,15 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     """The run's checkpoints, newest first.
 
     Raises:
-        ValueError: one of them, or the folder of all, is a link: what it points to is not this run's.
+        ValueError: one of them, or the folder of all, is a file, or a link: its target is not this run's.
     """
     folder = checkpoints_dir(run_dir)
     found = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit()]
     for path in (folder, *found):
         if path.is_symlink():
             raise ValueError(f"{path} is a link; put the folder itself there, or remove the link")
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is a file where a folder must be; remove it")
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
 
 
@@ -199,6 +203,7 @@ def fault_of(folder: Path) -> str | None:
 
 def load_checkpoint(
     folder: Path,
+    base: str,
     model: PeftModel,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None,
@@ -206,10 +211,13 @@ def load_checkpoint(
     """Put adapter, optimizer and fp16's loss scaler into the state they were saved in; return the loop's.
 
     Raises:
-        ValueError: it was saved with another adapter (other target modules or rank) or another optimizer.
+        ValueError: it was saved with another base, another adapter (other target modules or rank) or
+            another optimizer.
     """
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     load_adapter(folder, model)
+    if state["base"] != base:
+        raise ValueError(f"checkpoint {folder} was trained on another base model than this one")
     saved_kind = state.pop("optimizer_kind")
     if saved_kind != _kind(optimizer):
         raise ValueError(f"checkpoint {folder} was saved with {saved_kind}, not with {_kind(optimizer)}")
@@ -218,7 +226,7 @@ def load_checkpoint(
     optimizer.load_state_dict({"state": merged, "param_groups": groups})
     if scaler is not None:
         scaler.load_state_dict(state["loss_scaler"])
-    return TrainState(state["step"], state["window_sums"])
+    return TrainState(base, state["step"], state["window_sums"])
 
 
 def load_adapter(folder: Path, model: PeftModel) -> None:

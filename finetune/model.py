@@ -1,5 +1,6 @@
 """The tokenizer, the frozen base (bf16, int8 or nf4) and the LoRA adapter on it."""
 
+import hashlib
 import re
 import textwrap
 import warnings
@@ -138,6 +139,24 @@ def dropout_off(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def base_fingerprint(config: ModelConfig, model: Any) -> str:
+    """What tells this base from another of the same shape, on any device: a hub model's commit, or a digest
+    of a folder's weight files (their sizes, and a MiB at the start, the middle and the end of each)."""
+    source, arguments = _locate(config)
+    if not Path(source).is_dir():
+        return f"{source}@{getattr(model.config, '_commit_hash', None)}"
+    digest = hashlib.sha256()
+    pattern = arguments.get("gguf_file", "*.safetensors")
+    for path in sorted(Path(source).glob(pattern)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for place in (0, size // 2, max(0, size - 2**20)):
+                file.seek(place)
+                digest.update(file.read(2**20))
+    return digest.hexdigest()
 
 
 def describe_base(config: ModelConfig, model: Any) -> list[Setting]:

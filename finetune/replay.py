@@ -19,7 +19,7 @@ from finetune.machine import choose_precision, create_accelerator
 from finetune.model import load_model, load_tokenizer
 from finetune.rows import load_rows
 from finetune.run_folder import CONFIG, data_of, read_environment
-from finetune.tracking import console, say
+from finetune.screen import console, say
 
 
 def replay_command(argv: Sequence[str]) -> int:

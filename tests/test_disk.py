@@ -237,6 +237,7 @@ def test_a_corrupted_checkpoint_is_named_and_the_run_ends_as_if_undisturbed(
     assert named == (damaged if newer.name in damaged else [])
     if damaged == [newer.name, older.name]:
         assert "Going on from" not in said
+        assert "No checkpoint of this run is whole: it starts anew." in said
     else:
         assert f"Going on from {older if newer.name in damaged else newer}" in said
     assert_ends_as(unfinished, whole)

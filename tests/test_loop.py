@@ -549,7 +549,7 @@ def test_on_a_quantised_base_the_adapter_is_all_that_trains(run_train, monkeypat
 def test_eval_rows_that_are_trained_on_too_are_reported_and_the_loss_is_given_without_them(
     run_train, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("finetune.tracking.console", Console(width=250, highlight=False))
+    monkeypatch.setattr("finetune.screen.console", Console(width=250, highlight=False))
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefghijklmno"), size=7)) for _ in range(70)]
     rows = [{"instruction": " ".join(words[5 * n : 5 * n + 5]), "output": "No."} for n in range(14)]

@@ -196,7 +196,7 @@ def test_strict_alone_on_the_command_line_means_true():
 def test_a_torch_built_for_a_card_that_is_not_there_is_a_difference(run_train, monkeypatch, capsys):
     monkeypatch.setattr("torch.version.cuda", "13.0")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("finetune.tracking.console", Console(width=250, highlight=False))
+    monkeypatch.setattr("finetune.screen.console", Console(width=250, highlight=False))
     run_train(**SHORT)
     asked, got, why = table_of(capsys.readouterr().out)["device"]
     assert (asked, got) == ("cuda", "cpu")

@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
     EventAccumulator as PluginEventAccumulator,
 )
 from torch import Tensor
+from transformers import AutoTokenizer
 
 import train
 from finetune.checkpoint import TrainState, fault_of, load_checkpoint, save_checkpoint
@@ -561,6 +562,25 @@ def test_a_run_leaves_no_file_that_could_hold_code(uninterrupted):
             assert not path.read_bytes().startswith((b"\x80", b"PK")), path
 
 
+@pytest.mark.parametrize("how", ["auto", "path"])
+def test_another_base_of_the_same_shape_is_refused(
+    run_train, run_until, tiny_model_dir, tmp_path, capfd, how
+):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    stopped = run_until("in an update", 2, output_dir=tmp_path / "run", model__name_or_path=base, **SHORT)
+    tiny_model(len(AutoTokenizer.from_pretrained(base)), seed=1).save_pretrained(base)
+    resumed = (
+        {"output_dir": stopped}
+        if how == "auto"
+        else {"output_dir": tmp_path / "new", "resume": stopped / "checkpoints" / "step_000001"}
+    )
+    run_train(expect=2, model__name_or_path=base, **resumed, **SHORT)
+    error = capfd.readouterr().err
+    assert "step_000001 was trained on another base model" in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "sgd"])
 def test_adapter_optimizer_and_state_survive_a_round_trip(tmp_path, name):
     def build(seed: int) -> tuple[Any, torch.optim.Optimizer]:
@@ -583,7 +603,7 @@ def test_adapter_optimizer_and_state_survive_a_round_trip(tmp_path, name):
     model, optimizer = build(seed=0)
     for seed in range(3):
         update(model, optimizer, seed)
-    state = TrainState(step=3, window_sums=[0.1, 2.0, 3.0, 4.0])
+    state = TrainState(base="this", step=3, window_sums=[0.1, 2.0, 3.0, 4.0])
     scaler, other_scaler = (torch.amp.GradScaler("cpu", init_scale=scale) for scale in (8.0, 2.0))
     folder = save_checkpoint(tmp_path, state, model, optimizer, scaler, keep=2)
     if name == "adamw_8bit":
@@ -591,7 +611,7 @@ def test_adapter_optimizer_and_state_survive_a_round_trip(tmp_path, name):
         assert {torch.uint8, torch.float32} <= {tensor.dtype for tensor in saved.values()}
 
     other_model, other_optimizer = build(seed=1)
-    assert load_checkpoint(folder, other_model, other_optimizer, other_scaler) == state
+    assert load_checkpoint(folder, "this", other_model, other_optimizer, other_scaler) == state
     assert other_scaler.state_dict() == scaler.state_dict()
     for seed in range(3, 6):
         ours, theirs = everything(model, optimizer), everything(other_model, other_optimizer)

@@ -14,7 +14,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from finetune import tracking
+from finetune import screen
 from finetune.tracking import Tracker
 
 EVAL_TAGS = {f"eval/{name}" for name in ("loss", "entropy", "mean_token_accuracy", "num_target_tokens")}
@@ -150,7 +150,7 @@ def test_nothing_but_the_run_itself_is_on_the_screen(run_train, capfd, recwarn):
 @pytest.fixture
 def wide(monkeypatch) -> None:
     """Tables at full width, so that no cell is folded."""
-    monkeypatch.setattr(tracking, "console", Console(width=250, highlight=False))
+    monkeypatch.setattr(screen, "console", Console(width=250, highlight=False))
 
 
 def cells(text: str, first: str) -> list[str]:
@@ -244,7 +244,7 @@ def terminal(monkeypatch) -> Iterator[Callable[[], str]]:
     stream = os.fdopen(slave, "w", encoding="utf-8")
     for name, value in {"TERM": "xterm-256color", "COLUMNS": "120", "LINES": "50"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(tracking, "console", Console(file=stream, highlight=False))
+    monkeypatch.setattr(screen, "console", Console(file=stream, highlight=False))
 
     def written() -> str:
         stream.close()
@@ -257,7 +257,7 @@ def terminal(monkeypatch) -> Iterator[Callable[[], str]]:
     os.close(master)
 
 
-def screen(output: str) -> list[str]:
+def drawn_lines(output: str) -> list[str]:
     """The lines that a terminal shows after this output: text, line ends, cursor up and erase line."""
     lines, row, column = [""], 0, 0
     for control, text in re.findall(r"(\x1b\[[?\d;]*[A-Za-z]|\r|\n)|([^\x1b\r\n]+)", output):
@@ -278,7 +278,7 @@ def screen(output: str) -> list[str]:
 
 def test_in_a_terminal_the_bar_ends_on_the_last_update_with_its_figures(run_train, terminal):
     run_dir = run_train(**SIX)
-    lines = screen(terminal())
+    lines = drawn_lines(terminal())
     train = [entry for entry in read_metrics(run_dir) if entry["split"] == "train"]
     (bar,) = [
         number for number, line in enumerate(lines) if re.match(r"epoch 2/2 .*6/6 .*left.*0:00:00", line)
@@ -303,14 +303,14 @@ def test_in_a_terminal_the_bar_shows_the_latest_figures_while_it_trains(run_trai
 
     def advance_and_draw(self: Tracker, step: int) -> None:
         advance(self, step)
-        tracking.console.print(f"drawn at {step}")
+        screen.console.print(f"drawn at {step}")
 
     monkeypatch.setattr(Tracker, "advance", advance_and_draw)
     run_dir = run_train(**SIX)
     output = terminal()
     train = {entry["step"]: entry for entry in read_metrics(run_dir) if entry["split"] == "train"}
     for step, logged in ((3, 2), (4, 2), (5, 4), (6, 4)):  # an evaluation lies between 3 and 4
-        frame = "\n".join(screen(output.split(f"drawn at {step}")[1].split("\x1b[2K")[0]))
+        frame = "\n".join(drawn_lines(output.split(f"drawn at {step}")[1].split("\x1b[2K")[0]))
         assert f"{step}/6" in frame
         assert f"epoch {1 if step <= 3 else 2}/2" in frame
         assert f"loss {train[logged]['loss']:.4f}" in frame
@@ -318,7 +318,7 @@ def test_in_a_terminal_the_bar_shows_the_latest_figures_while_it_trains(run_trai
 
 def test_in_a_terminal_without_the_bar_there_are_plain_lines(run_train, terminal):
     run_train(**SIX, log__progress=False)
-    lines = [line for line in screen(terminal()) if line.startswith("train ")]
+    lines = [line for line in drawn_lines(terminal()) if line.startswith("train ")]
     assert [line.split()[2] for line in lines] == ["2/6", "4/6", "6/6"]
 
 
