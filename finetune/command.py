@@ -19,9 +19,7 @@ def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
     except FloatingPointError as error:
         return _end(argv, f"stopped: {error}", 1)
     except KeyboardInterrupt:
-        return _end(
-            argv, "stopped; the same command goes on from the last checkpoint, where there is one", 130
-        )
+        return _end(argv, "stopped", 130)
 
 
 def _end(argv: Sequence[str], line: str, code: int) -> int:
