@@ -3,9 +3,10 @@
 import difflib
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -13,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
 
 LARGEST_FLOAT = 1e38  # about what fp32 holds, in which optimizers compute
+LARGEST_WHOLE_NUMBER = 10**9  # beyond every size and count, and far from where 64 bits overflow
 DEFAULT_CONFIG_FILE = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
 
@@ -181,7 +183,10 @@ def parse_config(argv: Sequence[str]) -> Config:
     Raises:
         ValueError: an unreadable file, an unknown key or a bad value, named in one line.
     """
-    arguments = ["--strict=true" if argument == "--strict" else argument for argument in argv]
+    arguments = [
+        "--strict=true" if argument == "--strict" and following.startswith("--") else argument
+        for argument, following in zip_longest(argv, argv[1:], fillvalue="--")
+    ]
     files = [value for flag, value in pairwise(arguments) if flag == "--config"]
     files += [
         argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")
@@ -193,8 +198,8 @@ def parse_config(argv: Sequence[str]) -> Config:
         _check_file(parser, file)
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
-    except ArgumentError as error:
-        raise ValueError(_one_line(error)) from None
+    except Exception as error:  # PyYAML below jsonargparse lets out errors of many kinds
+        raise ValueError(_one_line(error)) from error
     config = Config(**{f.name: parsed[f.name] for f in fields(Config)})
     check_config(config)
     return config
@@ -235,9 +240,16 @@ for _yaml in (_YamlLoader, _YamlDumper):
 
 
 def _load_yaml(text: str) -> Any:
-    value = yaml.load(text, Loader=_YamlLoader)  # a SafeLoader, with two words read otherwise
-    # An argument of the command line comes here too: `--data.system_prompt "# Rules"` is no comment.
-    return text if value is None and text.startswith("#") and "\n" not in text else value
+    try:
+        value = yaml.load(text, Loader=_YamlLoader)  # a SafeLoader, with two words read otherwise
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # `2020-99-99`, `!!bool maybe`, brackets a thousand deep: PyYAML lets them out
+        raise yaml.YAMLError(f"{type(error).__name__}: {error!s:.200}") from error
+    # An argument of the command line comes here too: `--data.system_prompt "# Rules"` is no comment, and
+    # `~` is a text. Only the word says null there.
+    is_null = text.strip().lower() in ("", "null")
+    return text if value is None and not is_null and "\n" not in text else value
 
 
 def _parser() -> ArgumentParser:
@@ -258,8 +270,13 @@ def _parser() -> ArgumentParser:
 
 def _check_file(parser: ArgumentParser, file: str) -> None:
     """Parse one file alone, so that what is wrong in it is said with its name."""
+    if not file:
+        raise ValueError("--config is empty: name a file")
+    path = Path(file)
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        if path.exists() and not (path.is_file() or path.is_dir()):  # it could be read but once, or never
+            raise ValueError(f"config file {file}: it is no ordinary file")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ValueError(f"config file {file}: {reason}") from None
@@ -274,22 +291,41 @@ def _check_file(parser: ArgumentParser, file: str) -> None:
             raise ValueError(f"config file {file}: {section} holds no keys; give it some or leave it out")
     try:
         parser.parse_string(text)
-    except ArgumentError as error:
-        raise ValueError(f"config file {file}: {_one_line(error)}") from None
+    except Exception as error:  # as in parse_config
+        raise ValueError(f"config file {file}: {_one_line(error)}") from error
     types = _keys(Config)
     for key, value in flatten(settings).items():
         if value is None and type(None) not in get_args(types[key]):
             raise ValueError(f"config file {file}: {key} must have a value, not null")
 
 
-def _one_line(error: ArgumentError) -> str:
+def _one_line(error: Exception) -> str:
     """What jsonargparse says, in one line that ends with the nearest right key."""
+    if not isinstance(error, ArgumentError):
+        return f"a value cannot be read ({type(error).__name__}: {error!s:.200})"
     message = re.sub(r"\s+", " ", str(error)).strip()
     message = re.sub(r"<class '(\w+)'>", r"\1", message.replace("typing.", ""))
-    message = message.replace("Parser key", "key")
+    message = message.replace("Parser key", "key").replace("Expected a int", "Expected an int")
+    message = re.sub(r"(a )?Literal\[(.*?)\]", r"one of \2", message)
+    if union := re.search(
+        r"(.*)Does not validate .* Subtypes: \[(.*)\] Errors: .* Given value: ?(.*)", message
+    ):
+        kinds = union[2].replace(", ", " or ").replace("NoneType", "null")
+        message = f"{union[1]}Expected {kinds}, not {union[3]}"
+    message = textwrap.shorten(message, 400, placeholder=" ...")
+    if match := re.match(r'key "(\w+)": Unable to load config', message):
+        first = next(key for key in _keys(Config) if key.startswith(f"{match[1]}."))
+        return f"{match[1]} is a section: give its keys one by one, such as {first}"
+    if match := re.match(r"argument (--\S+): expected one argument", message):
+        return f"{match[1]} has no value; one that begins with a dash is written {match[1]}=VALUE"
     unknown = None
-    if match := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
-        unknown = f"{match[1]}.{match[2]}"
+    nested = (
+        r"Group '([\w.]+)' does not accept option '([\w.]+)'|key \"([\w.]+)\".* NestedArg\(key='([\w.]+)'"
+    )
+    if match := re.search(nested, message):
+        unknown = f"{match[1] or match[3]}.{match[2] or match[4]}"
+    elif match := re.search(r"unrecognized arguments: (?!-)(\S+)", message):
+        return f"{match[1]} belongs to no key: a key begins with -- and takes one value, in quotes if need be"
     elif match := re.search(r"unrecognized arguments: (?:--)?([^\s=]+)", message):
         unknown = match[1]
     elif match := re.search(
@@ -298,18 +334,25 @@ def _one_line(error: ArgumentError) -> str:
         unknown = match[1] or match[2]
     if unknown is None:
         return message
-    return f"unknown key {unknown}; {_nearest(unknown)}"
+    nearest = _nearest_key(unknown)
+    return f"unknown key {unknown}; {f'the nearest is {nearest}' if nearest else '--help lists all'}"
 
 
-def _nearest(unknown: str) -> str:
-    """Point at the key that was probably meant: `optim.lr` by its initials, others by their letters."""
-    keys = _keys(Config)
+def _nearest_key(unknown: str) -> str | None:
+    """The key that was probably meant: `optim.lr` by its initials, others by their letters.
+
+    A section that is misspelt is mended first.
+    """
+    keys = list(_keys(Config))
+    section, dot, name = unknown.partition(".")
+    sections = dict.fromkeys(key.partition(".")[0] for key in keys if "." in key)
+    if dot and (close := difflib.get_close_matches(section, sections, n=1)):
+        unknown = f"{close[0]}.{name}"
     initials = {re.sub(r"(\w)[a-z0-9]*(_|$)", r"\1", key): key for key in keys}
     initials |= {short.rpartition(".")[2]: key for short, key in initials.items()}
     if unknown in initials:
-        return f"the nearest is {initials[unknown]}"
-    close = difflib.get_close_matches(unknown, list(keys), n=1, cutoff=0.5)
-    return f"the nearest is {close[0]}" if close else "--help lists all"
+        return initials[unknown]
+    return next(iter(difflib.get_close_matches(unknown, keys, n=1, cutoff=0.5)), None)
 
 
 def _keys(section: type, prefix: str = "") -> dict[str, Any]:
@@ -342,6 +385,10 @@ def check_config(config: Config) -> None:
     for key, number in whole_numbers.items():
         if number is not None and number < 1:
             raise ValueError(f"{key} must be at least 1, not {number}")
+    sizes = {"data.max_length": data.max_length, "train.max_tokens_per_micro_batch": budget}
+    for key, number in {**whole_numbers, **sizes}.items():
+        if number is not None and number > LARGEST_WHOLE_NUMBER:
+            raise ValueError(f"{key} must be at most {LARGEST_WHOLE_NUMBER}, not {number}")
     ranges: list[tuple[str, float, bool, str]] = [
         ("lora.lora_alpha", lora.lora_alpha, lora.lora_alpha > 0, "above 0"),
         ("lora.lora_dropout", lora.lora_dropout, 0 <= lora.lora_dropout < 1, "at least 0 and below 1"),
@@ -361,7 +408,7 @@ def check_config(config: Config) -> None:
     }
     ranges += [(key, seed, 0 <= seed < 2**32, "at least 0 and below 2^32") for key, seed in seeds.items()]
     for name, value, holds, expected in ranges:
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, not {value}")
         if value > LARGEST_FLOAT:
             raise ValueError(f"{name} must be at most {LARGEST_FLOAT}, not {value}")
@@ -374,10 +421,7 @@ def check_config(config: Config) -> None:
         )
     if not lora.target_modules:
         raise ValueError("lora.target_modules is an empty list: name the modules, or say all-linear")
-    if not config.output_dir:
-        raise ValueError("output_dir is empty: name a folder for this run")
-    if not data.path:
-        raise ValueError("data.path is empty: name a file, a list of files or a hub data set")
+    _check_texts(config)
     if budget is not None and budget < data.max_length:
         raise ValueError(
             f"train.max_tokens_per_micro_batch ({budget}) must be at least data.max_length "
@@ -385,6 +429,25 @@ def check_config(config: Config) -> None:
         )
     if model.quantization == "nf4" and train.mixed_precision == "no":
         raise ValueError("model.quantization nf4 multiplies in 16 bits: set train.mixed_precision to bf16")
+
+
+def _check_texts(config: Config) -> None:
+    """Names must not be empty, and every text must be one that a file can hold and a system call takes."""
+    empty = {
+        "output_dir": "name a folder for this run",
+        "resume": "say auto or never, or name a checkpoint",
+        "model.name_or_path": "name a folder, a .gguf file or a hub model",
+        "model.revision": "name a branch, tag or commit, or leave it null",
+        "data.path": "name a file, a list of files or a hub data set",
+        "lora.target_modules": "name the modules, or say all-linear",
+    }
+    for key, value in flatten(asdict(config)).items():
+        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        if key in empty and (value == [] or "" in texts):
+            raise ValueError(f"{key} is empty: {empty[key]}")
+        for text in texts:
+            if "\0" in text or text.encode(errors="replace").decode() != text:
+                raise ValueError(f"{key} holds a character that is no text: {text!r:.60}")
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:

@@ -309,6 +309,12 @@ def test_a_file_that_is_not_yaml_with_keys_is_named(text, config_file):
     assert error_of("--config", file).startswith(f"config file {file}: ")
 
 
+@pytest.mark.parametrize("text", ["~", "&a", "null # not", "# Rules", "2020-99-99", "!!bool maybe"])
+def test_on_the_command_line_a_text_that_yaml_takes_for_nothing_or_fails_on_is_a_text(text, parse):
+    assert parse("--data.system_prompt", text).data.system_prompt == text
+    assert parse("--data.system_prompt", "null").data.system_prompt is None
+
+
 def test_a_file_that_is_not_there_not_a_file_or_not_text_is_named(tmp_path):
     missing, binary = tmp_path / "nowhere.yaml", tmp_path / "binary.yaml"
     binary.write_bytes(b"lora:\n  r: \xff\xfe\n")
