@@ -96,7 +96,7 @@ def _to_table(frame: pd.DataFrame, file: str) -> Dataset:
         frame["messages"] = [_role_and_content(cell) for cell in frame["messages"]]
     try:
         table = Dataset.from_pandas(frame, preserve_index=False)
-    except pa.ArrowException as error:  # a column that mixes types
+    except (pa.ArrowException, UnicodeError, OverflowError) as error:  # a cell of another type, or no Unicode
         rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
         for number, row in enumerate(rows, 1):
             _reason_to_drop({"row_number": number, **{column: row[column] for column in columns}})
@@ -125,6 +125,8 @@ def _read_file(file: str) -> pd.DataFrame:
     suffix = path.suffix.lower()
     if path.is_dir():
         raise ValueError(f"data.path {file} is a folder; name the files in it")
+    if path.exists() and not path.is_file():  # to read a pipe is to wait for one who writes
+        raise ValueError(f"data.path {file} is no ordinary file")
     if suffix not in FILE_SUFFIXES:
         raise ValueError(f"data.path {file} is none of {', '.join(FILE_SUFFIXES)}")
     try:
@@ -144,14 +146,21 @@ def _read_file(file: str) -> pd.DataFrame:
         objects = _json_objects(text, file)
         if not objects:
             raise ValueError(f"{file} is empty")
-        return pd.DataFrame(objects)
+        try:
+            return pd.DataFrame(objects)
+        except UnicodeEncodeError:  # a cell that is no Unicode, which `_to_table` finds and names
+            return pd.DataFrame(objects, dtype=object)
     except OSError as error:
         raise ValueError(f"data.path {file}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text (byte {_first_bad_byte(path)})") from error
     except ValueError as error:  # also pandas' ParserError and EmptyDataError, and pyarrow's ArrowInvalid
         message = " ".join(str(error).split())
-        raise ValueError(message if file in message else f"{file} cannot be read: {message}") from error
+        raise ValueError(
+            message if message.startswith(file) else f"{file} cannot be read: {message}"
+        ) from error
+    except RecursionError as error:
+        raise ValueError(f"{file} cannot be read: its brackets are nested too deep") from error
 
 
 def _first_bad_byte(path: Path) -> int:
@@ -238,8 +247,7 @@ def _reason_to_drop(row: Mapping[str, Any]) -> str | None:
         return _reason_to_drop_messages(row)
     question, answer = ("instruction", "output") if "output" in row else ("prompt", "completion")
     for column in (question, answer, "input"):
-        if not isinstance(row.get(column), str | None):
-            raise ValueError(f"row {row['row_number']}: {column} must be text, not {row[column]!r:.60}")
+        _require_text(row.get(column), f"row {row['row_number']}: {column}")
     if not (row[answer] or "").strip():
         return f"without {answer}"
     if not (row[question] or "").strip():
@@ -258,12 +266,21 @@ def _reason_to_drop_messages(row: Mapping[str, Any]) -> str | None:
     for message in messages:
         if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
             raise ValueError(f"{place} must be a list of objects with role and content, not {message!r:.60}")
-        if not isinstance(message.get("content"), str | None):
-            raise ValueError(f"{place}: content must be text, not {message['content']!r:.60}")
+        _require_text(message["role"], f"{place}: role")
+        _require_text(message.get("content"), f"{place}: content")
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers or any(not (message["content"] or "").strip() for message in answers):
         return "without text in an assistant turn"
     return None
+
+
+def _require_text(cell: Any, place: str) -> None:
+    if not isinstance(cell, str | None):
+        raise ValueError(f"{place} must be text, not {cell!r:.60}")
+    try:
+        (cell or "").encode()
+    except UnicodeEncodeError as error:  # JSON's escapes can write half of a surrogate pair
+        raise ValueError(f"{place} holds {error.object[error.start]!r}, which is no character") from error
 
 
 def sample_rows(table: Dataset, num_samples: int | None, seed: int) -> Dataset:
