@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 from datasets import Dataset
-from jinja2 import TemplateError
+from jinja2 import TemplateSyntaxError
 from numpy.typing import NDArray
 
 from finetune.config import DataConfig
@@ -130,9 +130,11 @@ def render(tokenizer: Any, messages: list[Message], add_generation_prompt: bool 
         text: str = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except (TemplateError, TypeError) as error:
+    except TemplateSyntaxError as error:
+        raise ValueError(f"the chat template is wrong in its line {error.lineno}: {error}") from error
+    except Exception as error:  # a template is a program: it can fail in every way that one can
         roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(f"the chat template refuses the turns {roles}: {error}") from error
+        raise ValueError(f"the chat template refuses the turns {roles}: {error!s:.200}") from error
     return text
 
 

@@ -47,12 +47,18 @@ def evaluate(
 
 
 def pick_conversations(rows: Dataset, system_prompt: str | None, count: int = 3) -> list[list[Message]]:
-    """The first eval rows up to their last assistant turn: what the model is asked before and after."""
-    conversations = []
-    for row in rows.select(range(min(count, len(rows)))):
+    """The first eval rows up to their last assistant turn: what the model is asked before and after.
+
+    Rows in which the assistant answers to nobody are passed over: templates may refuse to open such a turn.
+    """
+    conversations: list[list[Message]] = []
+    for row in rows:
+        if len(conversations) == count:
+            break
         messages = to_messages(row, system_prompt)
         last = max(turn for turn, message in enumerate(messages) if message["role"] == "assistant")
-        conversations.append(messages[:last])
+        if any(message["role"] != "system" for message in messages[:last]):
+            conversations.append(messages[:last])
     return conversations
 
 

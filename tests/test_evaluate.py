@@ -272,6 +272,15 @@ def test_a_longer_conversation_is_asked_up_to_its_last_answer():
     assert pick_conversations(rows, None) == [turns[:3]]
 
 
+def test_a_row_that_opens_with_its_only_answer_is_nothing_to_be_asked():
+    opening = [{"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "Hello."}]
+    asked = conversation("One?", "1")
+    rows = Dataset.from_list([{"messages": turns} for turns in (opening, opening[1:], asked, opening)])
+    assert pick_conversations(rows, "Be kind.", count=1) == [
+        [{"role": "system", "content": "Be kind."}, asked[0]]
+    ]
+
+
 def test_few_rows_or_none_give_as_many_conversations():
     rows = Dataset.from_list([{"instruction": "Hi.", "input": None, "output": "Hi."}] * 2)
     assert len(pick_conversations(rows, None, count=3)) == 2
