@@ -28,7 +28,10 @@ NEEDED_BYTES = 600 * 2**20
 
 def cache_dir() -> Path:
     """This program's folder in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune"
+    except RuntimeError as error:  # a container's user without a home
+        raise ValueError(f"{error} Set XDG_CACHE_HOME to a folder that can be written") from error
 
 
 def starter_model_dir() -> Path:
