@@ -45,9 +45,10 @@ def run_status(config: Config) -> RunStatus:
             other files.
     """
     folder = Path(config.output_dir)
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    # A link that leads nowhere "exists" not, and is in the way all the same.
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
-        raise ValueError(f"output_dir {folder}: {existing} is a file; choose another")
+        raise ValueError(f"output_dir {folder}: {existing} is a file, not a folder; choose another")
     if not os.access(existing, os.W_OK):
         raise ValueError(f"output_dir {folder}: {existing} cannot be written; choose another")
     if not (folder / CONFIG).exists():
@@ -199,7 +200,7 @@ def keep_lines_until(run_dir: Path, step: int) -> None:
                 entry = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if 0 < step >= entry["step"]:
+            if isinstance(entry, dict) and 0 < step >= entry.get("step", step + 1):
                 kept.append(line + "\n")
         _write(path, "".join(kept))
 
