@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from finetune import screen
+from finetune import run_folder, screen
 from finetune.bad_update import examine_update, write_bad_update
 from finetune.batching import Plan, iterate_batches, iterate_updates, make_plan, plan_evaluation
 from finetune.chat import tokenize_splits
@@ -37,15 +37,7 @@ from finetune.metrics import Stopwatch, SumWindow, all_finite
 from finetune.model import base_fingerprint, describe_base, load_model, load_tokenizer
 from finetune.optim import choose_optimizer, create_optimizer, learning_rate_at, set_learning_rate
 from finetune.rows import find_leaks, load_rows
-from finetune.run_folder import (
-    RunStatus,
-    find_checkpoint,
-    keep_lines_until,
-    read_evaluations,
-    run_status,
-    start_run,
-)
-from finetune.signals import StopRequest
+from finetune.signals import StopRequest, on_main
 from finetune.tracking import Tracker
 
 
@@ -55,7 +47,8 @@ def train(config: Config) -> int:
     precision = choose_precision(config.train.mixed_precision)
     accelerator = create_accelerator(config, precision.got)
     is_main, device = accelerator.is_main_process, accelerator.device
-    if run_status(config) is RunStatus.FINISHED:
+    stop = StopRequest(accelerator)
+    if run_folder.run_status(config) is run_folder.RunStatus.FINISHED:
         if is_main:
             screen.show_finished(run_dir)
         return 0
@@ -87,35 +80,38 @@ def train(config: Config) -> int:
     eval_batches = plan_evaluation(plan, eval_set, leaks)
 
     # The run: new, or going on from a checkpoint.
-    checkpoint, damaged = find_checkpoint(config)
+    checkpoint, remarks = run_folder.find_checkpoint(config)
     state, window = TrainState(base_fingerprint(config.model, model)), SumWindow(device)
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, state.base, model, optimizer, accelerator.scaler)
         if is_main:  # sums over all processes: they must count once
             window.restore(state.window_sums)
-    accelerator.wait_for_everyone()
-    if is_main:
-        size = estimate_bytes(model, optimizer_choice.got)
-        start_run(config, environment(accelerator), plan, train_set, eval_set, size)
-        keep_lines_until(run_dir, state.step)
+
+    def open_run() -> None:
+        hardware, size = environment(accelerator), estimate_bytes(model, optimizer_choice.got)
+        run_folder.start_run(config, hardware, plan, train_set, eval_set, checkpoint, state.step, size)
+        run_folder.keep_lines_until(run_dir, state.step)
         facts = screen.describe(config, model, rows, train_set, eval_set, leaks)
         screen.show_start(config, settings, plan, facts)
-        screen.show_checkpoint(checkpoint, damaged, state.step)
-    accelerator.wait_for_everyone()
+        screen.show_checkpoint(checkpoint, remarks, state.step)
 
-    with Tracker(accelerator, config, plan, state.step) as tracker, StopRequest(accelerator) as stop:
+    on_main(accelerator, open_run)
+
+    with Tracker(accelerator, config, plan, state.step) as tracker, stop:
+
+        def write_answers() -> None:
+            if not stop.requested:
+                tracker.show_activity("writing a few answers")
+                answers = generate_answers(accelerator, model, tokenizer, conversations)
+                tracker.log_answers(state.step, conversations, answers)
 
         def report() -> None:
             """The answers and the evaluation that are due now, but for those made before a kill."""
             first, last = state.step == 0, state.step == plan.num_steps
-            if (first or last) and conversations and not tracker.has("answers", state.step):
-                if is_main and not stop.requested:
-                    tracker.show_activity("writing a few answers")
-                    answers = generate_answers(accelerator, model, tokenizer, conversations)
-                    tracker.log_answers(state.step, conversations, answers)
-                accelerator.wait_for_everyone()
+            if (first or last) and conversations and not tracker.was_made("answers", state.step):
+                on_main(accelerator, write_answers)
             due = config.eval.at_start if first else is_due(config.eval.every, state.step, plan)
-            if due and len(eval_set.dataset) > 0 and not tracker.has("eval", state.step):
+            if due and len(eval_set.dataset) > 0 and not tracker.was_made("eval", state.step):
                 tracker.show_activity("evaluating")
                 parts = [iterate_batches(part, eval_set.dataset, packing, device) for part in eval_batches]
                 metrics = evaluate(accelerator, token_loss, parts, stop)
@@ -124,10 +120,14 @@ def train(config: Config) -> int:
 
         def save() -> None:
             state.window_sums = window.total(accelerator).tolist()
-            if is_main and state.step > 0:
-                keep = config.checkpoint.keep
-                save_checkpoint(run_dir, state, model, optimizer, accelerator.scaler, keep)
-            accelerator.wait_for_everyone()
+            scaler, keep = accelerator.scaler, config.checkpoint.keep
+            if state.step > 0:
+                on_main(accelerator, lambda: save_checkpoint(run_dir, state, model, optimizer, scaler, keep))
+
+        def explain() -> None:
+            examples = train_set.dataset
+            record = examine_update(accelerator, token_loss, plan, state.step, examples, tokenizer)
+            screen.say(write_bad_update(run_dir, record, state, model, optimizer, accelerator.scaler))
 
         report()
         stopwatch = Stopwatch()
@@ -150,12 +150,7 @@ def train(config: Config) -> int:
                 window.add(sums)
             grad_norm = accelerator.clip_grad_norm_(trainable, config.optim.max_grad_norm or math.inf)
             if not all_finite(accelerator, window, grad_norm):  # in an update, the one wait for the device
-                if is_main:
-                    record = examine_update(
-                        accelerator, token_loss, plan, state.step, train_set.dataset, tokenizer
-                    )
-                    screen.say(write_bad_update(run_dir, record, state, model, optimizer, accelerator.scaler))
-                accelerator.wait_for_everyone()
+                on_main(accelerator, explain)
                 raise FloatingPointError(f"a number of update {state.step + 1} is not finite")
             optimizer.step()
             optimizer.zero_grad()
@@ -184,7 +179,7 @@ def train(config: Config) -> int:
         screen.show_stop(config, accelerator, state.step)
     elif is_main:
         save_adapter_and_tokenizer(run_dir / "adapter", model, tokenizer)
-        screen.show_end(read_evaluations(run_dir), run_dir)
+        screen.show_end(run_folder.read_evaluations(run_dir), run_dir)
     return stop.exit_code
 
 
@@ -196,7 +191,13 @@ def is_due(every: int | str, step: int, plan: Plan) -> bool:
 
 def main(argv: Sequence[str]) -> int:
     """Run, and turn what a user can get wrong into one line and exit code 2."""
-    return run_command(lambda argv: train(parse_config(argv)), argv)
+
+    def run(argv: Sequence[str]) -> int:
+        config = parse_config(argv)
+        with run_folder.only_one_at_a_time(config):
+            return train(config)
+
+    return run_command(run, argv)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from finetune.chat import IGNORE
 from finetune.checkpoint import TrainState, list_checkpoints, write_checkpoint
 from finetune.loss import TokenLoss
 from finetune.machine import reseed
+from finetune.run_folder import write_whole
 
 RECORD, STATE_BEFORE = "bad_update.json", "bad_update"
 
@@ -117,11 +118,14 @@ def write_bad_update(
     scaler: torch.amp.GradScaler | None,
 ) -> str:
     """Write bad_update.json and, as a checkpoint, the state before the update; return what to say of it."""
-    before = TrainState(state.base, state.step)  # without the sums of the log window, which are bad
-    write_checkpoint(run_dir / STATE_BEFORE, before, model, optimizer, scaler)
-    (run_dir / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
     kept = list_checkpoints(run_dir)
     last = f"the last checkpoint is {kept[0]}" if kept else "there was no checkpoint yet"
+    before = TrainState(state.base, state.step)  # without the sums of the log window, which are bad
+    try:
+        write_checkpoint(run_dir / STATE_BEFORE, before, model, optimizer, scaler)
+        write_whole(run_dir / RECORD, json.dumps(record, indent=1, ensure_ascii=False))
+    except (ValueError, OSError) as error:  # the bad number is what matters, not the full disk
+        return f"{last}. What was in update {record['update']} could not be written: {error}"
     return (
         f"Update {record['update']} has a loss or a gradient that is not finite, and was not made; {last}.\n"
         f"{run_dir / RECORD} holds its examples and the loss of each token. To repeat it:\n"
@@ -130,7 +134,7 @@ def write_bad_update(
 
 
 def read_record(run_dir: Path) -> dict[str, Any]:
-    """What `write_record` wrote.
+    """What `write_bad_update` wrote.
 
     Raises:
         ValueError: there is none, or it cannot be read.

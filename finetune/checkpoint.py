@@ -20,15 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-ADAPTER, OPTIMIZER, STATE, MANIFEST = (
+ADAPTER, ADAPTER_CONFIG, OPTIMIZER, STATE, MANIFEST = (
     "adapter_model.safetensors",
+    "adapter_config.json",
     "optimizer.safetensors",
     "state.json",
     "manifest.json",
 )
 
 SMALL_FILES_BYTES = 2**20  # beside the tensors: JSON, the tokenizer's few files
-GO_ON = "earlier checkpoints are as they were: make room, and the same command goes on from the newest"
+GO_ON = "earlier checkpoints are as they were: mend that, and the same command goes on from the newest"
 
 
 @dataclass
@@ -134,8 +135,13 @@ def _staging(folder: Path, num_bytes: int) -> Iterator[Path]:
         _flush_to_disk(folder.parent)
     except (OSError, SafetensorError) as error:  # safetensors has its own kind for a full disk
         shutil.rmtree(staging, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ValueError(f"{folder} could not be written ({reason}); {GO_ON}") from error
+        raise ValueError(cannot_write(folder, error)) from error
+
+
+def cannot_write(folder: Path, error: Exception) -> str:
+    """What to tell a user whose disk is full, read-only or broken."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return f"{folder} could not be written ({reason}); {GO_ON}"
 
 
 def require_room(folder: Path, num_bytes: int, name: str) -> None:
@@ -145,7 +151,7 @@ def require_room(folder: Path, num_bytes: int, name: str) -> None:
     if free < needed:
         raise ValueError(
             f"no room for {name} in {folder}: it takes {needed / 2**20:.1f} MiB, and "
-            f"{free / 2**20:.1f} MiB are free; {GO_ON}"
+            f"{free / 2**20:.1f} MiB are free; make room; {GO_ON}"
         )
 
 
@@ -185,7 +191,7 @@ def fault_of(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, in words; None where it is whole."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if missing := {ADAPTER, OPTIMIZER, STATE} - set(files):
+        if missing := {ADAPTER, ADAPTER_CONFIG, OPTIMIZER, STATE} - set(files):
             return f"{MANIFEST} does not list {', '.join(sorted(missing))}"
         for name, expected in files.items():
             if name != Path(name).name or (folder / name).is_symlink():
@@ -224,7 +230,7 @@ def load_checkpoint(
     merged = _merge_tensors(state.pop("optimizer"), load_file(folder / OPTIMIZER))
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": merged, "param_groups": groups})
-    if scaler is not None:
+    if scaler is not None and state["loss_scaler"]:  # a run may go on in fp16 that began in bf16
         scaler.load_state_dict(state["loss_scaler"])
     return TrainState(base, state["step"], state["window_sums"])
 
@@ -233,8 +239,13 @@ def load_adapter(folder: Path, model: PeftModel) -> None:
     """Put the adapter of a checkpoint into the model.
 
     Raises:
-        ValueError: it is one of another rank or for other modules.
+        ValueError: it is one of another rank, of another scale or for other modules.
     """
+    saved = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    for key in ("lora_alpha", "use_rslora", "use_dora"):
+        now = getattr(model.peft_config["default"], key)
+        if saved.get(key) != now:
+            raise ValueError(f"checkpoint {folder} holds an adapter with {key} {saved.get(key)}, not {now}")
     adapter = load_file(folder / ADAPTER)
     expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
     if {name: tensor.shape for name, tensor in adapter.items()} != expected:

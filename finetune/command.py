@@ -3,6 +3,7 @@
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 
 def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
@@ -25,7 +26,8 @@ def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
 def _end(argv: Sequence[str], line: str, code: int) -> int:
     if "--debug" in argv:
         traceback.print_exc()
-    print(line, file=sys.stderr)
+    with suppress(OSError):  # of `2>&1 | tee log` the reader may be gone
+        print(line, file=sys.stderr, flush=True)
     return code
 
 

@@ -24,6 +24,8 @@ def evaluate(
     """The metrics of all examples of all processes, with dropout off; None where it was stopped midway.
 
     `token_loss` is the module itself, not its DDP wrapper: processes may have different numbers of batches.
+    Raises FloatingPointError where the loss is not a finite number.
+
     `parts` are as `plan_evaluation` gives them: all examples, or, on all processes alike, those whose prompt
     is not trained on and those whose is. Then `loss_without_leaks` is the loss of the first.
     """
@@ -40,6 +42,8 @@ def evaluate(
     if stop is not None and stop.agreed():
         return None
     totals = torch.stack([part.total(accelerator) for part in sums])
+    if not bool(totals.isfinite().all()):
+        raise FloatingPointError("the loss of the evaluation is not a finite number")
     metrics = means(totals.sum(0))
     if len(parts) > 1 and float(totals[0, COUNT]) > 0:
         metrics["loss_without_leaks"] = means(totals[0])["loss"]

@@ -1,21 +1,28 @@
 """A run's folder: whether it is new, unfinished or finished, and what lies in it beside checkpoints."""
 
+import hashlib
 import json
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from finetune.batching import Plan
 from finetune.chat import Examples
-from finetune.checkpoint import fault_of, list_checkpoints, require_room
+from finetune.checkpoint import checkpoints_dir, fault_of, list_checkpoints, require_room
 from finetune.config import Config, config_to_dict, config_to_yaml, flatten
 
 CONFIG, ENVIRONMENT, ADAPTER = "config.yaml", "environment.json", "adapter"
 METRICS, ANSWERS = "metrics.jsonl", "answers.jsonl"
+RECORDED = {"data", "global_batch_size", "num_processes", "started_from"}
 # Keys that change what is shown and kept, or how an update is laid out, not what it is.
 FREE_KEYS = (
     "output_dir",
@@ -52,7 +59,7 @@ def run_status(config: Config) -> RunStatus:
     if not os.access(existing, os.W_OK):
         raise ValueError(f"output_dir {folder}: {existing} cannot be written; choose another")
     if not (folder / CONFIG).exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(not _is_leftover(path) for path in folder.iterdir()):
             raise ValueError(f"output_dir {folder} holds other files and no run; choose another")
         return RunStatus.NEW
     if config.resume == "never":
@@ -64,6 +71,37 @@ def run_status(config: Config) -> RunStatus:
             "choose another output_dir, or delete it"
         )
     return RunStatus.FINISHED if (folder / ADAPTER).is_dir() else RunStatus.UNFINISHED
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a start that was killed before it wrote config.yaml, its last step, left this."""
+    return path.name in (ENVIRONMENT, f".{ENVIRONMENT}.partial", f".{CONFIG}.partial")
+
+
+@contextmanager
+def only_one_at_a_time(config: Config) -> Iterator[None]:
+    """Keep a second program out of the run's folder, for as long as this process lives.
+
+    Raises:
+        ValueError: another one is at work there: two would write over each other.
+    """
+    folder = str(Path(config.output_dir).resolve())
+    if os.environ.get("RANK", "0") != "0":
+        yield  # of the processes of a run the first one holds it for all
+        return
+    name = f"finetune-{os.getuid()}-{hashlib.sha256(folder.encode()).hexdigest()[:24]}.lock"
+    lock = FileLock(Path(tempfile.gettempdir()) / name)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"output_dir {config.output_dir} is in use by another process, which may still be ending its "
+            "last update; wait for it, or stop it"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _saved_config(folder: Path) -> dict[str, Any]:
@@ -91,18 +129,28 @@ def start_run(
     plan: Plan,
     train_set: Examples,
     eval_set: Examples,
+    checkpoint: Path | None,
+    step: int,
     checkpoint_bytes: int,
 ) -> None:
-    """Write config.yaml and environment.json.
+    """Write environment.json and config.yaml, and clear away what a kill left half written.
+
+    `checkpoint`, saved after update `step`, is what the run goes on from.
 
     Raises:
         ValueError: the run goes on, but with other rows, or with updates of another size; or the disk has no
             room for the checkpoints that the run keeps and the one it writes beside them.
     """
     folder = Path(config.output_dir)
+    started_from = _started_from(folder)
+    if checkpoint is not None and checkpoint.parent != checkpoints_dir(folder):
+        started_from = checkpoint.resolve()
+        if step >= plan.num_steps:
+            raise ValueError(
+                f"resume {checkpoint} was saved after update {step}, and this run has {plan.num_steps} in all"
+            )
     data = data_of(train_set, eval_set)
-    environment = {**environment, "global_batch_size": plan.global_batch_size, "data": data}
-    if (folder / ENVIRONMENT).exists():
+    if (folder / CONFIG).exists():
         before = read_environment(folder)
         if before["data"] != data:
             raise ValueError(
@@ -115,13 +163,20 @@ def start_run(
                 f"{plan.num_processes} process(es) this is {plan.global_batch_size}: set "
                 "train.gradient_accumulation_steps or train.micro_batch_size so that the product is the same"
             )
-    require_room(
-        folder, (config.checkpoint.keep + 1 - len(list_checkpoints(folder))) * checkpoint_bytes, "the run"
-    )
+    to_write = config.checkpoint.keep + 1 - len(list_checkpoints(folder))
+    require_room(folder, to_write * checkpoint_bytes, "the run")
     folder.mkdir(parents=True, exist_ok=True)
-    # What the run first went on from stays on record: it does so again until it has its own checkpoint.
-    _write(folder / CONFIG, config_to_yaml(replace(config, resume=_origin(config))))
-    _write(folder / ENVIRONMENT, json.dumps(environment, indent=1, ensure_ascii=False))
+    for leftover in (*folder.glob(".*.partial"), *checkpoints_dir(folder).glob(".*.partial")):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    environment = {
+        **environment,
+        "global_batch_size": plan.global_batch_size,
+        "data": data,
+        # It goes on from there again until it has a checkpoint of its own.
+        "started_from": None if started_from is None else str(started_from),
+    }
+    write_whole(folder / ENVIRONMENT, json.dumps(environment, indent=1, ensure_ascii=False))
+    write_whole(folder / CONFIG, config_to_yaml(replace(config, resume="auto")))
 
 
 def data_of(train_set: Examples, eval_set: Examples) -> dict[str, Any]:
@@ -144,45 +199,51 @@ def read_environment(run_dir: Path) -> dict[str, Any]:
         environment = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(environment, dict) or not {"data", "global_batch_size", "num_processes"} <= set(
-        environment
-    ):
+    if not isinstance(environment, dict) or not set(environment) >= RECORDED:
         raise ValueError(f"{path} is no record of a run")
     return environment
 
 
-def _origin(config: Config) -> str:
-    """The `resume` that the run in output_dir was first launched with."""
-    folder = Path(config.output_dir)
+def _started_from(folder: Path) -> Path | None:
+    """The checkpoint of another run that the run in this folder began with."""
     if not (folder / CONFIG).exists():
-        return config.resume
-    return str(_saved_config(folder).get("resume", "auto"))
+        return None
+    path = read_environment(folder)["started_from"]
+    return None if path is None else Path(path)
 
 
 def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, if any, and a line for each newer one that is damaged.
+    """The checkpoint to go on from, if any, and what to say of it: which newer ones are damaged, and how the
+    run that saved it was configured where it is another.
 
     Raises:
-        ValueError: the checkpoint that `resume` names is damaged, not the newest of its run, or not the one
-            that the run in output_dir went on from.
+        ValueError: the checkpoint that `resume` names is damaged, or not the newest of the run in output_dir
+            and not the one that run began with.
     """
     run_dir = Path(config.output_dir)
     own = list_checkpoints(run_dir)
-    origin = _origin(config)
+    origin = _started_from(run_dir)
     if config.resume not in ("auto", "never"):
-        asked = Path(config.resume)
-        if not own and (fault := fault_of(asked)):
-            raise ValueError(f"resume {asked} is no whole checkpoint: {fault}")
-        if own and config.resume != origin and asked.resolve() != own[0].resolve():
+        asked = Path(config.resume).resolve()
+        if own and asked not in (origin, own[0].resolve()):
             raise ValueError(f"output_dir {run_dir} holds the newer {own[0].name}; choose another output_dir")
-        origin = origin if own else config.resume
-    skipped: list[str] = []
+        origin = origin if own else asked
+    lines: list[str] = []
     for folder in own:
         fault = fault_of(folder)
         if fault is None:
-            return folder, skipped
-        skipped.append(f"{folder.name} is damaged and was passed over: {fault}")
-    return None if origin in ("auto", "never") else Path(origin), skipped
+            return folder, lines
+        lines.append(f"{folder.name} is damaged and was passed over: {fault}")
+    if origin is None:
+        if lines:
+            lines.append("No checkpoint of this run is whole: it starts anew.")
+        return None, lines
+    if fault := fault_of(origin):
+        raise ValueError(f"resume {origin} is no whole checkpoint: {fault}")
+    saved = origin.parent.parent / CONFIG
+    if saved.is_file() and (differing := _differing_keys(_saved_config(saved.parent), config)):
+        lines.append(f"The run that saved {origin} was configured otherwise: {'; '.join(differing)}")
+    return origin, lines
 
 
 def keep_lines_until(run_dir: Path, step: int) -> None:
@@ -202,7 +263,7 @@ def keep_lines_until(run_dir: Path, step: int) -> None:
                 continue
             if isinstance(entry, dict) and 0 < step >= entry.get("step", step + 1):
                 kept.append(line + "\n")
-        _write(path, "".join(kept))
+        write_whole(path, "".join(kept))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -215,7 +276,8 @@ def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
     return [entry for entry in read_lines(run_dir / METRICS) if entry["split"] == "eval"]
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a file such that a kill leaves the old one or the new one."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

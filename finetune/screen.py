@@ -1,6 +1,8 @@
 """What a person reads in the terminal: what is trained on what, and how it ended."""
 
+import os
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +21,16 @@ from finetune.model import count_parameters
 from finetune.rows import Rows
 from finetune.run_folder import CONFIG, METRICS
 
-console = Console(highlight=False)
+
+class _Console(Console):
+    """Goes on when nobody reads any more (`| tee` gets a Ctrl-C too): the run still has to be saved."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+console = _Console(highlight=False)
 
 # Metric, its name on screen, and how it is written.
 SHOWN = {
@@ -122,9 +133,9 @@ def show_finished(run_dir: Path) -> None:
     say("To train again, choose another --output_dir, or delete that folder.")
 
 
-def show_checkpoint(checkpoint: Path | None, damaged: Sequence[str], step: int) -> None:
-    """Print which checkpoints were passed over, and which the run goes on from."""
-    for line in damaged:
+def show_checkpoint(checkpoint: Path | None, remarks: Sequence[str], step: int) -> None:
+    """Print what `find_checkpoint` has to say, and which one the run goes on from."""
+    for line in remarks:
         say(line)
     if checkpoint is not None:
         say(f"Going on from {checkpoint}, after update {step}.")
@@ -141,9 +152,7 @@ def show_stop(config: Config, accelerator: Any, step: int) -> None:
         on_gpu = accelerator.device.type == "cuda"
         launcher += f" --multi_gpu --num_processes {number}" if on_gpu else ""
         launcher = launcher if on_gpu else f"torchrun --nproc_per_node {number}"
-    # A run that was launched with `resume: never` has this in its config.yaml.
-    resume = " --resume auto" if config.resume == "never" else ""
-    say(f"  {launcher} train.py --config {shlex.quote(str(run_dir / CONFIG))}{resume}")
+    say(f"  {launcher} train.py --config {shlex.quote(str(run_dir / CONFIG))}")
 
 
 def show_end(evaluations: Sequence[dict[str, Any]], run_dir: Path) -> None:

@@ -3,8 +3,7 @@
 import os
 import signal
 import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from types import FrameType
@@ -14,9 +13,6 @@ import psutil
 import torch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# A terminal signals the launcher and its processes at once, and the launcher then passes its own on:
-# within this time it is one request, not two.
-SAME_REQUEST_SECONDS = 1.0
 
 T = TypeVar("T")
 
@@ -30,8 +26,9 @@ class StopRequest:
 
     def __init__(self, accelerator: Any) -> None:
         self._main = accelerator.is_main_process
-        self._received = 0
-        self._received_at = 0.0
+        self._received: list[int] = []
+        # A terminal signals torchrun and its processes, and torchrun then passes its own on: two for one.
+        self._last = 3 if "TORCHELASTIC_RUN_ID" in os.environ else 2
         self._agreed = 0
         self._launcher = os.getppid() if launcher_command() else None
         self._accelerator = accelerator
@@ -48,12 +45,12 @@ class StopRequest:
     def requested(self) -> bool:
         """Whether this process was asked to stop."""
         if not self._received and self._launcher is not None and os.getppid() != self._launcher:
-            self._received = signal.SIGTERM
-        return self._received > 0
+            self._received.append(signal.SIGTERM)
+        return len(self._received) > 0
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop: the same answer in all. Each must call it equally often."""
-        self._agreed = largest(self._accelerator, self._received if self.requested else 0)
+        self._agreed = largest(self._accelerator, self._received[0] if self.requested else 0)
         return self._agreed > 0
 
     @property
@@ -69,15 +66,14 @@ class StopRequest:
             yield item
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        now = time.monotonic()
-        if not self._received:
-            self._received, self._received_at = number, now
-            if self._main:
-                name = signal.Signals(number).name
-                with suppress(RuntimeError):  # print is what the signal interrupted
-                    print(f"{name}: ending this update and saving; a second stops at once", file=sys.stderr)
-        elif now - self._received_at > SAME_REQUEST_SECONDS:
+        self._received.append(number)
+        if len(self._received) >= self._last:
             raise SystemExit(128 + number)
+        if self._main and len(self._received) == 1:
+            name = signal.Signals(number).name
+            # Another print may be what the signal interrupted, and `| tee` may have got it too and be gone.
+            with suppress(RuntimeError, OSError):
+                print(f"{name}: ending this update and saving; a second stops at once", file=sys.stderr)
 
 
 def largest(accelerator: Any, number: int) -> int:
@@ -93,6 +89,22 @@ def largest(accelerator: Any, number: int) -> int:
 def _cpu_group() -> Any:
     """All processes, over the CPU: a number on the GPU would have the loop wait for the device."""
     return torch.distributed.new_group(backend="gloo")
+
+
+def on_main(accelerator: Any, job: Callable[[], object]) -> None:
+    """Do a job in the main process while the others wait. Where it fails they leave without a word, rather
+    than wait for a process that is gone."""
+    error: BaseException | None = None
+    if accelerator.is_main_process:
+        try:
+            job()
+        except (Exception, SystemExit) as raised:
+            error = raised
+    failed = largest(accelerator, 1 if error else 0)
+    if error is not None:
+        raise error
+    if failed:
+        raise SystemExit(2)
 
 
 def launcher_command() -> list[str]:

@@ -1,6 +1,7 @@
 """The metrics of a run as it goes: metrics.jsonl, TensorBoard, and the bar in the terminal."""
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch.utils.tensorboard.summary import hparams
 from finetune import screen
 from finetune.batching import Plan
 from finetune.chat import Message
-from finetune.checkpoint import GO_ON
+from finetune.checkpoint import cannot_write
 from finetune.config import Config, config_to_dict, flatten
 from finetune.metrics import Metrics
 from finetune.run_folder import ANSWERS, METRICS, read_lines
@@ -104,7 +105,7 @@ class Tracker:
                 _append(self._answers_file, {"step": step, "answers": entries})
                 self._show_answers(step, entries)
 
-    def has(self, kind: str, step: int) -> bool:
+    def was_made(self, kind: str, step: int) -> bool:
         """Whether the evaluation ("eval") or the "answers" of `step`, the one this run went on from, are
         there already."""
         return (kind, step) in self._written
@@ -121,6 +122,7 @@ class Tracker:
             if 0 < first_step == entry["step"]:
                 self._show_answers(first_step, entry["answers"])
                 self._written.add(("answers", first_step))
+        self._accelerator.wait_for_everyone()  # all have read the files before one writes on
 
     def _show_answers(self, step: int, entries: Sequence[dict[str, Any]]) -> None:
         for number, entry in enumerate(entries, 1):
@@ -165,13 +167,18 @@ def _saying_where(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{run_dir} could not be written ({error.strerror or error}); {GO_ON}") from error
+        raise ValueError(cannot_write(run_dir, error)) from error
+
+
+def _finite(entry: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no infinity: the gradient norm of an update that fp16's loss scaler left out is null."""
+    return {k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in entry.items()}
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:
     """Write one line, through to the disk: a checkpoint that follows must not outlive it."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+        file.write(json.dumps(_finite(entry)) + "\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -152,6 +152,8 @@ def soak(kills: int, seed: int, folder: Path) -> None:
     output_dir = folder / "run"
     done = in_writes = ends = 0
     while True:
+        for leftover in (output_dir / "checkpoints").glob(".*.partial"):
+            shutil.rmtree(leftover)  # lest it be taken for one that is being written
         process = start(run_in(folder, output_dir), log)
         # Once the kills are done, the run that is under way goes on to its end.
         code = kill_at_a_moment(process, output_dir, seconds, rng) if done < kills else end_of(process)

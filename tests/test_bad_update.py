@@ -92,7 +92,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(run_trai
 def test_weights_that_overflow_are_never_saved(run_train, capfd):
     """The last update's: no further loss would show them."""
     overflowing = {**DIVERGING, "optim__learning_rate": 1e37, "optim__weight_decay": 1e6}
-    run_train(expect=1, **overflowing, train__max_steps=1, data__eval_fraction=0)
+    run_dir = run_train(expect=1, **overflowing, train__max_steps=1, data__eval_fraction=0)
+    assert not (run_dir / "checkpoints").exists()
+    assert not (run_dir / "adapter").exists()
     assert "a weight is not a finite number" in capfd.readouterr().err
 
 
@@ -114,3 +116,30 @@ def test_replay_refuses_in_one_line_what_it_cannot_repeat(run_train, capfd, brea
     assert error.startswith("error: ")
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_a_full_disk_does_not_hide_the_bad_number(run_train, monkeypatch, capfd):
+    def full(*_: object) -> None:
+        raise ValueError("no room for bad_update")
+
+    monkeypatch.setattr("finetune.bad_update.write_checkpoint", full)
+    run_dir = run_train(expect=1, **DIVERGING, checkpoint__every_steps=1)
+    said = capfd.readouterr()
+    assert "What was in update 2 could not be written: no room" in said.out
+    assert said.err == "stopped: a number of update 2 is not finite\n"
+    assert not (run_dir / "bad_update.json").exists()
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_run_without_an_adapter(run_train, monkeypatch, capfd):
+    """The weights are finite, and so is the loss of what was trained on: one eval row is too much."""
+    from finetune.metrics import SumWindow
+
+    class Overflowing(SumWindow):
+        def total(self, accelerator):
+            return super().total(accelerator) * float("inf")
+
+    monkeypatch.setattr("finetune.evaluate.SumWindow", Overflowing)
+    run_dir = run_train(expect=1, eval__at_start=False)
+    assert "stopped: the loss of the evaluation is not a finite number" in capfd.readouterr().err
+    assert "Infinity" not in (run_dir / "metrics.jsonl").read_text()
+    assert not (run_dir / "adapter").exists()

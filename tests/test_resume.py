@@ -562,6 +562,72 @@ def test_a_run_leaves_no_file_that_could_hold_code(uninterrupted):
             assert not path.read_bytes().startswith((b"\x80", b"PK")), path
 
 
+@pytest.mark.parametrize(
+    "names", [(".config.yaml.partial",), ("environment.json",), (".environment.json.partial",)]
+)
+def test_a_start_that_was_killed_while_it_wrote_the_first_file_is_made_anew(run_train, tmp_path, names):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text("{")
+    run_train(output_dir=folder, **SHORT)
+    assert sorted(path.name for path in folder.glob(".*")) == []
+
+
+def test_what_a_kill_left_half_written_is_cleared_away(run_train, run_until, tmp_path):
+    stopped = run_until("in an update", 2, output_dir=tmp_path / "run", **SHORT)
+    half = stopped / "checkpoints" / ".step_000009.partial"
+    half.mkdir()
+    (half / "state.json").write_text("{")
+    run_train(output_dir=stopped, **SHORT)
+    assert list(stopped.rglob("*.partial")) == []
+
+
+def test_the_checkpoint_that_a_run_began_with_is_checked_again(
+    run_train, run_until, uninterrupted, tmp_path, capfd
+):
+    """Where the run's own ones are all damaged, it begins there again."""
+    origin = shutil.copytree(
+        uninterrupted / "checkpoints" / "step_000010", tmp_path / "origin" / "step_000010"
+    )
+    settings = {**WHOLE, "resume": origin, "output_dir": tmp_path / "new", "checkpoint__every_steps": 1}
+    run_until("in an update", 12, **settings)
+    for folder in (tmp_path / "new" / "checkpoints").iterdir():
+        (folder / "state.json").write_text("{}")
+    weights = bytearray((origin / "adapter_model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (origin / "adapter_model.safetensors").write_bytes(weights)
+    for resume in (origin, "auto"):
+        run_train(expect=2, **{**settings, "resume": resume})
+        assert (
+            f"resume {origin} is no whole checkpoint: adapter_model.safetensors was altered"
+            in capfd.readouterr().err
+        )
+
+
+def test_a_checkpoint_of_more_updates_than_the_run_has_is_refused(run_train, uninterrupted, tmp_path, capfd):
+    origin = uninterrupted / "checkpoints" / "step_000012"
+    settings = {**WHOLE, "resume": origin, "output_dir": tmp_path / "new"}
+    run_train(expect=2, **settings, train__max_steps=12)
+    assert "was saved after update 12, and this run has 12 in all" in capfd.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_checkpoint_of_an_adapter_of_another_scale_is_refused(run_train, uninterrupted, tmp_path, capfd):
+    origin = uninterrupted / "checkpoints" / "step_000010"
+    run_train(expect=2, **WHOLE, resume=origin, output_dir=tmp_path / "new", lora__lora_alpha=32)
+    assert "holds an adapter with lora_alpha 16" in capfd.readouterr().err
+
+
+def test_other_settings_than_those_of_the_run_that_saved_the_checkpoint_are_shown(
+    run_train, uninterrupted, tmp_path, capfd
+):
+    origin = uninterrupted / "checkpoints" / "step_000010"
+    run_train(**{**WHOLE, "optim__learning_rate": 5e-3}, resume=origin, output_dir=tmp_path / "new")
+    assert "was configured otherwise: " in (said := capfd.readouterr().out)
+    assert "optim.learning_rate was 0.01, is 0.005" in said
+
+
 @pytest.mark.parametrize("how", ["auto", "path"])
 def test_another_base_of_the_same_shape_is_refused(
     run_train, run_until, tiny_model_dir, tmp_path, capfd, how

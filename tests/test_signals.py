@@ -104,37 +104,74 @@ def test_an_evaluation_that_was_cut_off_is_made_when_the_run_goes_on(run_train, 
     assert values(run_dir) == values(whole)
 
 
-def test_signals_close_together_are_one_request_and_a_later_one_stops_at_once(
-    run_train, monkeypatch, tmp_path
-):
+@pytest.mark.parametrize("forwarded", [False, True], ids=["alone", "under a launcher that signals again"])
+def test_a_second_request_stops_at_once(run_train, monkeypatch, tmp_path, forwarded):
+    """torchrun passes on the signal that the terminal gave to all: two signals are one request there."""
+    if forwarded:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     advance = Tracker.advance
+    arrived: list[int] = []
 
     def signalling(self: Tracker, at: int) -> None:
         advance(self, at)
-        if at == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
-            monkeypatch.setattr("finetune.signals.SAME_REQUEST_SECONDS", -1.0)
-            raise AssertionError("the first two have not stopped it")
-
-    def twice(self: Tracker, at: int) -> None:
-        advance(self, at)
-        if at == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.1)
-            monkeypatch.setattr("finetune.signals.SAME_REQUEST_SECONDS", 0.05)
-            os.kill(os.getpid(), signal.SIGINT)
-            raise AssertionError("the second one has stopped it")
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT) if at == 2 else ():
+            arrived.append(number)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr("finetune.tracking.Tracker.advance", signalling)
-    with pytest.raises(AssertionError, match="the first two"):
-        run_train(output_dir=tmp_path / "one request", **SETTINGS)
-    monkeypatch.setattr("finetune.signals.SAME_REQUEST_SECONDS", 1.0)
-    monkeypatch.setattr("finetune.tracking.Tracker.advance", twice)
     with pytest.raises(SystemExit) as stopped:
-        run_train(output_dir=tmp_path / "two requests", **SETTINGS)
+        run_train(output_dir=tmp_path / "run", **SETTINGS)
     assert stopped.value.code == 130
-    assert not (tmp_path / "two requests" / "checkpoints").exists()
+    assert len(arrived) == (3 if forwarded else 2)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("dead", ["stdout", "stderr", "both"])
+def test_a_run_whose_output_nobody_reads_any_more_is_saved_all_the_same(long_run, dead):
+    """As under `| tee log`, which a Ctrl-C ends too."""
+    arguments, run_dir = long_run
+    reader, writer = os.pipe()
+    pipes = {name: writer if dead in (name, "both") else subprocess.DEVNULL for name in ("stdout", "stderr")}
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        **pipes,
+    )
+    os.close(writer)
+    while not (run_dir / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.close(reader)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert only_checkpoint(run_dir) > 0
+
+
+def test_a_second_process_is_kept_out_of_a_run_at_work(long_run, run_train, capfd):
+    arguments, run_dir = long_run
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not (run_dir / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    assert train.main(arguments) == 2
+    error = capfd.readouterr().err
+    assert f"output_dir {run_dir} is in use by another process" in error
+    assert error.count("\n") == 1
+    process.kill()
+    process.wait()
+    assert only_one_line_per_step(run_dir)
+
+
+def only_one_line_per_step(run_dir: Path) -> bool:
+    steps = [line["step"] for line in read_metrics(run_dir)]
+    return len(steps) == len(set(steps))
 
 
 def test_the_handlers_are_as_before_after_a_run(run_train):
