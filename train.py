@@ -34,7 +34,7 @@ from finetune.machine import (
     reseed,
 )
 from finetune.metrics import Stopwatch, SumWindow, all_finite
-from finetune.model import base_fingerprint, describe_base, load_model, load_tokenizer
+from finetune.model import base_fingerprint, check_vocabulary, describe_base, load_model, load_tokenizer
 from finetune.optim import choose_optimizer, create_optimizer, learning_rate_at, set_learning_rate
 from finetune.rows import find_leaks, load_rows
 from finetune.signals import StopRequest, on_main
@@ -63,6 +63,7 @@ def train(config: Config) -> int:
 
     # Model: a frozen, quantised base with a LoRA adapter; the loss lies inside, so that DDP wraps both.
     model = load_model(config, precision.got, device)
+    check_vocabulary(model, tokenizer)
     token_loss = TokenLoss(model).train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer_choice = choose_optimizer(config.optim.name, device)

@@ -221,6 +221,9 @@ def load_checkpoint(
             another optimizer.
     """
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    keys = {"base", "step", "window_sums", "loss_scaler", "optimizer_kind", "optimizer"}
+    if not (isinstance(state, dict) and set(state) >= keys):
+        raise ValueError(f"checkpoint {folder} was saved by another version: its {STATE} lacks keys")
     load_adapter(folder, model)
     if state["base"] != base:
         raise ValueError(f"checkpoint {folder} was trained on another base model than this one")

@@ -54,6 +54,17 @@ def load_model(config: Config, precision: str, device: torch.device) -> peft.Pef
     return add_adapter(base, config.lora)
 
 
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Raise ValueError where the tokenizer has a token that the model has no embedding for: it would fail in
+    the middle of the run, and on a GPU without a word of what it was."""
+    tokens, embeddings = len(tokenizer), model.get_input_embeddings().num_embeddings
+    if tokens > embeddings:
+        raise ValueError(
+            f"the tokenizer has {tokens} tokens and the model embeddings for {embeddings}: take the tokenizer "
+            "that belongs to the model"
+        )
+
+
 def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
     """The causal language model, quantised as configured, frozen, on the device.
 

@@ -16,6 +16,7 @@ import torch
 from conftest import QWEN2_TEMPLATE, tiny_model, tiny_tokenizer
 from test_loss import CPU, LENGTHS, adapter_gradients, fill_adapter, random_examples
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from finetune.batching import collate
 from finetune.config import Config, LoraConfig, ModelConfig, TrainConfig
@@ -444,3 +445,18 @@ def test_a_folder_that_holds_only_an_adapter_is_refused(tiny_model_dir, tmp_path
     # transformers would load the base below it, and the fresh adapter would take the place of this one.
     load_model(config_for(tiny_model_dir), "no", CPU).save_pretrained(tmp_path)
     assert_refused(tmp_path, "base")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings_is_refused(
+    run_train, tiny_model_dir, tmp_path, capfd
+):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    before = len(tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+    run_train(expect=2, model__name_or_path=folder)
+    error = capfd.readouterr().err
+    assert f"the tokenizer has {before + 1} tokens and the model embeddings for {before}" in error
+    assert error.count("\n") == 1
