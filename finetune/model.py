@@ -60,8 +60,8 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
     tokens, embeddings = len(tokenizer), model.get_input_embeddings().num_embeddings
     if tokens > embeddings:
         raise ValueError(
-            f"the tokenizer has {tokens} tokens and the model embeddings for {embeddings}: take the tokenizer "
-            "that belongs to the model"
+            f"the tokenizer has {tokens} tokens and the model embeddings for {embeddings}: take the "
+            "tokenizer that belongs to the model"
         )
 
 
