@@ -85,7 +85,7 @@ def only_one_at_a_time(config: Config) -> Iterator[None]:
     Raises:
         ValueError: another one is at work there: two would write over each other.
     """
-    folder = str(Path(config.output_dir).resolve())
+    folder = os.path.realpath(config.output_dir)
     if os.environ.get("RANK", "0") != "0":
         yield  # of the processes of a run the first one holds it for all
         return
@@ -224,7 +224,7 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
     own = list_checkpoints(run_dir)
     origin = _started_from(run_dir)
     if config.resume not in ("auto", "never"):
-        asked = Path(config.resume).resolve()
+        asked = Path(os.path.realpath(config.resume))  # no error for a link to itself
         if own and asked not in (origin, own[0].resolve()):
             raise ValueError(f"output_dir {run_dir} holds the newer {own[0].name}; choose another output_dir")
         origin = origin if own else asked
@@ -239,7 +239,8 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
             lines.append("No checkpoint of this run is whole: it starts anew.")
         return None, lines
     if fault := fault_of(origin):
-        raise ValueError(f"resume {origin} is no whole checkpoint: {fault}")
+        named = origin if config.resume in ("auto", "never") else config.resume
+        raise ValueError(f"resume {named} is no whole checkpoint: {fault}")
     saved = origin.parent.parent / CONFIG
     if saved.is_file() and (differing := _differing_keys(_saved_config(saved.parent), config)):
         lines.append(f"The run that saved {origin} was configured otherwise: {'; '.join(differing)}")
