@@ -94,6 +94,7 @@ def _cpu_group() -> Any:
 def on_main(accelerator: Any, job: Callable[[], object]) -> None:
     """Do a job in the main process while the others wait. Where it fails they leave without a word, rather
     than wait for a process that is gone."""
+    accelerator.wait_for_everyone()  # what the job writes, none of them is still to look for
     error: BaseException | None = None
     if accelerator.is_main_process:
         try:
