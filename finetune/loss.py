@@ -74,8 +74,11 @@ def choose_layout(packing: bool, accelerator: Any, token_loss: TokenLoss, train_
         alone = token_loss.target_logits(pad([second]).to(accelerator.device)).float()
         try:
             behind = token_loss.target_logits(pack([first, second]).to(accelerator.device)).float()
-        except Exception:  # a model that knows no such mask fails in a way of its own
-            return Setting(name, "packed", "padded", "the model takes no mask between packed examples")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a model that knows no such mask fails in a way of its own
+            reason = f"the model takes no mask between packed examples ({type(error).__name__})"
+            return Setting(name, "packed", "padded", reason)
     # By token, since a convolution would carry over to the first ones alone.
     difference = ((behind - alone).square().mean(-1) / alone.var(-1)).sqrt().max()
     if float(difference) < MOST_ROUNDING:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 
 from finetune.config import Config
-from finetune.signals import launcher_command
+from finetune.signals import under_accelerate_launch
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "tensorboard")
 GIB = 2**30
@@ -59,7 +59,7 @@ def _describe_processes(num_processes: int) -> Setting:
     """Several processes asked of `accelerate launch` on a CPU are one: it sets up an address for them to
     meet at, and starts one."""
     name, got = "processes", str(num_processes)
-    if launcher_command() and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+    if under_accelerate_launch() and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         reason = "on a CPU accelerate launch starts one; torchrun --nproc_per_node N train.py starts N"
         return Setting(name, "several", got, reason)
     return Setting(name, got, got)

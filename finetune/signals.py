@@ -30,7 +30,7 @@ class StopRequest:
         # A terminal signals torchrun and its processes, and torchrun then passes its own on: two for one.
         self._last = 3 if "TORCHELASTIC_RUN_ID" in os.environ else 2
         self._agreed = 0
-        self._launcher = os.getppid() if launcher_command() else None
+        self._launcher = os.getppid() if under_accelerate_launch() else None
         self._accelerator = accelerator
 
     def __enter__(self) -> "StopRequest":
@@ -108,11 +108,11 @@ def on_main(accelerator: Any, job: Callable[[], object]) -> None:
         raise SystemExit(2)
 
 
-def launcher_command() -> list[str]:
-    """The command line of `accelerate launch`, where that is what started this process; else empty."""
+def under_accelerate_launch() -> bool:
+    """Whether `accelerate launch` is what started this process."""
     try:
         command = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
-        return []
+        return False
     words = {os.path.basename(word) for word in command}
-    return command if {"accelerate", "launch"} <= words or "accelerate.commands.launch" in words else []
+    return {"accelerate", "launch"} <= words or "accelerate.commands.launch" in words

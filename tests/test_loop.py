@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import read_metrics
+from conftest import EVAL_METRICS, TRAIN_METRICS, read_metrics
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from rich.console import Console
@@ -17,20 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import train
 
-TRAIN_KEYS = {
-    "split",
-    "step",
-    "epoch",
-    "loss",
-    "entropy",
-    "mean_token_accuracy",
-    "num_target_tokens",
-    "learning_rate",
-    "grad_norm",
-    "useful_tokens_per_second",
-    "peak_memory_gib",
-}
-EVAL_KEYS = {"split", "step", "epoch", "loss", "entropy", "mean_token_accuracy", "num_target_tokens"}
+PLACE = {"split", "step", "epoch"}
+TRAIN_KEYS, EVAL_KEYS = PLACE | TRAIN_METRICS, PLACE | EVAL_METRICS
 # What an update is made of; the rest of a train line says how fast it was and what it took.
 UPDATE_KEYS = ("loss", "entropy", "mean_token_accuracy", "num_target_tokens", "learning_rate", "grad_norm")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import read_metrics
+from conftest import EVAL_METRICS, TRAIN_METRICS, read_metrics
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -17,20 +17,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from finetune import screen
 from finetune.tracking import Tracker
 
-EVAL_TAGS = {f"eval/{name}" for name in ("loss", "entropy", "mean_token_accuracy", "num_target_tokens")}
-TRAIN_TAGS = {
-    f"train/{name}"
-    for name in (
-        "loss",
-        "entropy",
-        "mean_token_accuracy",
-        "num_target_tokens",
-        "learning_rate",
-        "grad_norm",
-        "useful_tokens_per_second",
-        "peak_memory_gib",
-    )
-}
+EVAL_TAGS = {f"eval/{name}" for name in EVAL_METRICS}
+TRAIN_TAGS = {f"train/{name}" for name in TRAIN_METRICS}
 # Six updates, three an epoch.
 SIX = {
     "train__micro_batch_size": 2,
