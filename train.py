@@ -23,7 +23,7 @@ from finetune.checkpoint import (
 from finetune.command import run_command
 from finetune.config import Config, parse_config
 from finetune.evaluate import evaluate, generate_answers, pick_conversations
-from finetune.loss import TokenLoss, choose_layout, describe_loss
+from finetune.loss import TokenLoss
 from finetune.machine import (
     choose_precision,
     create_accelerator,
@@ -36,6 +36,7 @@ from finetune.machine import (
 from finetune.metrics import Stopwatch, SumWindow, all_finite
 from finetune.model import base_fingerprint, check_vocabulary, describe_base, load_model, load_tokenizer
 from finetune.optim import choose_optimizer, create_optimizer, learning_rate_at, set_learning_rate
+from finetune.paths import choose_paths
 from finetune.rows import find_leaks, load_rows
 from finetune.signals import StopRequest, on_main
 from finetune.tracking import Tracker
@@ -71,12 +72,12 @@ def train(config: Config) -> int:
     ddp_loss, optimizer = accelerator.prepare(token_loss, optimizer)
 
     # What was asked, beside what runs; the plan of all updates.
-    layout = choose_layout(config.train.packing, accelerator, token_loss, train_set)
-    settings = [*describe_machine(accelerator), precision, *describe_base(config.model, model)]
-    settings += [optimizer_choice, layout, describe_loss(layout, token_loss)]
+    paths = choose_paths(config, accelerator, token_loss, train_set, run_folder.recorded_int8(config))
+    settings = [*describe_machine(accelerator), precision, describe_base(config.model, model)]
+    settings += [optimizer_choice, *paths]
     if config.strict:
         require_as_asked(settings)
-    packing = layout.got == "packed"
+    packing = paths.layout.got == "packed"
     plan = make_plan(config, train_set, packing, accelerator.process_index, accelerator.num_processes)
     eval_batches = plan_evaluation(plan, eval_set, leaks)
 
@@ -89,7 +90,8 @@ def train(config: Config) -> int:
             window.restore(state.window_sums)
 
     def open_run() -> None:
-        hardware, size = environment(accelerator), estimate_bytes(model, optimizer_choice.got)
+        hardware = {**environment(accelerator), "int8": paths.int8.got}
+        size = estimate_bytes(model, optimizer_choice.got)
         run_folder.start_run(config, hardware, plan, train_set, eval_set, checkpoint, state.step, size)
         run_folder.keep_lines_until(run_dir, state.step)
         facts = screen.describe(config, model, rows, train_set, eval_set, leaks)

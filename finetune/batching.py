@@ -7,6 +7,7 @@ tokens however it is packed, padded, cut into micro-batches or spread over proce
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -175,39 +176,58 @@ def plan_evaluation(plan: Plan, eval_set: Examples, leaks: Container[int] = ()) 
     ]
 
 
+class Boundaries(NamedTuple):
+    """Where the E examples of a packed row lie."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each: the host's numbers, so that reading them waits for no device"""
+    starts: Tensor
+    """[E + 1] int32: the place of each one's first token, and the end of the last"""
+
+    def to(self, device: torch.device) -> "Boundaries":
+        return Boundaries(self.lengths, self.starts.to(device, non_blocking=True))
+
+    def mask(self) -> Tensor:
+        """[1, 1, T, T] bool: True where the token of the row may see that of the column, which is of its own
+        example and not later."""
+        places = torch.arange(sum(self.lengths), device=self.starts.device)
+        example_of_token = torch.searchsorted(self.starts, places, right=True)
+        return (example_of_token[:, None] == example_of_token).tril()[None, None]
+
+
 class MicroBatch(NamedTuple):
     """The tensors of one forward pass: B rows of T tokens, N targets.
 
     input_ids, position_ids [B, T] long.
-    attention_mask: padded [B, T] bool, True for tokens that are no padding; packed [1, 1, T, T] bool, True
-        where the token of the row may see that of the column (its own example, and not later).
     target_positions [N] long: the places, in the B*T tokens laid end to end, that predict a target token.
     target_ids [N] long: the token each of them should predict.
+    limits: of a packed row its Boundaries; of padded rows [B, T] bool, True for tokens that are no padding.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    attention_mask: Tensor
     target_positions: Tensor
     target_ids: Tensor
+    limits: Boundaries | Tensor
 
     def to(self, device: torch.device) -> "MicroBatch":
-        return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return MicroBatch(
+            self.input_ids.to(device, non_blocking=True),
+            self.position_ids.to(device, non_blocking=True),
+            self.target_positions.to(device, non_blocking=True),
+            self.target_ids.to(device, non_blocking=True),
+            self.limits.to(device),
+        )
 
 
 def pack(examples: Sequence[dict[str, Any]]) -> MicroBatch:
     """Lay examples side by side in one row: positions restart, each example is blind to the others."""
-    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-    input_ids = torch.tensor([token for example in examples for token in example["input_ids"]])
-    labels = torch.tensor([label for example in examples for label in example["labels"]])
-    example_of_token = torch.repeat_interleave(lengths)
-    starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-    same_example = example_of_token[:, None] == example_of_token[None, :]
+    lengths = tuple(len(example["input_ids"]) for example in examples)
     return _micro_batch(
-        input_ids=input_ids[None],
-        labels=labels[None],
-        position_ids=(torch.arange(len(input_ids)) - starts)[None],
-        attention_mask=same_example.tril()[None, None],
+        input_ids=torch.tensor([[token for example in examples for token in example["input_ids"]]]),
+        labels=torch.tensor([[label for example in examples for label in example["labels"]]]),
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        limits=Boundaries(lengths, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)),
     )
 
 
@@ -217,26 +237,24 @@ def pad(examples: Sequence[dict[str, Any]]) -> MicroBatch:
     shape = (len(examples), width)
     input_ids = torch.zeros(shape, dtype=torch.long)  # padding is told by its place, not by a token
     labels = torch.full(shape, IGNORE)
-    attention_mask = torch.zeros(shape, dtype=torch.bool)
+    is_token = torch.zeros(shape, dtype=torch.bool)
     for row, example in enumerate(examples):
         length = len(example["input_ids"])
         input_ids[row, :length] = torch.tensor(example["input_ids"])
         labels[row, :length] = torch.tensor(example["labels"])
-        attention_mask[row, :length] = True
+        is_token[row, :length] = True
     position_ids = torch.arange(width).expand(shape)
-    return _micro_batch(input_ids, labels, position_ids, attention_mask)
+    return _micro_batch(input_ids, labels, position_ids, is_token)
 
 
 def _micro_batch(
-    input_ids: Tensor, labels: Tensor, position_ids: Tensor, attention_mask: Tensor
+    input_ids: Tensor, labels: Tensor, position_ids: Tensor, limits: Boundaries | Tensor
 ) -> MicroBatch:
     # The token at t predicts the one at t + 1. The first label of an example is IGNORE, so in a packed
     # row no example predicts the start of the next.
     next_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
     target_positions = (next_labels != IGNORE).nonzero().squeeze(1)
-    return MicroBatch(
-        input_ids, position_ids, attention_mask, target_positions, next_labels[target_positions]
-    )
+    return MicroBatch(input_ids, position_ids, target_positions, next_labels[target_positions], limits)
 
 
 def collate(examples: Sequence[dict[str, Any]], packing: bool) -> MicroBatch:

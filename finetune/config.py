@@ -102,6 +102,23 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FastConfig:
+    """The fast paths, each beside a plain one that makes the same updates: `verify` compares them"""
+
+    attention: bool = True
+    """Attention within each packed example alone; false: the model's own, with a mask over the whole row"""
+    head: bool = True
+    """The loss over chunks of target tokens, its gradient taken at once; false: the model's own head"""
+    head_mib: int = 128
+    """MiB for the logits of a chunk"""
+    lora: bool = True
+    """Each LoRA layer as one function; false: PEFT's own. Their dropout noise differs"""
+    int8_matmul: Literal["auto", "dequantise", "int8"] = "auto"
+    """How int8 weights are multiplied: dequantised first, by activations in int8 (outliers apart), or by the
+    faster of the two on this machine"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """The optimizer and its schedule"""
 
@@ -161,6 +178,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    fast: FastConfig = field(default_factory=FastConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -377,6 +395,7 @@ def check_config(config: Config) -> None:
         "train.max_steps": train.max_steps,
         "train.micro_batch_size": train.micro_batch_size,
         "train.gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "fast.head_mib": config.fast.head_mib,
         "eval.every": None if config.eval.every == "epoch" else config.eval.every,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep": config.checkpoint.keep,

@@ -7,13 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.batching import MicroBatch, pack, pad
-from finetune.chat import IGNORE, Examples
-from finetune.machine import Setting
-from finetune.model import dropout_off
-
-# Of a token's logits, relative to their spread: what the order of sums may change in bf16, with room.
-MOST_ROUNDING = 0.3
+from finetune.batching import Boundaries, MicroBatch
+from finetune.head import HeadSums, tokens_per_chunk
 
 
 @dataclass(frozen=True)
@@ -31,69 +26,61 @@ class TokenSums:
 
 
 class TokenLoss(nn.Module):
-    """A causal language model with the loss inside, so that DDP wraps both and no logits leave it."""
+    """A causal language model with the loss inside, so that DDP wraps both and no logits leave it.
+
+    As it is made, it computes everything the plain way: `paths.choose_paths` sets what may be faster.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.can_skip_logits = "logits_to_keep" in inspect.signature(_base_forward(model)).parameters
+        self.base: Any = _base(model)
+        self.can_skip_logits = "logits_to_keep" in inspect.signature(self.base.forward).parameters
+        self.masks_packed_rows = True
+        """Packed rows come with a mask over the whole row; False: their boundaries go to the attention"""
+        self.head_mib: int | None = None
+        """MiB for the logits of a chunk of target tokens; None: the model's own head, all of their logits"""
 
     def forward(self, batch: MicroBatch) -> TokenSums:
-        return sum_over_tokens(self.target_logits(batch), batch.target_ids)
+        if self.head_mib is None:
+            return sum_over_tokens(self.target_logits(batch), batch.target_ids)
+        hidden, weight = self.target_hidden(batch), self.base.get_output_embeddings().weight
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight = weight.to(hidden.dtype)
+            chunk = tokens_per_chunk(self.head_mib, len(weight), hidden.dtype)
+            sums: Tensor = HeadSums.apply(  # type: ignore[no-untyped-call]
+                hidden, weight, batch.target_ids, chunk
+            )
+        nll, entropy, correct = sums.unbind()
+        count = torch.tensor(float(len(batch.target_ids)), device=hidden.device)
+        return TokenSums(nll, entropy.detach(), correct.detach(), count)
 
     def target_logits(self, batch: MicroBatch) -> Tensor:
         """[N, vocabulary]: the logits at the target positions, in the precision of the forward pass."""
         # A single row can ask the model for the positions it needs, and no others reach the head.
         keep = self.can_skip_logits and len(batch.input_ids) == 1
-        arguments: dict[str, Any] = {"logits_to_keep": batch.target_positions} if keep else {}
-        logits: Tensor = self.model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            **arguments,
-        ).logits
+        chosen: dict[str, Any] = {"logits_to_keep": batch.target_positions} if keep else {}
+        logits: Tensor = self.model(**self.inputs(batch), **chosen).logits
         return logits[0] if keep else logits.flatten(0, 1)[batch.target_positions]
 
+    def target_hidden(self, batch: MicroBatch) -> Tensor:
+        """[N, d]: what the head would get at the target positions, in the precision it multiplies in."""
+        states: Tensor = self.base.get_decoder()(**self.inputs(batch)).last_hidden_state
+        hidden = states.flatten(0, 1)[batch.target_positions]
+        kind = hidden.device.type
+        return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
 
-def choose_layout(packing: bool, accelerator: Any, token_loss: TokenLoss, train_set: Examples) -> Setting:
-    """Pack only where the model keeps packed examples apart.
-
-    Models differ in whether they heed a mask between the examples of a row and positions that restart: one
-    with a recurrent state cannot, and one with a sliding window may lose it. So it is tried on the longest
-    example: its logits behind another one must be those that it has alone.
-    """
-    name = "layout"
-    if not packing:
-        return Setting(name, "padded", "padded")
-    longest, other = int(train_set.lengths.argmax()), int(train_set.lengths.argmin())
-    tokens, before = train_set.dataset[longest]["input_ids"], train_set.dataset[other]["input_ids"][:64]
-    first = {"input_ids": before, "labels": [IGNORE] * len(before)}
-    second = {"input_ids": tokens, "labels": [IGNORE, *tokens[1:]]}
-    with torch.no_grad(), dropout_off(token_loss), accelerator.autocast():
-        alone = token_loss.target_logits(pad([second]).to(accelerator.device)).float()
-        try:
-            behind = token_loss.target_logits(pack([first, second]).to(accelerator.device)).float()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a model that knows no such mask fails in a way of its own
-            reason = f"the model takes no mask between packed examples ({type(error).__name__})"
-            return Setting(name, "packed", "padded", reason)
-    # By token, since a convolution would carry over to the first ones alone.
-    difference = ((behind - alone).square().mean(-1) / alone.var(-1)).sqrt().max()
-    if float(difference) < MOST_ROUNDING:
-        return Setting(name, "packed", "packed")
-    return Setting(name, "packed", "padded", "the model computes packed examples otherwise than each alone")
-
-
-def describe_loss(layout: Setting, token_loss: TokenLoss) -> Setting:
-    """Which tokens the head sees: packed rows ask the model for the logits of their targets alone."""
-    if layout.got == "padded":
-        return Setting("loss path", "logits of all tokens", "logits of all tokens")
-    asked = "logits of target tokens"
-    if token_loss.can_skip_logits:
-        return Setting("loss path", asked, asked)
-    return Setting("loss path", asked, "logits of all tokens", "the model's forward has no logits_to_keep")
+    def inputs(self, batch: MicroBatch) -> dict[str, Any]:
+        """The arguments of the model's forward method, or of its decoder's."""
+        limits = batch.limits
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+        if not isinstance(limits, Boundaries):
+            return {**inputs, "attention_mask": limits}
+        if self.masks_packed_rows:
+            return {**inputs, "attention_mask": limits.mask()}
+        # A mask of one element: with none at all the model would make one.
+        nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
+        return {**inputs, "attention_mask": nothing, "boundaries": limits}
 
 
 def sum_over_tokens(logits: Tensor, target_ids: Tensor) -> TokenSums:
@@ -107,7 +94,7 @@ def sum_over_tokens(logits: Tensor, target_ids: Tensor) -> TokenSums:
     return TokenSums(nll, entropy, correct.float(), count.float())
 
 
-def _base_forward(model: nn.Module) -> Any:
-    """The forward method of the causal model, below PEFT's wrapper."""
+def _base(model: nn.Module) -> Any:
+    """The causal model below PEFT's wrapper."""
     get_base_model = getattr(model, "get_base_model", None)
-    return (model if get_base_model is None else get_base_model()).forward
+    return model if get_base_model is None else get_base_model()

@@ -1,6 +1,7 @@
 """The tokenizer, the frozen base (bf16, int8 or nf4) and the LoRA adapter on it."""
 
 import hashlib
+import logging
 import re
 import textwrap
 import warnings
@@ -20,7 +21,6 @@ from finetune.config import Config, LoraConfig, ModelConfig
 from finetune.machine import Setting
 from finetune.starter import starter_model_dir
 
-ATTENTION = "sdpa"
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -136,15 +136,16 @@ def add_adapter(base: Any, config: LoraConfig) -> peft.PeftModel:
 
 @contextmanager
 def dropout_off(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, with the int8 layers computing as they do in training.
+    """Evaluation mode, with the quantised layers computing as they do in training.
 
-    bitsandbytes' int8 layers look at the mode too: on a CPU they dequantise their weights in training and
-    quantise the activations as well in evaluation, which is many times slower and not the trained function.
+    bitsandbytes' layers look at the mode too: on a CPU its int8 layers dequantise their weights in training
+    and quantise the activations as well in evaluation, which is many times slower and not the trained
+    function; its 4-bit layers change how their weights lie in memory.
     """
     was_training = model.training
     model.eval()
     for module in model.modules():
-        if isinstance(module, bnb.nn.Linear8bitLt):
+        if isinstance(module, bnb.nn.Linear8bitLt | bnb.nn.Linear4bit):
             module.train()
     try:
         yield
@@ -170,21 +171,15 @@ def base_fingerprint(config: ModelConfig, model: Any) -> str:
     return digest.hexdigest()
 
 
-def describe_base(config: ModelConfig, model: Any) -> list[Setting]:
-    """What the layers of the base are, and how it computes attention: looked up in the model."""
+def describe_base(config: ModelConfig, model: Any) -> Setting:
+    """What the layers of the base are: looked up in the model."""
     asked = config.quantization
     counts = {
         "int8": sum(isinstance(module, bnb.nn.Linear8bitLt) for module in model.modules()),
         "nf4": sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules()),
     }
     got = next((name for name, count in counts.items() if count > 0), "none")
-    attention = str(model.config._attn_implementation)
-    return [
-        Setting("quantisation", asked, got, "" if got == asked else f"no linear layer became {asked}"),
-        Setting(
-            "attention", ATTENTION, attention, "" if attention == ATTENTION else "the model has no other"
-        ),
-    ]
+    return Setting("quantisation", asked, got, "" if got == asked else f"no linear layer became {asked}")
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
@@ -238,3 +233,5 @@ def _quiet_libraries() -> None:
     a second show a bar."""
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     disable_progress_bar()
+    # bitsandbytes' int8 multiplication tells of a cast, in each layer of each forward pass.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

@@ -14,9 +14,10 @@ from finetune.batching import make_plan
 from finetune.chat import tokenize_splits
 from finetune.checkpoint import fault_of, load_adapter
 from finetune.config import parse_config
-from finetune.loss import TokenLoss, choose_layout
+from finetune.loss import TokenLoss
 from finetune.machine import choose_precision, create_accelerator
 from finetune.model import load_model, load_tokenizer
+from finetune.paths import choose_paths
 from finetune.rows import load_rows
 from finetune.run_folder import CONFIG, data_of, read_environment
 from finetune.screen import console, say
@@ -54,9 +55,9 @@ def repeat_bad_update(run_dir: Path, recorded: dict[str, Any]) -> dict[str, Any]
         raise ValueError(f"the rows of {config.data.path} are not those that the run was trained on")
     model = load_model(config, precision.got, accelerator.device)
     token_loss = TokenLoss(model).train()
-    layout = choose_layout(config.train.packing, accelerator, token_loss, train_set)
+    paths = choose_paths(config, accelerator, token_loss, train_set, environment["int8"])
     load_adapter(run_dir / STATE_BEFORE, model)  # not before: its weights may be beyond all bounds
-    plan = make_plan(config, train_set, layout.got == "packed", 0, environment["num_processes"])
+    plan = make_plan(config, train_set, paths.layout.got == "packed", 0, environment["num_processes"])
     return examine_update(accelerator, token_loss, plan, recorded["update"] - 1, train_set.dataset, tokenizer)
 
 

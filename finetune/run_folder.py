@@ -22,7 +22,7 @@ from finetune.config import Config, config_to_dict, config_to_yaml, flatten
 
 CONFIG, ENVIRONMENT, ADAPTER = "config.yaml", "environment.json", "adapter"
 METRICS, ANSWERS = "metrics.jsonl", "answers.jsonl"
-RECORDED = {"data", "global_batch_size", "num_processes", "started_from"}
+RECORDED = {"int8", "data", "global_batch_size", "num_processes", "started_from"}
 # Keys that change what is shown and kept, or how an update is laid out, not what it is.
 FREE_KEYS = (
     "output_dir",
@@ -35,6 +35,8 @@ FREE_KEYS = (
     "train.packing",
     "train.max_tokens_per_micro_batch",
     "train.gradient_checkpointing",
+    "fast.attention",
+    "fast.head",
 )
 
 
@@ -210,6 +212,12 @@ def _started_from(folder: Path) -> Path | None:
         return None
     path = read_environment(folder)["started_from"]
     return None if path is None else Path(path)
+
+
+def recorded_int8(config: Config) -> str | None:
+    """How the run in output_dir multiplied int8 weights, if there is one."""
+    folder = Path(config.output_dir)
+    return str(read_environment(folder)["int8"]) if (folder / CONFIG).exists() else None
 
 
 def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:

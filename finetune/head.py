@@ -1,0 +1,68 @@
+"""The head and the loss in one: sums over target tokens, a chunk of them at a time, and no logits kept.
+
+The head is frozen under LoRA, so all that the backward pass needs of it is the gradient of the hidden states.
+That is taken in the forward pass, while a chunk's logits are there: two matrix multiplications in all, where
+computing the logits again would need three.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROWS = 16  # tokens at a time in the passes over the vocabulary: they still lie in a core's cache
+
+
+def tokens_per_chunk(budget_mib: int, vocabulary: int, dtype: torch.dtype) -> int:
+    """How many tokens' logits fit into the budget, at least one."""
+    return max(1, budget_mib * 2**20 // (vocabulary * dtype.itemsize))
+
+
+class HeadSums(torch.autograd.Function):
+    """Sums [3] fp32 over N target tokens: nll and entropy in nats, and how many were the likeliest.
+
+    hidden [N, d], weight [V, d] of a frozen head without bias, target_ids [N]. Only the nll has a gradient,
+    and only for `hidden`: with p the softmax of the logits, that of a token's logits is p - one_hot(target).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target_ids: Tensor, chunk: int) -> Tensor:
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        sums = torch.zeros(3, dtype=torch.float32, device=hidden.device)
+        rows = chunk if hidden.is_cuda else ROWS
+        buffers = torch.empty(2, min(rows, len(hidden)), len(weight), device=hidden.device)
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            logits = hidden[part] @ weight.t()
+            for some_logits, ids in zip(
+                torch.split(logits, rows), torch.split(target_ids[part], rows), strict=True
+            ):
+                log_p, p = buffers[:, : len(ids)]
+                sums += _sum_block(some_logits, ids[:, None], log_p, p)
+                if gradient is not None:
+                    p.scatter_add_(-1, ids[:, None], p.new_full((len(ids), 1), -1))
+                    some_logits.copy_(p)
+            if gradient is not None:
+                torch.mm(logits, weight, out=gradient[part])
+        ctx.save_for_backward(gradient)
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_sums[0].to(gradient.dtype), None, None, None
+
+
+def _sum_block(logits: Tensor, ids: Tensor, log_p: Tensor, p: Tensor) -> Tensor:
+    """[3] of logits [n, V] and ids [n, 1]; log_p and p [n, V] fp32 are filled with the distributions."""
+    log_p.copy_(logits)
+    likeliest = log_p.argmax(-1, keepdim=True)
+    torch.log_softmax(log_p, -1, out=log_p)
+    torch.exp(log_p, out=p)
+    return torch.stack(
+        [
+            -log_p.gather(-1, ids).sum(),
+            -torch.linalg.vecdot(p, log_p).sum(),
+            (likeliest == ids).sum().float(),
+        ]
+    )

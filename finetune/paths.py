@@ -1,0 +1,228 @@
+"""Which path computes each part: the fast one where it was asked for and computes what the plain one does.
+
+Each is tried on the longest example against the model as it came. Models differ in what they do around their
+attention and their head, and none of that may be left out in silence.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import bitsandbytes as bnb
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from finetune import lora
+from finetune.attention import PACKED, describe_kernel
+from finetune.batching import MicroBatch, pack, pad
+from finetune.chat import IGNORE, Examples
+from finetune.config import Config
+from finetune.loss import TokenLoss
+from finetune.machine import Setting
+from finetune.model import dropout_off
+from finetune.signals import largest
+
+# Of a token's logits, relative to their spread: what the order of sums may change in bf16, with room.
+MOST_ROUNDING = 0.3
+# How many times faster int8 activations must be than dequantised weights, which are more exact.
+WORTH_ROUNDING = 1.2
+
+
+class Paths(NamedTuple):
+    """What was asked, and what computes."""
+
+    layout: Setting
+    attention: Setting
+    loss: Setting
+    lora: Setting
+    int8: Setting
+
+
+def choose_paths(
+    config: Config, accelerator: Any, token_loss: TokenLoss, train_set: Examples, int8: str | None = None
+) -> Paths:
+    """Set token_loss and its model to compute as configured, as far as that gives the same results.
+
+    `int8` is how an earlier part of this run multiplied int8 weights: it is not measured again.
+    """
+    use_plain_paths(token_loss)
+    trial = _Trial(accelerator, token_loss, train_set)
+    expected = trial.logits(trial.alone)
+    int8_setting = _choose_int8(config, accelerator, token_loss.model, train_set, int8)
+    lora_setting = _choose_lora(config, token_loss.model, int8_setting, trial, expected)
+    layout, attention = _choose_layout(config, token_loss, trial, expected)
+    return Paths(layout, attention, _choose_head(config, token_loss, trial), lora_setting, int8_setting)
+
+
+def use_plain_paths(token_loss: TokenLoss) -> None:
+    """Let everything be computed as transformers, PEFT and bitsandbytes do."""
+    token_loss.masks_packed_rows, token_loss.head_mib = True, None
+    lora.slow_down(token_loss.model)
+    if token_loss.base.config._attn_implementation == PACKED:
+        token_loss.base.set_attn_implementation("sdpa")
+
+
+class _Trial:
+    """The longest example alone in a padded row, and behind another one in a packed row."""
+
+    def __init__(self, accelerator: Any, token_loss: TokenLoss, train_set: Examples) -> None:
+        longest, other = int(train_set.lengths.argmax()), int(train_set.lengths.argmin())
+        tokens, before = train_set.dataset[longest]["input_ids"], train_set.dataset[other]["input_ids"][:64]
+        first = {"input_ids": before, "labels": [IGNORE] * len(before)}
+        second = {"input_ids": tokens, "labels": [IGNORE, *tokens[1:]]}
+        self.alone = pad([second]).to(accelerator.device)
+        self.behind = pack([first, second]).to(accelerator.device)
+        self._accelerator, self._token_loss = accelerator, token_loss
+
+    def call(self, function: Callable[[MicroBatch], Any], batch: MicroBatch) -> Any:
+        """The function's result without dropout, in the run's precision."""
+        with torch.no_grad(), dropout_off(self._token_loss), self._accelerator.autocast():
+            return function(batch)
+
+    def logits(self, batch: MicroBatch) -> Tensor:
+        """[N, vocabulary] fp32 of the longest example's tokens."""
+        logits: Tensor = self.call(self._token_loss.target_logits, batch).float()
+        return logits
+
+    def fault(self, batch: MicroBatch, expected: Tensor) -> str | None:
+        """Why the longest example has other logits here than alone on the plain paths; None: it has not."""
+        try:
+            logits = self.logits(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a model that knows no such thing fails in a way of its own
+            return str(error) if isinstance(error, NotImplementedError) else type(error).__name__
+        # By token, since a convolution would carry over to the first ones alone.
+        difference = ((logits - expected).square().mean(-1) / expected.var(-1)).sqrt().max()
+        return None if float(difference) < MOST_ROUNDING else "other results"
+
+
+def _choose_layout(
+    config: Config, token_loss: TokenLoss, trial: _Trial, expected: Tensor
+) -> tuple[Setting, Setting]:
+    """Packed rows, where the model keeps packed examples apart.
+
+    Models differ in whether they heed a mask between the examples of a row and positions that restart: one
+    with a recurrent state cannot, and one with a sliding window may lose it.
+    """
+    base, own = token_loss.base, str(token_loss.base.config._attn_implementation)
+    kernel = describe_kernel(trial.alone.input_ids.device, next(token_loss.model.parameters()).dtype)
+    asked = f"packed, {kernel}" if config.fast.attention and config.train.packing else own
+    if not config.train.packing:
+        return Setting("layout", "padded", "padded"), Setting("attention", own, own)
+    reason = "the model does not call transformers' attention interface"
+    if config.fast.attention and own == "sdpa":
+        base.set_attn_implementation(PACKED)
+        token_loss.masks_packed_rows = False
+        fault = trial.fault(trial.behind, expected)
+        if fault is None:
+            return Setting("layout", "packed", "packed"), Setting("attention", asked, asked)
+        base.set_attn_implementation(own)
+        token_loss.masks_packed_rows = True
+        reason = f"tried on the longest example: {fault}"
+    attention = Setting("attention", asked, own, "" if asked == own else reason)
+    fault = trial.fault(trial.behind, expected)
+    if fault is None:
+        return Setting("layout", "packed", "packed"), attention
+    if fault == "other results":
+        reason = "the model computes packed examples otherwise than each alone"
+    else:
+        reason = f"the model takes no mask between packed examples ({fault})"
+    return Setting("layout", "packed", "padded", reason), attention
+
+
+def _choose_head(config: Config, token_loss: TokenLoss, trial: _Trial) -> Setting:
+    """The head in chunks, where the logits are its product with the last hidden states and nothing else."""
+    name, chunks = "loss", f"target tokens in chunks of {config.fast.head_mib} MiB"
+    plain = "all logits of target tokens" if token_loss.can_skip_logits else "logits of all tokens"
+    if not config.fast.head:
+        return Setting(name, plain, plain)
+    head = token_loss.base.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
+        return Setting(name, chunks, plain, "the head is trained, has a bias, or is no plain linear layer")
+    if trial.call(lambda batch: _computes_logits(token_loss, head, batch), trial.alone):
+        token_loss.head_mib = config.fast.head_mib
+        return Setting(name, chunks, chunks)
+    return Setting(name, chunks, plain, "the model's logits are more than its head's output")
+
+
+def _computes_logits(token_loss: TokenLoss, head: nn.Linear, batch: MicroBatch) -> bool:
+    """Whether the head takes the decoder's hidden states, and its output is left as it is.
+
+    The head is given eight times what it would get: something that bounds logits would be seen.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def enlarge(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen["hidden"] = inputs[0]
+        return (8 * inputs[0],)
+
+    def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        seen["logits"] = output
+
+    handles = [head.register_forward_pre_hook(enlarge), head.register_forward_hook(keep)]
+    try:
+        logits: Tensor = token_loss.base(**token_loss.inputs(batch)).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    hidden: Tensor = token_loss.base.get_decoder()(**token_loss.inputs(batch)).last_hidden_state
+    return torch.equal(logits, seen["logits"]) and torch.equal(hidden, seen["hidden"])
+
+
+def _choose_lora(config: Config, model: nn.Module, int8: Setting, trial: _Trial, expected: Tensor) -> Setting:
+    """One function per LoRA layer."""
+    name, fused, plain = "LoRA layers", "one function each", "PEFT's"
+    if not config.fast.lora:
+        return Setting(name, plain, plain)
+    num_fast, num_all = lora.speed_up(model, int8.got == "int8")
+    if num_fast == 0:
+        return Setting(name, fused, plain, "DoRA, or layers of another kind")
+    if fault := trial.fault(trial.alone, expected):
+        lora.slow_down(model)
+        return Setting(name, fused, plain, f"tried on the longest example: {fault}")
+    if num_fast < num_all:
+        return Setting(name, fused, f"{fused}, but for {num_all - num_fast}", "those are of another kind")
+    return Setting(name, fused, fused)
+
+
+def _choose_int8(
+    config: Config, accelerator: Any, model: nn.Module, train_set: Examples, recorded: str | None
+) -> Setting:
+    """How int8 weights are multiplied; where that is left open, the faster way for a typical micro-batch."""
+    name, asked = "int8 weights", config.fast.int8_matmul
+    bases = (module.base_layer for module in model.modules() if isinstance(module, LoraLayer))
+    layers = [base for base in bases if isinstance(base, bnb.nn.Linear8bitLt)]
+    if not layers:
+        return Setting(name, "none", "none")
+    if not config.fast.lora:
+        return Setting(name, "bitsandbytes'", "bitsandbytes'")
+    if asked != "auto":
+        return Setting(name, asked, asked)
+    if recorded is not None:
+        return Setting(name, recorded, recorded, "as this run began")
+    layer, device = max(layers, key=lambda layer: layer.weight.numel()), accelerator.device
+    num_tokens = max(64, min(1024, int(8 * train_set.lengths.mean())))
+    x = torch.randn(num_tokens, layer.in_features, device=device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        in_int8 = _seconds(lambda: lora.multiply(x, layer, int8_matmul=True), device)
+        dequantised = _seconds(lambda: lora.multiply(x, layer, int8_matmul=False), device)
+    # It rounds the activations too, so it has to be worth it. All processes alike: the first one decides.
+    is_worth_it = accelerator.is_main_process and in_int8 < dequantised / WORTH_ROUNDING
+    is_int8 = largest(accelerator, int(is_worth_it)) == 1
+    got = "int8" if is_int8 else "dequantise"
+    measured = f"{num_tokens} tokens: dequantised {dequantised * 1e3:.1f} ms, in int8 {in_int8 * 1e3:.1f} ms"
+    return Setting(name, got, got, measured)
+
+
+def _seconds(function: Callable[[], object], device: torch.device) -> float:
+    """The median of five calls, after one that does not count."""
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[2]
