@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from finetune import run_folder, screen
+from finetune import machine, run_folder, screen
 from finetune.bad_update import examine_update, write_bad_update
 from finetune.batching import Plan, iterate_batches, iterate_updates, make_plan, plan_evaluation
 from finetune.chat import tokenize_splits
@@ -24,17 +24,15 @@ from finetune.command import run_command
 from finetune.config import Config, parse_config
 from finetune.evaluate import evaluate, generate_answers, pick_conversations
 from finetune.loss import TokenLoss
-from finetune.machine import (
-    choose_precision,
-    create_accelerator,
-    describe_machine,
-    environment,
-    peak_memory_gib,
-    require_as_asked,
-    reseed,
-)
 from finetune.metrics import Stopwatch, SumWindow, all_finite
-from finetune.model import base_fingerprint, check_vocabulary, describe_base, load_model, load_tokenizer
+from finetune.model import (
+    base_fingerprint,
+    check_vocabulary,
+    describe_base,
+    load_model,
+    load_tokenizer,
+    training_flop,
+)
 from finetune.optim import choose_optimizer, create_optimizer, learning_rate_at, set_learning_rate
 from finetune.paths import choose_paths
 from finetune.rows import find_leaks, load_rows
@@ -45,8 +43,8 @@ from finetune.tracking import Tracker
 def train(config: Config) -> int:
     """Train as configured, and return the exit code: 0, or 128 + the signal that stopped the run."""
     run_dir = Path(config.output_dir)
-    precision = choose_precision(config.train.mixed_precision)
-    accelerator = create_accelerator(config, precision.got)
+    precision = machine.choose_precision(config.train.mixed_precision)
+    accelerator = machine.create_accelerator(config, precision.got)
     is_main, device = accelerator.is_main_process, accelerator.device
     stop = StopRequest(accelerator)
     if run_folder.run_status(config) is run_folder.RunStatus.FINISHED:
@@ -73,11 +71,12 @@ def train(config: Config) -> int:
 
     # What was asked, beside what runs; the plan of all updates.
     paths = choose_paths(config, accelerator, token_loss, train_set, run_folder.recorded_int8(config))
-    settings = [*describe_machine(accelerator), precision, describe_base(config.model, model)]
+    settings = [*machine.describe_machine(accelerator), precision, describe_base(config.model, model)]
     settings += [optimizer_choice, *paths]
     if config.strict:
-        require_as_asked(settings)
+        machine.require_as_asked(settings)
     packing = paths.layout.got == "packed"
+    flop_per_second = machine.matmul_rate(device, precision.got)
     plan = make_plan(config, train_set, packing, accelerator.process_index, accelerator.num_processes)
     eval_batches = plan_evaluation(plan, eval_set, leaks)
 
@@ -90,11 +89,11 @@ def train(config: Config) -> int:
             window.restore(state.window_sums)
 
     def open_run() -> None:
-        hardware = {**environment(accelerator), "int8": paths.int8.got}
+        hardware = {**machine.environment(accelerator), "int8": paths.int8.got}
         size = estimate_bytes(model, optimizer_choice.got)
         run_folder.start_run(config, hardware, plan, train_set, eval_set, checkpoint, state.step, size)
         run_folder.keep_lines_until(run_dir, state.step)
-        facts = screen.describe(config, model, rows, train_set, eval_set, leaks)
+        facts = screen.describe(config, model, rows, train_set, eval_set, leaks, flop_per_second)
         screen.show_start(config, settings, plan, facts)
         screen.show_checkpoint(checkpoint, remarks, state.step)
 
@@ -133,12 +132,12 @@ def train(config: Config) -> int:
             screen.say(write_bad_update(run_dir, record, state, model, optimizer, accelerator.scaler))
 
         report()
-        stopwatch = Stopwatch()
+        stopwatch = Stopwatch(training_flop(model), flop_per_second * accelerator.num_processes)
         for update, micro_batches in iterate_updates(plan, train_set.dataset, state.step, device):
             if stop.agreed():
                 break
             # Dropout noise depends on these three alone: a resumed run draws the same.
-            reseed(config.train.seed, state.step, accelerator.process_index)
+            machine.reseed(config.train.seed, state.step, accelerator.process_index)
             learning_rate = learning_rate_at(state.step, plan.num_steps, config.optim)
             set_learning_rate(optimizer, learning_rate)
             for number, batch in enumerate(micro_batches, 1):
@@ -158,7 +157,7 @@ def train(config: Config) -> int:
             optimizer.step()
             optimizer.zero_grad()
             state.step += 1
-            stopwatch.count(update.num_tokens)
+            stopwatch.count(update.num_tokens, update.num_target_tokens)
             tracker.advance(state.step)
 
             if is_due(config.log.every_steps, state.step, plan):
@@ -166,8 +165,8 @@ def train(config: Config) -> int:
                 metrics |= {
                     "learning_rate": learning_rate,
                     "grad_norm": float(grad_norm),
-                    "useful_tokens_per_second": stopwatch.tokens_per_second(),
-                    "peak_memory_gib": peak_memory_gib(device),
+                    **stopwatch.speed(),
+                    "peak_memory_gib": machine.peak_memory_gib(device),
                 }
                 tracker.log("train", state.step, metrics)
             with stopwatch.paused():

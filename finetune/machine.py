@@ -3,6 +3,7 @@
 import os
 import platform
 import resource
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from finetune.signals import under_accelerate_launch
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "tensorboard")
 GIB = 2**30
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,22 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def matmul_rate(device: torch.device, precision: str) -> float:
+    """FLOP/s of the device in matrix multiplications: the best of a few, measured now."""
+    dtype = DTYPES[precision]
+    size = 4096 if device.type == "cuda" else 1024
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    return 2 * size**3 / min(seconds() for _ in range(10))
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:

@@ -71,14 +71,22 @@ def all_finite(accelerator: Any, window: SumWindow, grad_norm: Tensor) -> bool:
 
 
 class Stopwatch:
-    """Seconds and useful tokens spent training since the last reading: not evaluating, not saving."""
+    """Speed since the last reading, of training alone: not of evaluating, not of saving.
 
-    def __init__(self) -> None:
+    `flop` are what a token and a target token take (`model.training_flop`), `flop_per_second` is what all
+    devices multiply at (`machine.matmul_rate`).
+    """
+
+    def __init__(self, flop: tuple[int, int], flop_per_second: float) -> None:
+        self._flop, self._flop_per_second = flop, flop_per_second
         self._started = time.perf_counter()
-        self._num_tokens = 0
+        self._num_tokens = self._num_flop = 0
 
-    def count(self, num_tokens: int) -> None:
+    def count(self, num_tokens: int, num_target_tokens: int) -> None:
+        """Add an update's tokens: of its examples, without padding."""
+        per_token, per_target = self._flop
         self._num_tokens += num_tokens
+        self._num_flop += num_tokens * per_token + num_target_tokens * per_target
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -86,9 +94,14 @@ class Stopwatch:
         yield
         self._started += time.perf_counter() - paused_at
 
-    def tokens_per_second(self) -> float:
-        """Since the last call."""
+    def speed(self) -> Metrics:
+        """Useful tokens per second, and the share of the devices' matmul rate that they use (MFU), since the
+        last call."""
         now = time.perf_counter()
-        rate = self._num_tokens / (now - self._started)
-        self._started, self._num_tokens = now, 0
-        return rate
+        seconds = now - self._started
+        metrics: Metrics = {
+            "useful_tokens_per_second": self._num_tokens / seconds,
+            "mfu": self._num_flop / seconds / self._flop_per_second,
+        }
+        self._started, self._num_tokens, self._num_flop = now, 0, 0
+        return metrics

@@ -18,10 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
 from finetune.config import Config, LoraConfig, ModelConfig
-from finetune.machine import Setting
+from finetune.machine import DTYPES, Setting
 from finetune.starter import starter_model_dir
-
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -180,6 +178,20 @@ def describe_base(config: ModelConfig, model: Any) -> Setting:
     }
     got = next((name for name, count in counts.items() if count > 0), "none")
     return Setting("quantisation", asked, got, "" if got == asked else f"no linear layer became {asked}")
+
+
+def training_flop(model: Any) -> tuple[int, int]:
+    """FLOP that a token, and on top a target token, takes in an update: the products with the frozen weights,
+    forward and for the gradient of the input (2 FLOP each and weight). LoRA, attention and all else, a few
+    percent, count as overhead."""
+    head = model.get_output_embeddings()
+    kinds = (torch.nn.Linear, bnb.nn.Linear8bitLt, bnb.nn.Linear4bit)
+    weights = sum(
+        module.in_features * module.out_features
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and module is not head and ".lora_" not in name
+    )
+    return 4 * weights, 4 * head.weight.numel()
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

@@ -41,6 +41,7 @@ SHOWN = {
     "learning_rate": ("lr", "{:.2e}"),
     "grad_norm": ("grad norm", "{:.3f}"),
     "useful_tokens_per_second": ("tokens/s", "{:,.0f}"),
+    "mfu": ("MFU", "{:.0%}"),
     "peak_memory_gib": ("GiB", "{:.2f}"),
 }
 
@@ -98,6 +99,7 @@ def describe(
     train_set: Examples,
     eval_set: Examples,
     leaks: Mapping[int, Match],
+    flop_per_second: float,
 ) -> list[tuple[str, str]]:
     """The model; the rows read, kept and dropped, the examples they became, and the eval rows that are
     trained on too."""
@@ -107,7 +109,7 @@ def describe(
         dropped.update({reason: len(numbers) for reason, numbers in source.dropped.items()})
     num_taken = len(rows.train) + len(rows.eval)
     return [
-        ("device", device_name(model.device)),
+        ("device", f"{device_name(model.device)}; {flop_per_second / 1e9:,.0f} GFLOP/s in matmuls"),
         ("model", f"{config.model.name_or_path}, base in {config.model.quantization}"),
         ("parameters", f"{trainable:,} trainable of {total:,} ({trainable / total:.2%})"),
         ("rows", f"{rows.num_read:,} read, {rows.num_kept:,} usable, {num_taken:,} taken"),

@@ -23,7 +23,13 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 # What an eval and a train line of metrics.jsonl say of a model and its training.
 EVAL_METRICS = {"loss", "entropy", "mean_token_accuracy", "num_target_tokens"}
-TRAIN_METRICS = EVAL_METRICS | {"learning_rate", "grad_norm", "useful_tokens_per_second", "peak_memory_gib"}
+TRAIN_METRICS = EVAL_METRICS | {
+    "learning_rate",
+    "grad_norm",
+    "useful_tokens_per_second",
+    "mfu",
+    "peak_memory_gib",
+}
 
 # Renders what Qwen2-Instruct's template renders: a default system turn, and a newline after each turn.
 QWEN2_TEMPLATE = (

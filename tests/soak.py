@@ -31,7 +31,7 @@ from tensorboard.util.tensor_util import make_ndarray  # noqa: E402
 
 import train  # noqa: E402
 
-NOT_THE_TRAINING = ("useful_tokens_per_second", "peak_memory_gib")
+NOT_THE_TRAINING = ("useful_tokens_per_second", "mfu", "peak_memory_gib")
 SETTINGS = {
     "model.quantization": "int8",
     "data.max_length": 128,

@@ -128,43 +128,52 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_the_rate_is_tokens_by_seconds(clock):
-    stopwatch = Stopwatch()
-    stopwatch.count(30)
+    stopwatch = Stopwatch((1, 2), 100.0)
+    stopwatch.count(30, 0)
     clock.now += 2
-    stopwatch.count(50)
+    stopwatch.count(50, 0)
     clock.now += 2
-    assert stopwatch.tokens_per_second() == 20
+    assert stopwatch.speed()["useful_tokens_per_second"] == 20
+
+
+def test_the_share_of_the_matmul_rate_counts_tokens_and_targets_by_what_they_take(clock):
+    stopwatch = Stopwatch((3, 50), 1000.0)
+    stopwatch.count(100, 10)
+    clock.now += 2
+    assert stopwatch.speed()["mfu"] == (100 * 3 + 10 * 50) / 2 / 1000
+    clock.now += 1
+    assert stopwatch.speed()["mfu"] == 0
 
 
 def test_each_reading_starts_anew(clock):
-    stopwatch = Stopwatch()
-    stopwatch.count(1000)
+    stopwatch = Stopwatch((1, 2), 100.0)
+    stopwatch.count(1000, 0)
     clock.now += 1
-    stopwatch.tokens_per_second()
-    stopwatch.count(10)
+    stopwatch.speed()["useful_tokens_per_second"]
+    stopwatch.count(10, 0)
     clock.now += 5
-    assert stopwatch.tokens_per_second() == 2
+    assert stopwatch.speed()["useful_tokens_per_second"] == 2
 
 
 def test_pauses_do_not_count(clock):
-    stopwatch = Stopwatch()
+    stopwatch = Stopwatch((1, 2), 100.0)
     clock.now += 1
     for seconds in (100, 200):
         with stopwatch.paused():
             clock.now += seconds
         clock.now += 1
-    stopwatch.count(12)
+    stopwatch.count(12, 0)
     clock.now += 1
-    assert stopwatch.tokens_per_second() == 3
+    assert stopwatch.speed()["useful_tokens_per_second"] == 3
 
 
 def test_a_pause_belongs_to_its_own_reading(clock):
-    stopwatch = Stopwatch()
-    stopwatch.count(8)
+    stopwatch = Stopwatch((1, 2), 100.0)
+    stopwatch.count(8, 0)
     clock.now += 2
-    assert stopwatch.tokens_per_second() == 4
+    assert stopwatch.speed()["useful_tokens_per_second"] == 4
     with stopwatch.paused():
         clock.now += 50
-    stopwatch.count(8)
+    stopwatch.count(8, 0)
     clock.now += 4
-    assert stopwatch.tokens_per_second() == 2
+    assert stopwatch.speed()["useful_tokens_per_second"] == 2

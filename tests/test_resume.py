@@ -48,7 +48,7 @@ WHOLE = {
     "checkpoint__every_steps": 2,
 }
 SHORT = {"train__max_steps": 2, "checkpoint__every_steps": 1}
-NOT_THE_TRAINING = ("useful_tokens_per_second", "peak_memory_gib")
+NOT_THE_TRAINING = ("useful_tokens_per_second", "mfu", "peak_memory_gib")
 UNINTERRUPTED: list[Path] = []
 
 

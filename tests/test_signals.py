@@ -19,7 +19,7 @@ from finetune.tracking import Tracker
 
 SETTINGS = {"train__num_epochs": 3, "checkpoint__every_steps": 100, "optim__name": "paged_adamw_8bit"}
 STEPS = 6
-NOT_THE_TRAINING = ("useful_tokens_per_second", "peak_memory_gib")
+NOT_THE_TRAINING = ("useful_tokens_per_second", "mfu", "peak_memory_gib")
 
 
 def signalled(moment: str, number: int, step: int) -> tuple[str, Callable[..., Any]]:

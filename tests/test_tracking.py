@@ -277,6 +277,7 @@ def test_in_a_terminal_the_bar_ends_on_the_last_update_with_its_figures(run_trai
         f"entropy {train[-1]['entropy']:.4f}",
         f"lr {train[-1]['learning_rate']:.2e}",
         f"tokens/s {train[-1]['useful_tokens_per_second']:,.0f}",
+        f"MFU {train[-1]['mfu']:.0%}",
     ):
         assert figure in lines[bar + 1]
     # Evaluations stay above the bar; the figures of training move on in it.
