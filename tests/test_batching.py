@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.batching import (
+    Boundaries,
     Layout,
+    MicroBatch,
     Plan,
     collate,
     epoch_order,
@@ -291,7 +293,7 @@ def test_a_packed_row_gives_the_examples_back(examples):
     positions = [piece.tolist() for piece in batch.position_ids[0].tensor_split(starts[1:])]
     assert positions == [list(range(len(piece))) for piece in pieces]
     assert targets_in(batch) == targets_one_by_one(examples, starts)
-    assert all(tensor.dtype == torch.long for tensor in batch if tensor is not batch.attention_mask)
+    assert all(tensor.dtype == torch.long for tensor in batch[:-1])
 
 
 @any_examples
@@ -302,9 +304,18 @@ def test_a_packed_token_sees_its_own_example_up_to_itself_and_nothing_else(examp
         [owner[row] == owner[column] and column <= row for column in range(len(owner))]
         for row in range(len(owner))
     ]
-    mask = pack(examples).attention_mask
+    mask = pack(examples).limits.mask()
     assert mask.dtype == torch.bool
     assert mask.tolist() == [[sees]]
+
+
+@any_examples
+@given(lists_of_examples)
+def test_the_boundaries_of_a_packed_row_are_where_its_examples_lie(examples):
+    limits = pack(examples).limits
+    assert limits.lengths == tuple(len(example["input_ids"]) for example in examples)
+    assert limits.starts.dtype == torch.int32
+    assert limits.starts.tolist() == [sum(limits.lengths[:number]) for number in range(len(examples) + 1)]
 
 
 @any_examples
@@ -313,30 +324,40 @@ def test_padded_rows_give_the_examples_back(examples):
     batch = pad(examples)
     width = max(len(example["input_ids"]) for example in examples)
     assert batch.input_ids.shape == (len(examples), width)
-    assert batch.attention_mask.dtype == torch.bool
+    assert batch.limits.dtype == torch.bool
     lengths = [len(example["input_ids"]) for example in examples]
-    assert batch.attention_mask.tolist() == [[t < length for t in range(width)] for length in lengths]
-    rows = [ids[mask].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+    assert batch.limits.tolist() == [[t < length for t in range(width)] for length in lengths]
+    rows = [ids[mask].tolist() for ids, mask in zip(batch.input_ids, batch.limits, strict=True)]
     assert rows == [example["input_ids"] for example in examples]
     assert batch.position_ids.tolist() == [list(range(width))] * len(examples)
     starts = [row * width for row in range(len(examples))]
     assert targets_in(batch) == targets_one_by_one(examples, starts)
-    assert all(tensor.dtype == torch.long for tensor in batch if tensor is not batch.attention_mask)
+    assert all(tensor.dtype == torch.long for tensor in batch[:-1])
+
+
+def assert_equal(got: MicroBatch, expected: MicroBatch) -> None:
+    for one, other in zip(got[:-1], expected[:-1], strict=True):
+        assert torch.equal(one, other)
+    assert type(got.limits) is type(expected.limits)
+    if isinstance(expected.limits, Boundaries):
+        assert got.limits.lengths == expected.limits.lengths
+        assert torch.equal(got.limits.starts, expected.limits.starts)
+    else:
+        assert torch.equal(got.limits, expected.limits)
 
 
 @any_examples
 @given(lists_of_examples)
 def test_collate_packs_or_pads_as_asked(examples):
     for packing, plain in ((True, pack), (False, pad)):
-        for got, expected in zip(collate(examples, packing), plain(examples), strict=True):
-            assert torch.equal(got, expected)
+        assert_equal(collate(examples, packing), plain(examples))
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_no_examples_make_a_batch_of_one_token_without_a_target(packing):
     batch = collate([], packing)
     assert batch.input_ids.shape == (1, 1)
-    assert batch.attention_mask.all()
+    assert (batch.limits.mask() if packing else batch.limits).all()
     assert targets_in(batch) == []
     assert batch.target_positions.dtype == batch.target_ids.dtype == torch.long
 
@@ -363,7 +384,6 @@ def test_updates_from_the_middle_of_a_run_are_those_of_the_whole_run(packing):
     for update, batches in whole:
         assert sum(len(batch.target_ids) for batch in batches) == update.num_target_tokens
         for indices, batch in zip(update.micro_batches, batches, strict=True):
-            for got, expected in zip(batch, collate([dataset[i] for i in indices], packing), strict=True):
-                assert torch.equal(got, expected)
+            assert_equal(batch, collate([dataset[i] for i in indices], packing))
     for (_, batches), (_, expected) in zip(later, whole[4:], strict=True):
         assert [b.input_ids.tolist() for b in batches] == [b.input_ids.tolist() for b in expected]

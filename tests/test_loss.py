@@ -1,4 +1,5 @@
-"""The sums and their gradients, against a plain computation: one example at a time, all logits, no masks."""
+"""The sums and their gradients, on plain and fast paths, against a plain computation: one example at a time,
+all logits, no masks."""
 
 from contextlib import nullcontext
 from dataclasses import fields
@@ -8,19 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import tiny_model
-from datasets import Dataset
 from torch import Tensor
 from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
 
+from finetune import lora
+from finetune.attention import PACKED
 from finetune.batching import Layout, Plan, collate
-from finetune.chat import IGNORE, Examples
+from finetune.chat import IGNORE
 from finetune.config import Config, LoraConfig, ModelConfig
-from finetune.loss import TokenLoss, TokenSums, choose_layout
+from finetune.loss import TokenLoss, TokenSums
 from finetune.model import add_adapter, load_model, load_tokenizer
+from finetune.paths import use_plain_paths
 
 Example = dict[str, list[int]]
 
@@ -74,6 +76,19 @@ def adapter_gradients(model: Any) -> dict[str, Tensor]:
     return gradients
 
 
+def make_token_loss(model: Any, fast: bool, packing: bool) -> TokenLoss:
+    """On the plain paths, or on all fast ones, with a head that takes few tokens at a time."""
+    use_plain_paths(token_loss := TokenLoss(model))
+    if fast:
+        token_loss.head_mib = 1
+        num_fast, num_all = lora.speed_up(model)
+        assert num_fast == num_all or isinstance(token_loss.base, GPT2LMHeadModel)
+        if packing:
+            token_loss.base.set_attn_implementation(PACKED)
+            token_loss.masks_packed_rows = False
+    return token_loss
+
+
 def sums_one_by_one(model: Any, examples: list[Example]) -> dict[str, Tensor]:
     """nll, entropy, correct and count of the target tokens, in fp64 from the model's fp32 logits."""
     sums = {name: torch.tensor(0.0, dtype=torch.float64) for name in NAMES}
@@ -89,9 +104,11 @@ def sums_one_by_one(model: Any, examples: list[Example]) -> dict[str, Tensor]:
     return sums
 
 
-def train_one_update(model: Any, examples: list[Example], layout: Layout, num_processes: int = 1) -> Any:
+def train_one_update(
+    model: Any, examples: list[Example], layout: Layout, num_processes: int = 1, fast: bool = False
+) -> Any:
     """Sums over the micro-batches of all processes of an update; gradients are those of its mean loss."""
-    token_loss = TokenLoss(model).train()
+    token_loss = make_token_loss(model, fast, layout.packing).train()
     plan = Plan(
         lengths=np.array([len(example["input_ids"]) for example in examples]),
         target_counts=np.array([sum(y != IGNORE for y in example["labels"]) for example in examples]),
@@ -114,9 +131,10 @@ def train_one_update(model: Any, examples: list[Example], layout: Layout, num_pr
 
 
 def assert_update_is_right(
-    model: Any, examples: list[Example], layouts: list[Layout], num_processes: int
+    model: Any, examples: list[Example], layouts: list[Layout], num_processes: int = 1, fast: bool = False
 ) -> None:
     """Sums to 1e-4 and the gradient of every adapter tensor to 1e-3 of the plain computation's."""
+    use_plain_paths(TokenLoss(model))
     model.zero_grad()
     expected = sums_one_by_one(model, examples)
     (expected["nll"] / expected["count"]).backward()
@@ -125,25 +143,29 @@ def assert_update_is_right(
     assert 0 < expected["correct"] < expected["count"]
     assert all(gradient.norm() > 0 for gradient in expected_gradients.values())
     for layout in layouts:
-        sums = train_one_update(model, examples, layout, num_processes)
+        sums = train_one_update(model, examples, layout, num_processes, fast)
         assert sums == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-4)
         for name, gradient in adapter_gradients(model).items():
             distance = (gradient - expected_gradients[name]).norm() / expected_gradients[name].norm()
             assert distance < 1e-3, (name, layout)
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("num_processes", [1, 3])
-def test_sums_and_gradients_of_an_update_are_the_plain_ones_for_every_layout(num_processes):
+def test_sums_and_gradients_of_an_update_are_the_plain_ones_for_every_layout(num_processes, fast):
     model = with_adapter(tiny_model(VOCABULARY))
-    assert_update_is_right(model, random_examples(LENGTHS), LAYOUTS, num_processes)
+    assert_update_is_right(model, random_examples(LENGTHS), LAYOUTS, num_processes, fast)
 
 
-def test_a_process_without_examples_changes_nothing():
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_process_without_examples_changes_nothing(fast):
     model = with_adapter(tiny_model(VOCABULARY))
-    assert_update_is_right(model, random_examples([7, 15]), [LAYOUTS[0], LAYOUTS[3]], num_processes=4)
+    layouts = [LAYOUTS[0], LAYOUTS[3]]
+    assert_update_is_right(model, random_examples([7, 15]), layouts, num_processes=4, fast=fast)
 
 
-def test_sums_and_gradients_are_the_plain_ones_on_the_starter_model(starter_dir):
+@pytest.mark.parametrize("fast", [False, True])
+def test_sums_and_gradients_are_the_plain_ones_on_the_starter_model(starter_dir, fast):
     source = ModelConfig(name_or_path=str(starter_dir), quantization="none")
     config = Config(model=source, lora=LoraConfig(lora_dropout=0.0))
     model = fill_adapter(load_model(config, "no", CPU))
@@ -157,10 +179,11 @@ def test_sums_and_gradients_are_the_plain_ones_on_the_starter_model(starter_dir)
         ids = tokenizer(text)["input_ids"]
         examples.append({"input_ids": ids, "labels": [IGNORE, IGNORE, *ids[2:]]})
     layouts = [Layout(True, 1, 64), Layout(False, 3, 64)]
-    assert_update_is_right(model, examples, layouts, num_processes=1)
+    assert_update_is_right(model, examples, layouts, fast=fast)
 
 
-def test_sums_and_gradients_are_the_plain_ones_on_a_model_that_learns_its_positions():
+@pytest.mark.parametrize("fast", [False, True])
+def test_sums_and_gradients_are_the_plain_ones_on_a_model_that_learns_its_positions(fast):
     # Where positions are relative, as in Qwen2, it would not show if they did not start anew.
     torch.manual_seed(0)
     config = GPT2Config(
@@ -177,7 +200,7 @@ def test_sums_and_gradients_are_the_plain_ones_on_a_model_that_learns_its_positi
         eos_token_id=2,
     )
     model = with_adapter(GPT2LMHeadModel(config))
-    assert_update_is_right(model, random_examples(LENGTHS), LAYOUTS, num_processes=1)
+    assert_update_is_right(model, random_examples(LENGTHS), LAYOUTS, fast=fast)
 
 
 class WithoutLogitsToKeep(Qwen2ForCausalLM):
@@ -188,11 +211,12 @@ class WithoutLogitsToKeep(Qwen2ForCausalLM):
         return super().forward(input_ids, attention_mask, position_ids, **others)
 
 
-def test_a_model_that_cannot_leave_out_logits_gives_the_same():
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_model_that_cannot_leave_out_logits_gives_the_same(fast):
     base = tiny_model(VOCABULARY)
     model = WithoutLogitsToKeep(base.config)
     model.load_state_dict(base.state_dict())
-    assert_update_is_right(with_adapter(model), random_examples(LENGTHS), LAYOUTS, num_processes=1)
+    assert_update_is_right(with_adapter(model), random_examples(LENGTHS), LAYOUTS, fast=fast)
 
 
 def test_of_a_packed_row_only_the_positions_that_predict_a_target_reach_the_head():
@@ -207,9 +231,10 @@ def test_of_a_packed_row_only_the_positions_that_predict_a_target_reach_the_head
     assert shapes == [(1, len(batch.target_ids), 64)]
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("packing", [True, False])
-def test_an_example_is_blind_to_what_lies_beside_it(packing):
-    token_loss = TokenLoss(with_adapter(tiny_model(VOCABULARY))).eval()
+def test_an_example_is_blind_to_what_lies_beside_it(packing, fast):
+    token_loss = make_token_loss(with_adapter(tiny_model(VOCABULARY)), fast, packing).eval()
 
     def log_probs(examples: list[Example]) -> list[Tensor]:
         """Of the target tokens of each example."""
@@ -231,10 +256,11 @@ def test_an_example_is_blind_to_what_lies_beside_it(packing):
                 assert torch.allclose(old, new, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("packing", [True, False])
-def test_only_sums_come_out_and_they_are_single_numbers_in_fp32(packing, autocast):
-    token_loss = TokenLoss(with_adapter(tiny_model(VOCABULARY)))
+def test_only_sums_come_out_and_they_are_single_numbers_in_fp32(packing, autocast, fast):
+    token_loss = make_token_loss(with_adapter(tiny_model(VOCABULARY)), fast, packing)
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         sums = token_loss(collate(random_examples(LENGTHS), packing))
     assert type(sums) is TokenSums
@@ -245,37 +271,39 @@ def test_only_sums_come_out_and_they_are_single_numbers_in_fp32(packing, autocas
         assert value.requires_grad == (name == "nll")
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("examples", [[], [{"input_ids": [3, 4, 5], "labels": [IGNORE] * 3}]])
-def test_a_batch_without_targets_gives_zero_sums_and_zero_gradients(examples, packing):
+def test_a_batch_without_targets_gives_zero_sums_and_zero_gradients(examples, packing, fast):
     model = with_adapter(tiny_model(VOCABULARY))
-    sums = TokenLoss(model)(collate(examples, packing))
+    sums = make_token_loss(model, fast, packing)(collate(examples, packing))
     assert [getattr(sums, name).item() for name in NAMES] == [0, 0, 0, 0]
     sums.nll.backward()
     # Not None: DDP waits for the gradient of every parameter.
     assert all(torch.equal(g, torch.zeros_like(g)) for g in adapter_gradients(model).values())
 
 
-def loss_and_gradients(folder: Path, quantization: str, precision: str) -> Any:
+def loss_and_gradients(folder: Path, quantization: str, precision: str, fast: bool = False) -> Any:
     """Mean loss and adapter gradients of a few examples, as the training loop takes them."""
     source = ModelConfig(name_or_path=str(folder), quantization=quantization)
     model = load_model(Config(model=source, lora=LoraConfig(lora_dropout=0.0)), precision, CPU)
     fill_adapter(model)
     batch = collate(random_examples(LENGTHS, vocabulary=800), packing=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        sums = TokenLoss(model).train()(batch)
+        sums = make_token_loss(model, fast, packing=True).train()(batch)
     (sums.nll / sums.count).backward()
     others = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     assert all(parameter.grad is None for parameter in others)
     return (sums.nll / sums.count).item(), adapter_gradients(model)
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize(("quantization", "least_similarity"), [("int8", 0.9), ("nf4", 0.6)])
 def test_a_quantized_base_gives_nearly_the_same_loss_and_gradients_to_the_adapter_alone(
-    quantization, least_similarity, tiny_model_dir
+    quantization, least_similarity, fast, tiny_model_dir
 ):
     exact, exact_gradients = loss_and_gradients(tiny_model_dir, "none", "no")
-    loss, gradients = loss_and_gradients(tiny_model_dir, quantization, "bf16")
+    loss, gradients = loss_and_gradients(tiny_model_dir, quantization, "bf16", fast)
     assert loss != exact
     assert loss == pytest.approx(exact, rel=0.03)
     flat, exact_flat = (
@@ -284,59 +312,17 @@ def test_a_quantized_base_gives_nearly_the_same_loss_and_gradients_to_the_adapte
     assert torch.cosine_similarity(flat, exact_flat, dim=0) > least_similarity
 
 
-def layout_of(model: Any, packing: bool = True) -> Any:
-    """What is chosen for a model, with examples of which the longest has 60 tokens."""
-    examples = random_examples([20, 60, 33])
-    train_set = Examples(Dataset.from_list(examples), truncated=[], dropped={})
-    return choose_layout(packing, Accelerator(cpu=True), TokenLoss(model), train_set)
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_fast_loss_asks_the_model_for_no_logits(packing):
+    model = with_adapter(tiny_model(VOCABULARY))
+    model.get_base_model().lm_head.register_forward_pre_hook(lambda *_: pytest.fail("the head was called"))
+    sums = make_token_loss(model, True, packing)(collate(random_examples(LENGTHS), packing))
+    assert sums.nll > 0
 
 
-def built(architecture: str, **settings: Any) -> Any:
-    """A tiny random causal model of an architecture, with weights large enough that tokens matter."""
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-    }
-    torch.manual_seed(0)
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(architecture, **{**sizes, **special, **settings})
-    )
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
-
-
-@pytest.mark.parametrize("architecture", ["qwen2", "llama", "phi3", "gpt2"])
-def test_models_that_keep_packed_examples_apart_are_packed(architecture):
-    setting = layout_of(built(architecture))
-    assert (setting.asked, setting.got, setting.reason) == ("packed", "packed", "")
-
-
-@pytest.mark.parametrize(
-    ("architecture", "settings", "reason"),
-    [
-        ("falcon_h1", {}, "otherwise than each alone"),  # a recurrent state beside its attention
-        ("mistral", {"sliding_window": 40}, "otherwise than each alone"),  # a window shorter than an example
-        ("bloom", {}, "no mask between packed examples"),
-    ],
-)
-def test_models_that_do_not_are_padded_and_the_reason_is_given(architecture, settings, reason):
-    setting = layout_of(built(architecture, **settings))
-    assert (setting.asked, setting.got) == ("packed", "padded")
-    assert reason in setting.reason
-
-
-def test_a_window_longer_than_any_example_is_packed():
-    assert layout_of(built("mistral", sliding_window=64)).got == "packed"
-
-
-def test_padded_is_what_is_asked_where_packing_is_off():
-    setting = layout_of(built("falcon_h1"), packing=False)
-    assert (setting.asked, setting.got, setting.reason) == ("padded", "padded", "")
+def test_attention_in_a_packed_row_on_the_fast_path_gets_boundaries_and_no_mask_of_the_row():
+    token_loss = make_token_loss(with_adapter(tiny_model(VOCABULARY)), fast=True, packing=True)
+    batch = collate(random_examples(LENGTHS), packing=True)
+    inputs = token_loss.inputs(batch)
+    assert inputs["boundaries"] is batch.limits
+    assert inputs["attention_mask"].numel() == 1

@@ -86,6 +86,7 @@ def test_the_record_of_a_run_says_what_it_ran_on_and_with(run_train, tmp_path, r
         "memory_gib",
         "cuda",
         "num_processes",
+        "int8",
         "global_batch_size",
         "started_from",
         "data",
@@ -93,6 +94,7 @@ def test_the_record_of_a_run_says_what_it_ran_on_and_with(run_train, tmp_path, r
     assert record["packages"].keys() == set(PACKAGES)
     assert record["packages"]["accelerate"] == accelerate.__version__
     assert record["num_processes"] == 1
+    assert record["int8"] == "none"
     assert record["memory_gib"] > 0
     assert record["device"]
     assert record["processor"]
@@ -160,6 +162,13 @@ def table_of(text: str) -> dict[str, tuple[str, str, str]]:
     return {name: (asked, got, why) for name, asked, got, why in rows}
 
 
+@pytest.fixture
+def wide_screen(monkeypatch):
+    monkeypatch.setattr("finetune.screen.console", Console(width=250, highlight=False))
+
+
+@pytest.mark.usefixtures("wide_screen")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a card computes attention otherwise")
 def test_every_part_is_in_the_table_of_asked_and_got(run_train, capsys):
     run_train(**SHORT, model__quantization="int8", train__mixed_precision="bf16", optim__name="adamw")
     table = table_of(capsys.readouterr().out)
@@ -169,11 +178,26 @@ def test_every_part_is_in_the_table_of_asked_and_got(run_train, capsys):
         "data workers": "0",
         "precision": "bf16",
         "quantisation": "int8",
-        "attention": "sdpa",
         "optimizer": "adamw",
         "layout": "packed",
-        "loss path": "logits of target tokens",
+        "attention": "packed, per example, in blocks",
+        "loss": "target tokens in chunks of 128 MiB",
+        "LoRA layers": "one function each",
+        "int8 weights": table["int8 weights"][0],
     }
+    _, int8, measured = table.pop("int8 weights")
+    assert int8 in ("int8", "dequantise")
+    assert "in int8" in measured
+    assert all(asked == got and why == "" for asked, got, why in table.values())
+
+
+@pytest.mark.usefixtures("wide_screen")
+def test_paths_that_are_switched_off_are_in_the_table_as_asked(run_train, capsys):
+    off = {"fast__attention": False, "fast__head": False, "fast__lora": False}
+    run_train(**SHORT, **off, optim__name="adamw")
+    table = table_of(capsys.readouterr().out)
+    parts = ("attention", "loss", "LoRA layers", "int8 weights")
+    assert [table[part][0] for part in parts] == ["sdpa", "all logits of target tokens", "PEFT's", "none"]
     assert all(asked == got and why == "" for asked, got, why in table.values())
 
 
@@ -194,10 +218,10 @@ def test_strict_alone_on_the_command_line_means_true():
     assert parse_config(["--strict", "false"]).strict is False
 
 
+@pytest.mark.usefixtures("wide_screen")
 def test_a_torch_built_for_a_card_that_is_not_there_is_a_difference(run_train, monkeypatch, capsys):
     monkeypatch.setattr("torch.version.cuda", "13.0")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("finetune.screen.console", Console(width=250, highlight=False))
     run_train(**SHORT)
     asked, got, why = table_of(capsys.readouterr().out)["device"]
     assert (asked, got) == ("cuda", "cpu")
@@ -220,6 +244,6 @@ def test_several_processes_asked_of_accelerate_launch_on_a_cpu_are_a_difference(
 
 def test_a_quantisation_that_did_not_happen_is_a_difference(tiny_model_dir):
     model = load_base(ModelConfig(name_or_path=str(tiny_model_dir), quantization="none"), "no", CPU)
-    quantisation, _ = describe_base(ModelConfig(quantization="int8"), model)
+    quantisation = describe_base(ModelConfig(quantization="int8"), model)
     assert (quantisation.asked, quantisation.got) == ("int8", "none")
     assert quantisation.reason
