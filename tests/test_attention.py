@@ -1,0 +1,211 @@
+"""Attention within each example of a packed row, against a plain fp64 computation, example by example."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from finetune.attention import BLOCK, packed_attention
+from finetune.batching import Boundaries
+
+any_row = settings(deadline=None, max_examples=25)
+fp32_and_bf16 = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
+)
+heads = st.sampled_from([2, 4, 6]).flatmap(
+    lambda count: st.tuples(
+        st.just(count), st.sampled_from([k for k in range(1, count + 1) if count % k == 0])
+    )
+)
+lists_of_lengths = st.lists(st.integers(1, 300) | st.integers(1, 20), min_size=1, max_size=5)
+
+
+def make_boundaries(lengths: list[int]) -> Boundaries:
+    starts = [sum(lengths[:number]) for number in range(len(lengths) + 1)]
+    return Boundaries(tuple(lengths), torch.tensor(starts, dtype=torch.int32))
+
+
+def random_inputs(
+    num_tokens: int, num_heads: int, num_keys: int, size: int, dtype: Any = torch.float32, seed: int = 0
+) -> list[Tensor]:
+    """query, key and value as models hand them over: [1, heads, tokens, size], seen through a transpose."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(1, num_tokens, count, size) for count in (num_heads, num_keys, num_keys)]
+    tensors = (2 * torch.randn(shape, generator=generator) for shape in shapes)
+    return [tensor.to(dtype).transpose(1, 2).requires_grad_() for tensor in tensors]
+
+
+def attend(inputs: list[Tensor], lengths: list[int], scale: float | None = None, **others: Any) -> Tensor:
+    result, weights = packed_attention(
+        None, *inputs, None, boundaries=make_boundaries(lengths), scaling=scale, **others
+    )
+    assert weights is None
+    return result
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float) -> Tensor:
+    """[1, T, H, D] in fp64."""
+    group = query.shape[1] // key.shape[1]
+    outputs = []
+    for q, k, v in zip(*(tensor[0].split(lengths, dim=1) for tensor in (query, key, value)), strict=True):
+        k, v = (tensor.repeat_interleave(group, dim=0) for tensor in (k, v))
+        scores = q @ k.transpose(1, 2) * scale
+        later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+        outputs.append(scores.masked_fill(later, -torch.inf).softmax(-1) @ v)
+    return torch.cat(outputs, dim=1).transpose(0, 1)[None]
+
+
+def distance(got: Tensor, expected: Tensor) -> float:
+    """The norm of the difference, relative to that of what is expected."""
+    assert got.shape == expected.shape
+    return float(((got.double() - expected).norm() / expected.norm()).detach())
+
+
+@fp32_and_bf16
+@any_row
+@given(lengths=lists_of_lengths, heads=heads, size=st.sampled_from([8, 16, 20]), seed=st.integers(0, 999))
+@example(lengths=[BLOCK, BLOCK, 1], heads=(4, 2), size=16, seed=0)
+@example(lengths=[1, 2 * BLOCK + 1, BLOCK - 1], heads=(6, 1), size=8, seed=0)
+@example(lengths=[1], heads=(2, 2), size=8, seed=0)
+def test_output_and_gradients_are_those_of_each_example_alone(dtype, tolerance, lengths, heads, size, seed):
+    scale = 0.3
+    inputs = random_inputs(sum(lengths), *heads, size, dtype, seed)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = reference(*exact, lengths, scale)
+    output = attend(inputs, lengths, scale)
+    assert output.dtype == dtype
+    assert distance(output, expected) < tolerance
+    # The gradients of `output` with respect to q and k are zero where a token sees itself alone, so they
+    # are compared by the size of all three together.
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    gradients = torch.autograd.grad(output, inputs, grad)
+    expected_gradients = torch.autograd.grad(expected, exact, grad.double())
+    least = 1e-2 * max(gradient.norm() for gradient in expected_gradients)
+    for got, right in zip(gradients, expected_gradients, strict=True):
+        assert (got.dtype, got.shape) == (dtype, right.shape)
+        assert (got.double() - right).norm() < tolerance * max(right.norm(), least)
+
+
+def test_without_a_scale_it_is_the_root_of_the_head_size():
+    inputs = random_inputs(9, 2, 1, 16)
+    assert torch.equal(attend(inputs, [4, 5]), attend(inputs, [4, 5], 0.25))
+
+
+@fp32_and_bf16
+def test_no_example_hears_of_another(dtype, tolerance):
+    lengths = [5, BLOCK + 7, 1, 40]
+    inputs = random_inputs(sum(lengths), 4, 2, 8, dtype)
+    before = attend(inputs, lengths).split(lengths, dim=1)
+    for changed in range(len(lengths)):
+        others = random_inputs(sum(lengths), 4, 2, 8, dtype, seed=1)
+        mixed = []
+        for old, new in zip(inputs, others, strict=True):
+            parts = list(old.split(lengths, dim=2))
+            parts[changed] = new.split(lengths, dim=2)[changed]
+            mixed.append(torch.cat(parts, dim=2))
+        after = attend(mixed, lengths).split(lengths, dim=1)
+        for number, (old, new) in enumerate(zip(before, after, strict=True)):
+            assert torch.allclose(old, new, rtol=0, atol=1e-6) == (number != changed)
+
+
+def test_no_gradient_flows_between_examples():
+    lengths = [5, BLOCK + 7, 40]
+    inputs = random_inputs(sum(lengths), 4, 2, 8)
+    for chosen, output in enumerate(attend(inputs, lengths).split(lengths, dim=1)):
+        for gradient in torch.autograd.grad(output.square().sum(), inputs, retain_graph=True):
+            norms = [float(part.norm()) for part in gradient.split(lengths, dim=2)]
+            assert [norm > 0 for norm in norms] == [number == chosen for number in range(len(lengths))]
+
+
+def test_a_token_hears_of_no_later_one():
+    lengths = [BLOCK + 20]
+    inputs = random_inputs(*lengths, 2, 1, 8)
+    before = attend(inputs, lengths)
+    with torch.no_grad():
+        for tensor in inputs:
+            tensor[:, :, 50:] += 1
+    after = attend(inputs, lengths)
+    assert torch.allclose(before[:, :50], after[:, :50], rtol=0, atol=1e-6)
+    assert not torch.allclose(before[:, 50:], after[:, 50:], atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("others", "named"),
+    [
+        ({"softcap": 30.0}, "softcap"),
+        ({"s_aux": torch.zeros(2)}, "s_aux"),
+        ({"sliding_window": 6}, "sliding window"),
+        ({"dropout": 0.1}, "dropout"),
+        ({"is_causal": False}, "is_causal"),
+        ({"position_bias": torch.zeros(1)}, "position_bias"),
+    ],
+)
+def test_what_it_does_not_compute_is_refused_by_name(others, named):
+    with pytest.raises(NotImplementedError, match=named):
+        attend(random_inputs(10, 2, 1, 8), [3, 7], **others)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"softcap": None, "s_aux": None, "sliding_window": None, "dropout": 0.0},
+        {"sliding_window": 7},
+        {"is_causal": True},
+        {"is_causal": None},
+        {"position_ids": torch.arange(10)[None], "use_cache": False, "output_attentions": True},
+    ],
+)
+def test_what_changes_nothing_is_taken(others):
+    inputs = random_inputs(10, 2, 1, 8)
+    assert torch.equal(attend(inputs, [3, 7], **others), attend(inputs, [3, 7]))
+
+
+def test_without_boundaries_it_is_transformers_own():
+    module = nn.Module()
+    module.is_causal, module.num_key_value_groups, module.training = True, 2, False
+    inputs = random_inputs(10, 4, 2, 8)
+    mask = torch.rand(1, 1, 10, 10, generator=torch.Generator().manual_seed(0)) < 0.5
+    for given_mask in (None, mask | torch.eye(10, dtype=torch.bool)):
+        expected, _ = sdpa_attention_forward(module, *inputs, given_mask, scaling=0.3)
+        output, _ = packed_attention(module, *inputs, given_mask, scaling=0.3)
+        assert torch.equal(output, expected)
+
+
+def test_products_in_bf16_are_set_while_it_computes_alone(monkeypatch):
+    setting = torch.backends.mkldnn.matmul
+    before, inputs, during = setting.fp32_precision, random_inputs(10, 2, 1, 8, torch.bfloat16), []
+    real = torch.baddbmm
+
+    def watched(*arguments: Any, **keywords: Any) -> Tensor:
+        during.append(setting.fp32_precision)
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr("torch.baddbmm", watched)
+    attend(inputs, [3, 7]).sum().backward()
+    assert during == ["bf16", "bf16"]  # forward and backward
+    assert setting.fp32_precision == before != "bf16"
+
+    def broken(*arguments: Any, **keywords: Any) -> Tensor:
+        raise MemoryError
+
+    monkeypatch.setattr("torch.baddbmm", broken)
+    with pytest.raises(MemoryError):
+        attend(inputs, [3, 7])
+    assert setting.fp32_precision == before
+
+
+def test_fp32_is_multiplied_as_fp32(monkeypatch):
+    during, real = [], torch.baddbmm
+
+    def watched(*arguments: Any, **keywords: Any) -> Tensor:
+        during.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr("torch.baddbmm", watched)
+    attend(random_inputs(10, 2, 1, 8), [3, 7])
+    assert len(during) == 1
+    assert "bf16" not in during
