@@ -13,9 +13,14 @@ from torch import Tensor
 ROWS = 16  # tokens at a time in the passes over the vocabulary: they still lie in a core's cache
 
 
-def tokens_per_chunk(budget_mib: int, vocabulary: int, dtype: torch.dtype) -> int:
+def tokens_per_chunk(budget_mib: int, vocabulary: int, bytes_per_logit: int) -> int:
     """How many tokens' logits fit into the budget, at least one."""
-    return max(1, budget_mib * 2**20 // (vocabulary * dtype.itemsize))
+    return max(1, budget_mib * 2**20 // (vocabulary * bytes_per_logit))
+
+
+def bytes_per_logit(dtype: torch.dtype, device: torch.device) -> int:
+    """Of the logit itself; on a GPU, which takes a whole chunk at a time, of its two values in fp32 too."""
+    return dtype.itemsize + (8 if device.type == "cuda" else 0)
 
 
 class HeadSums(torch.autograd.Function):

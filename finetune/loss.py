@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.batching import Boundaries, MicroBatch
-from finetune.head import HeadSums, tokens_per_chunk
+from finetune.head import HeadSums, bytes_per_logit, tokens_per_chunk
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class TokenLoss(nn.Module):
         hidden, weight = self.target_hidden(batch), self.base.get_output_embeddings().weight
         with torch.autocast(hidden.device.type, enabled=False):
             weight = weight.to(hidden.dtype)
-            chunk = tokens_per_chunk(self.head_mib, len(weight), hidden.dtype)
+            size = bytes_per_logit(hidden.dtype, hidden.device)
+            chunk = tokens_per_chunk(self.head_mib, len(weight), size)
             sums: Tensor = HeadSums.apply(  # type: ignore[no-untyped-call]
                 hidden, weight, batch.target_ids, chunk
             )

@@ -6,6 +6,7 @@ import resource
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -132,6 +133,15 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_gib` begin anew with what is held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
+            file.write("5")  # proc(5): the high-water mark of the resident memory
 
 
 def matmul_rate(device: torch.device, precision: str) -> float:

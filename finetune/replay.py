@@ -11,14 +11,10 @@ from rich.text import Text
 
 from finetune.bad_update import RECORD, STATE_BEFORE, examine_update, read_record
 from finetune.batching import make_plan
-from finetune.chat import tokenize_splits
 from finetune.checkpoint import fault_of, load_adapter
 from finetune.config import parse_config
-from finetune.loss import TokenLoss
-from finetune.machine import choose_precision, create_accelerator
-from finetune.model import load_model, load_tokenizer
+from finetune.parts import load_parts
 from finetune.paths import choose_paths
-from finetune.rows import load_rows
 from finetune.run_folder import CONFIG, data_of, read_environment
 from finetune.screen import console, say
 
@@ -47,18 +43,15 @@ def repeat_bad_update(run_dir: Path, recorded: dict[str, Any]) -> dict[str, Any]
         raise ValueError(f"{run_dir / STATE_BEFORE} is no whole checkpoint: {fault}")
     config = parse_config(["--config", str(run_dir / CONFIG)])
     environment = read_environment(run_dir)
-    precision = choose_precision(config.train.mixed_precision)
-    accelerator = create_accelerator(config, precision.got)
-    tokenizer = load_tokenizer(config.model)
-    train_set, eval_set = tokenize_splits(load_rows(config.data), tokenizer, config.data)
-    if environment["data"] != data_of(train_set, eval_set):
+    parts = load_parts(config)
+    train_set, token_loss = parts.train_set, parts.token_loss
+    if environment["data"] != data_of(train_set, parts.eval_set):
         raise ValueError(f"the rows of {config.data.path} are not those that the run was trained on")
-    model = load_model(config, precision.got, accelerator.device)
-    token_loss = TokenLoss(model).train()
-    paths = choose_paths(config, accelerator, token_loss, train_set, environment["int8"])
-    load_adapter(run_dir / STATE_BEFORE, model)  # not before: its weights may be beyond all bounds
+    paths = choose_paths(config, parts.accelerator, token_loss, train_set, environment["int8"])
+    load_adapter(run_dir / STATE_BEFORE, parts.model)  # not before: its weights may be beyond all bounds
     plan = make_plan(config, train_set, paths.layout.got == "packed", 0, environment["num_processes"])
-    return examine_update(accelerator, token_loss, plan, recorded["update"] - 1, train_set.dataset, tokenizer)
+    step = recorded["update"] - 1
+    return examine_update(parts.accelerator, token_loss, plan, step, train_set.dataset, parts.tokenizer)
 
 
 def show_update(record: dict[str, Any]) -> None:

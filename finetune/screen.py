@@ -62,6 +62,11 @@ def show_start(
     for name, value in (*facts, *_batch_arithmetic(config, plan)):
         table.add_row(name, Text(value))
     console.print(table)
+    show_settings(settings)
+
+
+def show_settings(settings: Sequence[Setting]) -> None:
+    """Print what was asked for beside what runs."""
     table = Table("", "asked", "got", "why", title="Asked and got", title_justify="left")
     for s in settings:
         table.add_row(s.name, s.asked, s.got, s.reason, style="yellow" if s.asked != s.got else "")

@@ -1,0 +1,35 @@
+"""What a command works on: the rows of a configuration as tokens, and its model with a fresh adapter."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.chat import Examples, tokenize_splits
+from finetune.config import Config
+from finetune.loss import TokenLoss
+from finetune.machine import Setting, choose_precision, create_accelerator
+from finetune.model import check_vocabulary, load_model, load_tokenizer
+from finetune.rows import load_rows
+
+
+@dataclass(frozen=True)
+class Parts:
+    """`train.py` makes them one by one."""
+
+    accelerator: Any
+    precision: Setting
+    tokenizer: Any
+    train_set: Examples
+    eval_set: Examples
+    model: Any
+    token_loss: TokenLoss
+
+
+def load_parts(config: Config) -> Parts:
+    """Raises ValueError for rows, a tokenizer or a model that cannot be used, as train.py does."""
+    precision = choose_precision(config.train.mixed_precision)
+    accelerator = create_accelerator(config, precision.got)
+    tokenizer = load_tokenizer(config.model)
+    train_set, eval_set = tokenize_splits(load_rows(config.data), tokenizer, config.data)
+    model = load_model(config, precision.got, accelerator.device)
+    check_vocabulary(model, tokenizer)
+    return Parts(accelerator, precision, tokenizer, train_set, eval_set, model, TokenLoss(model).train())

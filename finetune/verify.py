@@ -1,0 +1,196 @@
+"""`python -m finetune verify --config FILE`: the fast paths against the plain ones, on your model and rows.
+
+Both make the forward and backward passes of the same updates, without dropout: once as train.py would, and
+once padded, with the model's own attention and head and PEFT's own layers. In fp32 they must agree. 16-bit
+numbers round so much in every layer that not even two plain layouts do: there both are also compared with the
+same weights in fp32, and the fast paths must come as near to that as the plain ones.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from finetune import lora
+from finetune.batching import Plan, iterate_batches, make_plan
+from finetune.config import Config, parse_config
+from finetune.machine import peak_memory_gib, reset_peak_memory
+from finetune.parts import Parts, load_parts
+from finetune.paths import choose_paths, use_plain_paths
+from finetune.screen import console, say, show_settings
+
+# Of (loss, gradient), relative, by the precision of the forward pass: how far apart two fp32 computations may
+# be, and how much farther from fp32 than the plain paths the fast ones may be.
+TOLERANCES = {"no": (1e-5, 1e-4), "bf16": (1e-3, 1e-2), "fp16": (1e-3, 1e-2)}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an update computes, before the optimizer."""
+
+    loss: float
+    gradient: Tensor
+    """All of the adapter's, end to end, fp32 on the CPU"""
+
+
+def verify_command(argv: Sequence[str]) -> int:
+    """0 where every update agrees, 1 where one does not.
+
+    Raises:
+        ValueError: arguments, rows or a model that cannot be used, as for train.py.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune verify",
+        usage="%(prog)s [--config FILE] [--updates N] [--section.key VALUE ...]",
+        description="The fast paths against the plain ones, on your model and rows: differences of loss and "
+        "gradient, speed and memory of each. Exit code 1 where they differ by more than rounding.",
+        epilog="--config and the keys of the configuration are what train.py takes.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--updates", type=int, default=3, help="how many updates are compared")
+    try:
+        arguments, settings = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    if arguments.updates < 1:
+        raise ValueError(f"--updates must be at least 1, not {arguments.updates}")
+    config = parse_config(settings)
+    config = replace(config, lora=replace(config.lora, lora_dropout=0.0))
+    parts = load_parts(config)
+    _fill_adapter(parts.model)
+    console.print("Dropout is off, and the adapter is random: a fresh one has no effect.")
+    paths = choose_paths(config, parts.accelerator, parts.token_loss, parts.train_set)
+    show_settings(paths)
+    return _compare(config, parts, paths.layout.got == "packed", arguments.updates)
+
+
+def _compare(config: Config, parts: Parts, packing: bool, num_updates: int) -> int:
+    plan = make_plan(config, parts.train_set, packing, 0, 1)
+    plain_plan = make_plan(config, parts.train_set, False, 0, 1)
+    steps = range(min(num_updates, plan.num_steps))
+    fast = _run(parts, plan, steps)
+    use_plain_paths(parts.token_loss)
+    # On a GPU bitsandbytes rounds activations to int8: no reference for what does not round them.
+    on_gpu = parts.accelerator.device.type == "cuda"
+    with _dequantised(parts.model) if on_gpu else nullcontext():
+        plain = _run(parts, plain_plan, steps)
+    precision = parts.precision.got
+    exact = plain.outcomes if precision == "no" else _in_fp32(parts, plain_plan, steps)
+    tolerances = TOLERANCES[precision]
+    table = Table("update", "loss, plain", "fast", "differs by", "gradient by", "off fp32: plain", "fast")
+    plain_off = [_distances(*pair) for pair in zip(plain.outcomes, exact, strict=True)]
+    fast_off = [_distances(*pair) for pair in zip(fast.outcomes, exact, strict=True)]
+    for step, expected, got in zip(steps, plain.outcomes, fast.outcomes, strict=True):
+        cells = [f"{expected.loss:.6f}", f"{got.loss:.6f}"]
+        cells += [f"{distance:.1e}" for distance in _distances(got, expected)]
+        cells += [f"{loss:.1e}, {gradient:.1e}" for loss, gradient in (plain_off[step], fast_off[step])]
+        table.add_row(str(step + 1), *cells)
+    # The largest over all updates: of a single one's loss, rounding may happen to leave nothing.
+    agree = all(
+        max(off[part] for off in fast_off) <= max(off[part] for off in plain_off) + tolerance
+        for part, tolerance in enumerate(tolerances)
+    )
+    console.print(table)
+    table = Table("", "plain", "fast", "ratio")
+    speeds = (plain.tokens_per_second, fast.tokens_per_second)
+    table.add_row("useful tokens/s", *(f"{speed:,.0f}" for speed in speeds), f"{speeds[1] / speeds[0]:.2f}")
+    peaks = (plain.peak_gib, fast.peak_gib)
+    table.add_row("peak GiB", *(f"{peak:.2f}" for peak in peaks), f"{peaks[1] / peaks[0]:.2f}")
+    console.print(table)
+    loss, gradient = tolerances
+    what = "agree with the plain ones" if precision == "no" else "are as near to fp32 as the plain ones"
+    bounds = f"to {loss:.0e} of the loss and {gradient:.0e} of the gradient"
+    say(f"The fast paths {'' if agree else 'do NOT: they should '}{what}, {bounds}.")
+    return 0 if agree else 1
+
+
+def _distances(got: Outcome, expected: Outcome) -> tuple[float, float]:
+    """(of the loss, of the gradient), relative."""
+    gradient = (got.gradient - expected.gradient).norm() / expected.gradient.norm()
+    return abs(got.loss / expected.loss - 1), float(gradient)
+
+
+@dataclass(frozen=True)
+class _Run:
+    outcomes: list[Outcome]
+    tokens_per_second: float
+    peak_gib: float
+
+
+def _run(parts: Parts, plan: Plan, steps: range) -> _Run:
+    reset_peak_memory(parts.accelerator.device)
+    outcomes, seconds, tokens = [], 0.0, 0
+    for step in steps:
+        start = time.perf_counter()
+        outcomes.append(compute_update(parts, plan, step))
+        seconds += time.perf_counter() - start
+        tokens += plan.update(step).num_tokens
+    return _Run(outcomes, tokens / seconds, peak_memory_gib(parts.accelerator.device))
+
+
+def compute_update(
+    parts: Parts, plan: Plan, step: int, precision: AbstractContextManager[None] | None = None
+) -> Outcome:
+    """The forward and backward passes of update `step` (from 0), in this process; in the run's precision, or
+    in that of a context."""
+    update, token_loss, device = plan.update(step), parts.token_loss, parts.accelerator.device
+    batches = iterate_batches(update.micro_batches, parts.train_set.dataset, plan.layout.packing, device)
+    nll = 0.0
+    token_loss.zero_grad()
+    for batch in batches:
+        with parts.accelerator.autocast() if precision is None else precision:
+            sums = token_loss(batch)
+        torch.autograd.backward(sums.nll / update.num_target_tokens)
+        nll += float(sums.nll.detach())
+    gradients = [p.grad for p in token_loss.parameters() if p.grad is not None]
+    gradient = torch.cat([grad.flatten().float().cpu() for grad in gradients])
+    token_loss.zero_grad()
+    return Outcome(nll / update.num_target_tokens, gradient)
+
+
+def _fill_adapter(model: Any) -> None:
+    """A random B: while it is zero, as at first, A has no gradient and the adapter no effect."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+
+def _in_fp32(parts: Parts, plan: Plan, steps: range) -> list[Outcome]:
+    """The updates computed in fp32, with the weights as they are, quantised or rounded. They stay in fp32."""
+    for parameter in parts.model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    with _dequantised(parts.model), torch.autocast(parts.accelerator.device.type, enabled=False):
+        return [compute_update(parts, plan, step, nullcontext()) for step in steps]
+
+
+@contextmanager
+def _dequantised(model: Any) -> Iterator[None]:
+    """Let quantised layers dequantise their weights and multiply, all by torch."""
+    kinds = (bnb.nn.Linear8bitLt, bnb.nn.Linear4bit)
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
+
+    def forward(layer: Any, x: Tensor) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        return F.linear(x.to(dtype), lora.frozen_weight(layer, dtype), bias)
+
+    for layer in layers:
+        layer.forward = forward.__get__(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
