@@ -9,59 +9,32 @@ loss, clipping, the optimizer and the schedule. Ours is the real train.py; its p
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from common import provenance, run_train, settings, usable_rows, write_result, write_rows
 from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from finetune.batching import epoch_order  # noqa: E402
-from finetune.chat import tokenize_rows  # noqa: E402
-from finetune.config import Config, parse_config  # noqa: E402
-from finetune.machine import environment  # noqa: E402
-from finetune.model import load_model, load_tokenizer  # noqa: E402
-from finetune.rows import load_rows  # noqa: E402
+from finetune.batching import epoch_order
+from finetune.chat import tokenize_rows
+from finetune.config import Config, parse_config
+from finetune.model import load_model, load_tokenizer
+from finetune.rows import load_rows
 
 TOLERANCE = 1e-3
 
 
-def first_rows(path: Path, count: int) -> list[dict[str, str]]:
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    return [row for row in rows if row["output"].strip()][:count]
-
-
-def settings(rows_file: Path, run_dir: Path, model: str) -> list[str]:
-    values = {
-        "model.name_or_path": model,
-        "model.quantization": "none",
-        "train.mixed_precision": "no",
-        "lora.lora_dropout": 0,
-        "data.path": rows_file,
-        "data.eval_fraction": 0,
-        "data.num_samples": "null",
-        "train.num_epochs": 1,
-        "optim.learning_rate": 1e-4,
-        "log.every_steps": 1,
-        "output_dir": run_dir,
-    }
-    pairs = [[f"--{key}", str(value)] for key, value in values.items()]
-    return ["--config", str(ROOT / "configs" / "alpaca.yaml"), *(part for pair in pairs for part in pair)]
-
-
-def train_ours(argv: list[str], run_dir: Path) -> list[dict[str, Any]]:
-    subprocess.run([sys.executable, str(ROOT / "train.py"), *argv], check=True, cwd=ROOT)
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [entry for entry in map(json.loads, lines) if entry["split"] == "train"]
+CHANGES = {
+    "model.quantization": "none",
+    "train.mixed_precision": "no",
+    "lora.lora_dropout": 0,
+    "optim.learning_rate": 1e-4,
+}
 
 
 class KeepLogs(TrainerCallback):
@@ -125,15 +98,11 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows_file, run_dir = Path(folder) / "rows.json", Path(folder) / "run"
-        rows_file.write_text(json.dumps(first_rows(args.data, args.rows)), encoding="utf-8")
-        argv = settings(rows_file, run_dir, args.model)
-        ours = train_ours(argv, run_dir)
+        write_rows(rows_file, usable_rows(args.data, args.model, args.rows)[0])
+        argv = settings(rows_file, run_dir, args.model, CHANGES)
+        ours = run_train(argv).updates
         trl = train_trl(parse_config(argv))
-        versions = environment(Accelerator(cpu=True))
     assert len(ours) == len(trl), (len(ours), len(trl))
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     updates = [
         {
             "step": mine["step"],
@@ -158,13 +127,11 @@ def main() -> int:
     result = {
         "what": "loss of each update, train.py against TRL 1.16.0's SFTTrainer; fp32 base, dropout 0",
         "command": f"python benchmarks/updates_against_trl.py --data {args.data.name} --rows {args.rows}",
-        "commit": commit,
-        "environment": versions,
+        **provenance(),
         "largest_difference": largest,
         "updates": updates,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(args.out, result)
     return 0 if largest <= TOLERANCE else 1
 
 
