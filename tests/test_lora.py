@@ -264,7 +264,7 @@ def test_what_is_saved_is_the_same_to_the_byte(quantization, tiny_model_dir, tmp
     precision = "no" if quantization == "none" else "bf16"
 
     def saved(fast: bool) -> tuple[dict[str, Tensor], dict[str, bytes]]:
-        model = fill_adapter(load_model(Config(model=source), precision, CPU))
+        model = fill_adapter(load_model(Config(model=source), precision, CPU)).train()
         folder = tmp_path / f"{fast}"
         if fast:
             lora.speed_up(model)
