@@ -113,6 +113,8 @@ class FastConfig:
     """MiB for the logits of a chunk"""
     lora: bool = True
     """Each LoRA layer as one function; false: PEFT's own. Their dropout noise differs"""
+    elementwise: bool = True
+    """Norms and gated activations keep their inputs alone; false: all that autograd would"""
     int8_matmul: Literal["auto", "dequantise", "int8"] = "auto"
     """How int8 weights are multiplied: dequantised first, by activations in int8 (outliers apart), or by the
     faster of the two on this machine"""

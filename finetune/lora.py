@@ -18,6 +18,7 @@ from torch.nn import functional as F
 # Dropout: 16-bit numbers, drawn anew for each update, of which each layer takes a stretch at a random place.
 # Drawing fresh noise for each layer costs as much as the layer's multiplication.
 POOL_SIZE = 2**22
+CACHED = 2**18  # numbers in fp32 that a core's cache holds with room
 LEVELS = 2**16
 INTEGERS = {2: torch.int16, 4: torch.int32}  # by bytes
 
@@ -116,7 +117,9 @@ class _LoraLinear(torch.autograd.Function):
             if mask is None:
                 dx.addmm_(v, a.to(dy.dtype))
             else:
-                dx += zero_dropped(v @ a.to(dy.dtype), mask)
+                through_lora = v @ a.to(dy.dtype)
+                through_lora.view(mask.dtype).bitwise_and_(mask)
+                dx += through_lora
         return dx, da, db, None, None, None, None
 
 
@@ -124,13 +127,23 @@ def frozen_weight(base: Any, dtype: torch.dtype) -> Tensor:
     """[out, in]: the weight of a frozen linear layer, dequantised, rounded as bitsandbytes rounds it."""
     if isinstance(base, bnb.nn.Linear8bitLt):
         codes, largest = _int8_state(base)
-        weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-        return torch.mul(codes, largest[:, None] / 127, out=weight)
+        return _scale_rows(codes, largest / 127, dtype)
     if isinstance(base, bnb.nn.Linear4bit):
         dequantised: Tensor = bnb.functional.dequantize_4bit(base.weight, base.weight.quant_state)
         return dequantised.to(dtype)
     plain: Tensor = base.weight
     return plain.to(dtype)
+
+
+def _scale_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes [out, in] by scales [out] fp32, rounded once, to `dtype`. On a CPU some rows at a time: torch
+    makes the product in fp32 first, and that is to stay in a core's cache."""
+    rows = len(codes) if codes.is_cuda else max(1, CACHED // codes.shape[1])
+    weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    for first in range(0, len(codes), rows):
+        part = slice(first, first + rows)
+        torch.mul(codes[part], scales[part, None], out=weight[part])
+    return weight
 
 
 def _int8_state(base: Any) -> tuple[Tensor, Tensor]:

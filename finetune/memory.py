@@ -106,8 +106,8 @@ def plan_command(argv: Sequence[str]) -> int:
     budget = predicted.largest_budget(gib)
     if budget < config.data.max_length:
         say(
-            f"{gib:.1f} GiB hold {budget} tokens at most, and an example may have {config.data.max_length}: set "
-            "data.max_length lower, or train.gradient_checkpointing on"
+            f"{gib:.1f} GiB hold {budget} tokens at most, and an example may have {config.data.max_length}: "
+            "lower data.max_length, or set train.gradient_checkpointing"
         )
         return 1
     say(f"Into {gib:.1f} GiB fits --train.max_tokens_per_micro_batch {budget // 64 * 64}")

@@ -13,7 +13,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from finetune import lora
+from finetune import elementwise, lora
 from finetune.attention import PACKED, describe_kernel
 from finetune.batching import MicroBatch, pack, pad
 from finetune.chat import IGNORE, Examples
@@ -36,6 +36,7 @@ class Paths(NamedTuple):
     attention: Setting
     loss: Setting
     lora: Setting
+    elementwise: Setting
     int8: Setting
 
 
@@ -51,14 +52,17 @@ def choose_paths(
     expected = trial.logits(trial.alone)
     int8_setting = _choose_int8(config, accelerator, token_loss.model, train_set, int8)
     lora_setting = _choose_lora(config, token_loss.model, int8_setting, trial, expected)
+    elementwise_setting = _choose_elementwise(config, token_loss.model, trial, expected)
     layout, attention = _choose_layout(config, token_loss, trial, expected)
-    return Paths(layout, attention, _choose_head(config, token_loss, trial), lora_setting, int8_setting)
+    loss = _choose_head(config, token_loss, trial)
+    return Paths(layout, attention, loss, lora_setting, elementwise_setting, int8_setting)
 
 
 def use_plain_paths(token_loss: TokenLoss) -> None:
     """Let everything be computed as transformers, PEFT and bitsandbytes do."""
     token_loss.masks_packed_rows, token_loss.head_mib = True, None
     lora.slow_down(token_loss.model)
+    elementwise.slow_down(token_loss.model)
     if token_loss.base.config._attn_implementation == PACKED:
         token_loss.base.set_attn_implementation("sdpa")
 
@@ -185,6 +189,19 @@ def _choose_lora(config: Config, model: nn.Module, int8: Setting, trial: _Trial,
     if num_fast < num_all:
         return Setting(name, fused, f"{fused}, but for {num_all - num_fast}", "those are of another kind")
     return Setting(name, fused, fused)
+
+
+def _choose_elementwise(config: Config, model: nn.Module, trial: _Trial, expected: Tensor) -> Setting:
+    """Norms and gated activations that keep less."""
+    name, fast, plain = "norms, activations", "keep their inputs", "the model's"
+    if not config.fast.elementwise:
+        return Setting(name, plain, plain)
+    if elementwise.speed_up(model) == 0:
+        return Setting(name, fast, plain, "no RMS norm and no gated SiLU that is known")
+    if fault := trial.fault(trial.alone, expected):
+        elementwise.slow_down(model)
+        return Setting(name, fast, plain, f"tried on the longest example: {fault}")
+    return Setting(name, fast, fast)
 
 
 def _choose_int8(

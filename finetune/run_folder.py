@@ -36,6 +36,7 @@ FREE_KEYS = (
     "train.max_tokens_per_micro_batch",
     "train.gradient_checkpointing",
     "fast.attention",
+    "fast.elementwise",
     "fast.head",
 )
 
