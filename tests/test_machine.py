@@ -183,6 +183,7 @@ def test_every_part_is_in_the_table_of_asked_and_got(run_train, capsys):
         "attention": "packed, per example, in blocks",
         "loss": "target tokens in chunks of 128 MiB",
         "LoRA layers": "one function each",
+        "norms, activations": "keep their inputs",
         "int8 weights": table["int8 weights"][0],
     }
     _, int8, measured = table.pop("int8 weights")
@@ -193,11 +194,12 @@ def test_every_part_is_in_the_table_of_asked_and_got(run_train, capsys):
 
 @pytest.mark.usefixtures("wide_screen")
 def test_paths_that_are_switched_off_are_in_the_table_as_asked(run_train, capsys):
-    off = {"fast__attention": False, "fast__head": False, "fast__lora": False}
+    off = {f"fast__{path}": False for path in ("attention", "head", "lora", "elementwise")}
     run_train(**SHORT, **off, optim__name="adamw")
     table = table_of(capsys.readouterr().out)
-    parts = ("attention", "loss", "LoRA layers", "int8 weights")
-    assert [table[part][0] for part in parts] == ["sdpa", "all logits of target tokens", "PEFT's", "none"]
+    parts = ("attention", "loss", "LoRA layers", "norms, activations", "int8 weights")
+    plain = ["sdpa", "all logits of target tokens", "PEFT's", "the model's", "none"]
+    assert [table[part][0] for part in parts] == plain
     assert all(asked == got and why == "" for asked, got, why in table.values())
 
 
