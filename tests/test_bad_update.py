@@ -9,6 +9,8 @@ from conftest import read_metrics
 from safetensors.torch import load_file
 
 from finetune.__main__ import main
+from finetune.head import HeadSums
+from finetune.loss import TokenSums, sum_over_tokens
 
 # Weights that a huge step makes so large that the next forward pass overflows.
 DIVERGING = {"optim__name": "sgd", "optim__learning_rate": 1e30, "optim__max_grad_norm": 0}
@@ -71,18 +73,24 @@ def test_replay_repeats_it_to_the_same_numbers(stopped, capfd):
     assert "These are not the numbers" in capfd.readouterr().out
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(run_train, monkeypatch, capfd):
+@pytest.mark.parametrize("head_in_chunks", [True, False])
+def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(
+    run_train, monkeypatch, capfd, head_in_chunks
+):
     """A loss of which only the slope overflows: the square root's at zero."""
-    from finetune import loss
 
-    sum_over_tokens = loss.sum_over_tokens
+    class SteepSums:
+        @staticmethod
+        def apply(hidden, *others):
+            return HeadSums.apply(hidden, *others) + (hidden * 0).sum().sqrt()
 
     def with_a_steep_slope(logits, target_ids):
         sums = sum_over_tokens(logits, target_ids)
-        return loss.TokenSums(sums.nll + (logits * 0).sum().sqrt(), *list(vars(sums).values())[1:])
+        return TokenSums(sums.nll + (logits * 0).sum().sqrt(), *list(vars(sums).values())[1:])
 
+    monkeypatch.setattr("finetune.loss.HeadSums", SteepSums)
     monkeypatch.setattr("finetune.loss.sum_over_tokens", with_a_steep_slope)
-    run_dir = run_train(expect=1)
+    run_dir = run_train(expect=1, fast__head=head_in_chunks)
     assert "a number of update 1 is not finite" in capfd.readouterr().err
     weights = load_file(run_dir / "bad_update" / "adapter_model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())

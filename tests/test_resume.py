@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, read_metrics, tiny_model
+from conftest import EVAL_METRICS, ROOT, TRAIN_METRICS, read_metrics, tiny_model
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_accumulator import (
@@ -162,7 +162,9 @@ def assert_tensorboard_matches(run_dir: Path) -> None:
     """TensorBoard shows each line of metrics.jsonl once, and the answers before and after once."""
     events = EventAccumulator(str(run_dir / "tensorboard"), {"scalars": 0, "tensors": 0}).Reload()
     lines = read_metrics(run_dir)
-    assert len(events.Tags()["scalars"]) == 12
+    metrics = {"eval": EVAL_METRICS, "train": TRAIN_METRICS}
+    tags = {f"{split}/{key}" for split, keys in metrics.items() for key in keys}
+    assert set(events.Tags()["scalars"]) == tags
     for tag in events.Tags()["scalars"]:
         split, _, key = tag.partition("/")
         written = [(entry["step"], entry[key]) for entry in lines if entry["split"] == split]

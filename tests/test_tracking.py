@@ -182,7 +182,7 @@ def test_the_start_counts_the_rows_that_were_dropped_and_cut(run_train, rows_fil
 @pytest.mark.usefixtures("wide")
 def test_the_end_compares_the_first_evaluation_with_the_last(run_train, capsys):
     run_dir = run_train(**SIX)
-    text = capsys.readouterr().out
+    text = capsys.readouterr().out.partition("Before and after")[2]
     evaluations = [entry for entry in read_metrics(run_dir) if entry["split"] == "eval"]
     before, after = evaluations[0], evaluations[-1]
     assert cells(text, "eval") == ["step 0", "step 6", "change"]
