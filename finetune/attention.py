@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from finetune.batching import Boundaries
 
 PACKED = "packed"
-BLOCK = 128  # queries at a time: what they see of an example still lies in a core's cache
+BLOCK = 64  # queries at a time: few enough that little is computed for keys they may not see
 
 # What models tell every attention function, and what changes nothing here.
 HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states"}

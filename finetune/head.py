@@ -55,7 +55,7 @@ class HeadSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_sums[0].to(gradient.dtype), None, None, None
+        return gradient * grad_sums[0], None, None, None  # a scale in fp32; rounded, it would bias all alike
 
 
 def _sum_block(logits: Tensor, ids: Tensor, log_p: Tensor, p: Tensor) -> Tensor:

@@ -52,7 +52,8 @@ def _is_plain_lora(layer: Any) -> bool:
 def _fast_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """x [..., in] -> [..., out]."""
     names = layer.active_adapters
-    if layer.disable_adapters or layer.merged or args or kwargs or len(names) != 1:
+    is_usual = len(names) == 1 and names[0] in layer.lora_A and not (layer.disable_adapters or layer.merged)
+    if not is_usual or args or kwargs:
         plain: Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return plain
     (name,) = names
@@ -129,6 +130,7 @@ def frozen_weight(base: Any, dtype: torch.dtype) -> Tensor:
         codes, largest = _int8_state(base)
         return _scale_rows(codes, largest / 127, dtype)
     if isinstance(base, bnb.nn.Linear4bit):
+        assert not getattr(base.weight.quant_state, "packing_format_for_cpu", False), "load_base forbids it"
         dequantised: Tensor = bnb.functional.dequantize_4bit(base.weight, base.weight.quant_state)
         return dequantised.to(dtype)
     plain: Tensor = base.weight
@@ -165,14 +167,14 @@ def multiply(x: Tensor, base: Any, int8_matmul: bool) -> Tensor:
 
 
 def dropped_share(dropout: float) -> float:
-    """The share of numbers that is dropped: `dropout`, to the nearest of LEVELS."""
-    return round(dropout * LEVELS) / LEVELS
+    """The share of numbers that is dropped: `dropout`, to the nearest of LEVELS, and never all."""
+    return min(round(dropout * LEVELS), LEVELS - 1) / LEVELS
 
 
 def draw_offsets(count: int) -> list[int]:
     """Random places in the pool where stretches for `count` numbers begin. They come from torch's global
     generator, so gradient checkpointing, which puts its state back, repeats them."""
-    num_stretches = -(-count // (POOL_SIZE // 2))
+    num_stretches = max(1, -(-count // (POOL_SIZE // 2)))
     offsets: list[int] = torch.randint(POOL_SIZE // 2, (num_stretches,)).tolist()
     return offsets
 
@@ -202,5 +204,5 @@ def _pool(seed: int, dropout: float, integer: torch.dtype, device: torch.device)
     words = torch.empty(POOL_SIZE // 4, dtype=torch.int64, device=device).random_(
         -(2**63), None, generator=generator
     )
-    threshold = round(dropout * LEVELS) - LEVELS // 2
+    threshold = int(dropped_share(dropout) * LEVELS) - LEVELS // 2
     return -(words.view(torch.int16) >= threshold).to(integer)

@@ -53,8 +53,7 @@ class TokenLoss(nn.Module):
                 hidden, weight, batch.target_ids, chunk
             )
         nll, entropy, correct = sums.unbind()
-        count = torch.tensor(float(len(batch.target_ids)), device=hidden.device)
-        return TokenSums(nll, entropy.detach(), correct.detach(), count)
+        return TokenSums(nll, entropy.detach(), correct.detach(), _count(batch.target_ids))
 
     def target_logits(self, batch: MicroBatch) -> Tensor:
         """[N, vocabulary]: the logits at the target positions, in the precision of the forward pass."""
@@ -91,8 +90,12 @@ def sum_over_tokens(logits: Tensor, target_ids: Tensor) -> TokenSums:
     with torch.no_grad():
         entropy = -(log_probs.exp() * log_probs).sum()
         correct = (logits.argmax(-1) == target_ids).sum()
-    count = torch.tensor(len(target_ids), device=logits.device)
-    return TokenSums(nll, entropy, correct.float(), count.float())
+    return TokenSums(nll, entropy, correct.float(), _count(target_ids))
+
+
+def _count(target_ids: Tensor) -> Tensor:
+    """Made on the device: a number that is copied there has the host wait."""
+    return torch.full((), float(len(target_ids)), device=target_ids.device)
 
 
 def _base(model: nn.Module) -> Any:

@@ -107,6 +107,10 @@ def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
         raise ValueError(
             f"model.name_or_path {config.name_or_path} lacks {len(missing)} weights, such as {missing[0]}"
         )
+    for module in base.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            # On some CPUs it packs its weights when called in evaluation, and has no gradient from then on.
+            module.support_avx512bf16_for_cpu = False
     return base.requires_grad_(False)
 
 
@@ -134,16 +138,15 @@ def add_adapter(base: Any, config: LoraConfig) -> peft.PeftModel:
 
 @contextmanager
 def dropout_off(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, with the quantised layers computing as they do in training.
+    """Evaluation mode, with the int8 layers computing as they do in training.
 
-    bitsandbytes' layers look at the mode too: on a CPU its int8 layers dequantise their weights in training
-    and quantise the activations as well in evaluation, which is many times slower and not the trained
-    function; its 4-bit layers change how their weights lie in memory.
+    bitsandbytes' int8 layers look at the mode too: on a CPU they dequantise their weights in training and
+    quantise the activations as well in evaluation, which is many times slower and not the trained function.
     """
     was_training = model.training
     model.eval()
     for module in model.modules():
-        if isinstance(module, bnb.nn.Linear8bitLt | bnb.nn.Linear4bit):
+        if isinstance(module, bnb.nn.Linear8bitLt):
             module.train()
     try:
         yield

@@ -115,7 +115,7 @@ def _choose_layout(
     asked = f"packed, {kernel}" if config.fast.attention and config.train.packing else own
     if not config.train.packing:
         return Setting("layout", "padded", "padded"), Setting("attention", own, own)
-    reason = "the model does not call transformers' attention interface"
+    reason = f"the model is built for {own} attention alone"
     if config.fast.attention and own == "sdpa":
         base.set_attn_implementation(PACKED)
         token_loss.masks_packed_rows = False

@@ -460,3 +460,20 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings_is_refused(
     error = capfd.readouterr().err
     assert f"the tokenizer has {before + 1} tokens and the model embeddings for {before}" in error
     assert error.count("\n") == 1
+
+
+def test_4bit_layers_give_the_same_gradients_after_an_evaluation(tiny_model_dir):
+    # On some CPUs bitsandbytes packs their weights in evaluation, and has no gradient for what is packed.
+    model = load_model(config_for(tiny_model_dir, "nf4"), "bf16", CPU)
+    ids = torch.arange(3, 23)[None]
+
+    def gradients() -> list[Tensor]:
+        model.train().zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(input_ids=ids).logits.float().square().mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    before = gradients()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model.eval()(input_ids=ids)
+    assert all(torch.equal(*pair) for pair in zip(gradients(), before, strict=True))
