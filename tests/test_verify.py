@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.functional import has_avx512bf16
 from conftest import read_metrics
 from transformers import AutoModelForCausalLM
 
@@ -333,11 +332,8 @@ def test_a_gradient_is_of_one_update_alone_and_none_is_left_behind(arguments):
 @pytest.mark.parametrize("targets", ["all-linear", "[q_proj, v_proj]"])
 @pytest.mark.parametrize(("quantization", "precision"), PRECISIONS)
 def test_trying_the_paths_leaves_what_the_plain_ones_compute_as_it_was(
-    request, arguments, quantization, precision, targets
+    arguments, quantization, precision, targets
 ):
-    if quantization == "nf4" and targets != "all-linear" and has_avx512bf16():
-        reason = "tried in evaluation mode, bitsandbytes' 4-bit layers repack: their gradient is wrong then"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     more = [*asked_for(quantization, precision), "--lora.lora_dropout=0", f"--lora.target_modules={targets}"]
     config = parse_config([*arguments, *more])
     parts = load_parts(config)
