@@ -191,7 +191,8 @@ def _blocks(lengths: tuple[int, ...], group: int) -> list[_Block]:
     blocks = []
     for first in range(0, len(places), BLOCK):
         rows = slice(first, min(first + BLOCK, len(places)))
-        seen = slice(int(first_seen[first]), rows.stop)
+        # From a multiple of BLOCK on: of each shape that it multiplies, torch's library keeps a program.
+        seen = slice(int(first_seen[first]) // BLOCK * BLOCK, rows.stop)
         hidden = (places[seen] > places[rows, None]) | (places[seen] < first_seen[rows, None])
         bias = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
         blocks.append(_Block(rows, seen, bias.repeat(group, 1)))

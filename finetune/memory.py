@@ -6,7 +6,9 @@ batch of the evaluation are then made once, and what they took is put beside it.
 """
 
 import argparse
+import math
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,7 @@ from torch import Tensor
 from finetune import head
 from finetune.batching import Layout, MicroBatch, Plan, collate, make_plan, plan_evaluation
 from finetune.chat import Examples
-from finetune.config import Config, parse_config
+from finetune.config import LARGEST_WHOLE_NUMBER, Config, parse_config
 from finetune.machine import DTYPES, GIB, peak_memory_gib, reseed, reset_peak_memory
 from finetune.metrics import SumWindow
 from finetune.model import dropout_off
@@ -47,8 +49,10 @@ class Prediction:
     """What the largest layer needs besides, for a moment"""
     weight: int
     """The largest weight, dequantised"""
-    head: int
-    """Logits of a chunk of target tokens, and what is computed from them"""
+    head_per_token: float
+    """Logits of a target token, and what is computed from them"""
+    head_most: float
+    """The same of a chunk of them; infinite without chunks"""
 
     @property
     def held(self) -> int:
@@ -60,14 +64,12 @@ class Prediction:
 
     def passing(self, num_tokens: int) -> float:
         """What forward and backward passes need for a moment: at a layer, or at the head."""
-        return max(self.weight + num_tokens * self.per_layer_and_token, self.head)
+        at_head = min(num_tokens * self.head_per_token, self.head_most)
+        return max(self.weight + num_tokens * self.per_layer_and_token, at_head)
 
     def largest_budget(self, gib: float) -> int:
-        """The most tokens of a micro-batch whose update fits into `gib` GiB."""
-        left = gib * GIB - self.held
-        slope = self.kept_per_token
-        at_layer = (left - self.weight) / (slope + self.per_layer_and_token)
-        return int(max(0, min(at_layer, (left - self.head) / slope)))
+        """The most tokens of a micro-batch whose update fits into `gib` GiB; 0 where none fits."""
+        return bisect_right(range(1, LARGEST_WHOLE_NUMBER), gib * GIB, key=self.of_update)
 
 
 def plan_command(argv: Sequence[str]) -> int:
@@ -90,8 +92,8 @@ def plan_command(argv: Sequence[str]) -> int:
         arguments, settings = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from None
-    if arguments.gib is not None and not arguments.gib > 0:
-        raise ValueError(f"--gib must be above 0, not {arguments.gib}")
+    if arguments.gib is not None and not 0 < arguments.gib < math.inf:
+        raise ValueError(f"--gib must be above 0 and finite, not {arguments.gib}")
     config = parse_config(settings)
     parts = load_parts(config)
     paths = choose_paths(config, parts.accelerator, parts.token_loss, parts.train_set)
@@ -134,19 +136,19 @@ def predict(config: Config, parts: Parts, packing: bool) -> Prediction:
         kept_per_token=_kept_per_token(parts, packing),
         per_layer_and_token=4 * max(widths) * itemsize,
         weight=max(weights) * itemsize,
-        head=_head_bytes(config, parts, itemsize),
+        **_head_bytes(parts, itemsize),
     )
 
 
 def _kept_per_token(parts: Parts, packing: bool) -> float:
-    """Bytes that autograd keeps of a token: the slope between rows of 64 and of 128 tokens."""
+    """Bytes that autograd keeps of a token: the slope between rows of 32 and of 64 tokens."""
     kept = []
-    for length in (64, 128):
-        ids = list(range(3, 3 + length))
-        labels = [-100] * (length - 1) + [ids[-1]]  # one target: the head is counted apart
+    for length in (32, 64):
+        ids = [1] * length
+        labels = [-100] * (length - 1) + [1]  # one target: the head is counted apart
         batch = collate([{"input_ids": ids, "labels": labels}], packing).to(parts.accelerator.device)
         kept.append(_kept_bytes(parts, batch))
-    return (kept[1] - kept[0]) / 64
+    return (kept[1] - kept[0]) / 32
 
 
 def _kept_bytes(parts: Parts, batch: MicroBatch) -> int:
@@ -166,18 +168,16 @@ def _kept_bytes(parts: Parts, batch: MicroBatch) -> int:
     return sum(storages.values())
 
 
-def _head_bytes(config: Config, parts: Parts, itemsize: int) -> int:
-    """Of a chunk's logits and of the passes over them; without chunks, of all of a micro-batch's."""
-    vocabulary: int = parts.model.get_output_embeddings().weight.shape[0]
-    budget = config.train.max_tokens_per_micro_batch or config.train.micro_batch_size * config.data.max_length
+def _head_bytes(parts: Parts, itemsize: int) -> dict[str, float]:
+    """Of a target token's logits and the passes over them, and the most that all of them take at a time."""
+    vocabulary = parts.model.get_output_embeddings().weight.shape[0]
     if parts.token_loss.head_mib is None:
-        return (
-            budget * vocabulary * (itemsize + 3 * 4)
-        )  # logits; in fp32, as log-probabilities, their gradient
-    dtype = DTYPES[parts.precision.got]
-    size = head.bytes_per_logit(dtype, parts.accelerator.device)
-    rows = min(budget, head.tokens_per_chunk(parts.token_loss.head_mib, vocabulary, size))
-    return rows * vocabulary * size + 2 * head.ROWS * vocabulary * 4
+        # The logits; in fp32, as log-probabilities, and their gradient.
+        return {"head_per_token": vocabulary * (itemsize + 3 * 4), "head_most": math.inf}
+    size = head.bytes_per_logit(DTYPES[parts.precision.got], parts.accelerator.device)
+    rows = head.tokens_per_chunk(parts.token_loss.head_mib, vocabulary, size)
+    most = rows * vocabulary * size + 2 * head.ROWS * vocabulary * 4
+    return {"head_per_token": vocabulary * size, "head_most": most}
 
 
 @dataclass(frozen=True)

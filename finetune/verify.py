@@ -19,7 +19,6 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune import lora
 from finetune.batching import Plan, iterate_batches, make_plan
 from finetune.config import Config, parse_config
 from finetune.machine import peak_memory_gib, reset_peak_memory
@@ -27,9 +26,12 @@ from finetune.parts import Parts, load_parts
 from finetune.paths import choose_paths, use_plain_paths
 from finetune.screen import console, say, show_settings
 
-# Of (loss, gradient), relative, by the precision of the forward pass: how far apart two fp32 computations may
-# be, and how much farther from fp32 than the plain paths the fast ones may be.
-TOLERANCES = {"no": (1e-5, 1e-4), "bf16": (1e-3, 1e-2), "fp16": (1e-3, 1e-2)}
+# Of (loss, gradient, size of the gradient along the exact one), relative, by the precision of the forward
+# pass: how far apart two fp32 computations may be, and how much farther from fp32 than the plain paths the
+# fast ones. Rounding has no direction: the last of them shows a mistake that the second would hide.
+TOLERANCES = {"no": (1e-5, 1e-4, 1e-4), "bf16": (1e-3, 1e-2, 1e-2), "fp16": (1e-3, 1e-2, 1e-2)}
+LUCK = 1.5  # by this factor rounding may leave one way of computing more than another
+FAR_OFF = 0.5  # of the gradient: what is no rounding in any precision
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,13 @@ def _compare(config: Config, parts: Parts, packing: bool, num_updates: int) -> i
     fast_off = [_distances(*pair) for pair in zip(fast.outcomes, exact, strict=True)]
     for step, expected, got in zip(steps, plain.outcomes, fast.outcomes, strict=True):
         cells = [f"{expected.loss:.6f}", f"{got.loss:.6f}"]
-        cells += [f"{distance:.1e}" for distance in _distances(got, expected)]
-        cells += [f"{loss:.1e}, {gradient:.1e}" for loss, gradient in (plain_off[step], fast_off[step])]
+        cells += [f"{distance:.1e}" for distance in _distances(got, expected)[:2]]
+        cells += [f"{loss:.1e}, {gradient:.1e}" for loss, gradient, _ in (plain_off[step], fast_off[step])]
         table.add_row(str(step + 1), *cells)
-    # The largest over all updates: of a single one's loss, rounding may happen to leave nothing.
-    agree = all(
-        max(off[part] for off in fast_off) <= max(off[part] for off in plain_off) + tolerance
-        for part, tolerance in enumerate(tolerances)
-    )
+    # Against the largest of all updates: of a single one's loss, rounding may happen to leave nothing.
+    limits = [LUCK * max(off[part] for off in plain_off) + more for part, more in enumerate(tolerances)]
+    agree = all(off <= limit for offs in fast_off for off, limit in zip(offs, limits, strict=True))
+    agree = agree and all(off <= FAR_OFF for _, off, _ in plain_off)  # NaN is not at most anything
     console.print(table)
     table = Table("", "plain", "fast", "ratio")
     speeds = (plain.tokens_per_second, fast.tokens_per_second)
@@ -106,17 +107,23 @@ def _compare(config: Config, parts: Parts, packing: bool, num_updates: int) -> i
     peaks = (plain.peak_gib, fast.peak_gib)
     table.add_row("peak GiB", *(f"{peak:.2f}" for peak in peaks), f"{peaks[1] / peaks[0]:.2f}")
     console.print(table)
-    loss, gradient = tolerances
-    what = "agree with the plain ones" if precision == "no" else "are as near to fp32 as the plain ones"
+    loss, gradient, _ = tolerances
     bounds = f"to {loss:.0e} of the loss and {gradient:.0e} of the gradient"
-    say(f"The fast paths {'' if agree else 'do NOT: they should '}{what}, {bounds}.")
+    if not agree:
+        say(f"The fast paths do NOT agree with the plain ones {bounds}, rounding aside.")
+    elif precision == "no":
+        say(f"The fast paths agree with the plain ones {bounds}.")
+    else:
+        say(f"The fast paths are as near to fp32 as the plain ones, {bounds}.")
     return 0 if agree else 1
 
 
-def _distances(got: Outcome, expected: Outcome) -> tuple[float, float]:
-    """(of the loss, of the gradient), relative."""
-    gradient = (got.gradient - expected.gradient).norm() / expected.gradient.norm()
-    return abs(got.loss / expected.loss - 1), float(gradient)
+def _distances(got: Outcome, expected: Outcome) -> tuple[float, float, float]:
+    """(of the loss, of the gradient, of its size along the expected one), relative."""
+    square = expected.gradient @ expected.gradient
+    gradient = (got.gradient - expected.gradient).norm() / square.sqrt()
+    size = got.gradient @ expected.gradient / square
+    return abs(got.loss / expected.loss - 1), float(gradient), abs(float(size) - 1)
 
 
 @dataclass(frozen=True)
@@ -181,11 +188,19 @@ def _dequantised(model: Any) -> Iterator[None]:
     kinds = (bnb.nn.Linear8bitLt, bnb.nn.Linear4bit)
     layers = [module for module in model.modules() if isinstance(module, kinds)]
 
+    def dequantise(layer: Any) -> Tensor:  # not by the fast path's own function
+        if isinstance(layer, bnb.nn.Linear4bit):
+            weight: Tensor = bnb.functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
+        else:
+            scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
+            weight = bnb.functional.int8_vectorwise_dequant(layer.weight.data, scales)
+        return weight
+
     def forward(layer: Any, x: Tensor) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         bias = None if layer.bias is None else layer.bias.to(dtype)
-        return F.linear(x.to(dtype), lora.frozen_weight(layer, dtype), bias)
+        return F.linear(x.to(dtype), dequantise(layer).to(dtype), bias)
 
     for layer in layers:
         layer.forward = forward.__get__(layer)

@@ -1,5 +1,6 @@
 """The arithmetic of `plan`, the parts it predicts from, and what the command prints."""
 
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from transformers import AutoConfig, Qwen2ForCausalLM
 from finetune import memory
 from finetune.__main__ import main
 from finetune.batching import make_plan
-from finetune.config import FastConfig, parse_config
+from finetune.config import LARGEST_WHOLE_NUMBER, FastConfig, parse_config
 from finetune.machine import GIB
 from finetune.memory import Prediction, measure_evaluation, measure_update, predict
 from finetune.parts import Parts, load_parts
@@ -95,7 +96,8 @@ predictions = st.builds(
     kept_per_token=st.floats(100, 1e8),
     per_layer_and_token=st.floats(0, 1e7),
     weight=st.integers(0, GIB),
-    head=st.integers(0, 4 * GIB),
+    head_per_token=st.floats(0, 1e7),
+    head_most=st.floats(0, 4 * GIB) | st.just(math.inf),
 )
 
 
@@ -106,20 +108,22 @@ def test_the_budget_is_the_most_tokens_that_fit(prediction, gib):
     rounding = 1 + 1e-12
     if budget > 0:
         assert prediction.of_update(budget) <= gib * GIB * rounding
-    assert prediction.of_update(budget + 1) * rounding > gib * GIB
+    largest_that_a_config_takes = budget == LARGEST_WHOLE_NUMBER - 1
+    assert largest_that_a_config_takes or prediction.of_update(budget + 1) * rounding > gib * GIB
 
 
 @given(predictions)
 def test_what_is_held_is_the_sum_of_its_parts(prediction):
     assert prediction.held == sum(astuple(prediction)[:4])
-    assert prediction.of_update(0) == prediction.held + max(prediction.weight, prediction.head)
+    assert prediction.of_update(0) == prediction.held + prediction.weight
 
 
 @given(predictions, st.integers(0, 10**6))
 def test_an_update_takes_what_is_held_what_is_kept_and_the_larger_of_layer_and_head(prediction, num_tokens):
     kept, at_layer = num_tokens * prediction.kept_per_token, num_tokens * prediction.per_layer_and_token
+    at_head = min(num_tokens * prediction.head_per_token, prediction.head_most)
     assert prediction.of_update(num_tokens) == pytest.approx(
-        prediction.held + kept + max(prediction.weight + at_layer, prediction.head)
+        prediction.held + kept + max(prediction.weight + at_layer, at_head)
     )
 
 
@@ -179,7 +183,7 @@ def test_fast_paths_and_gradient_checkpointing_keep_less_of_a_token(predicted, q
 
 
 def test_what_is_kept_of_a_token_grows_no_faster_than_in_a_straight_line(predicted):
-    """It is counted on rows of 64 and 128 tokens, and holds for longer ones."""
+    """It is counted on rows of 32 and 64 tokens, and holds for longer ones."""
     prediction, parts = predicted(*IN_BF16)
 
     def kept(num_tokens: int) -> int:
@@ -199,13 +203,10 @@ def test_counting_leaves_no_gradient_and_no_other_weights(predicted):
 def test_logits_in_chunks_take_less_than_all_of_them(predicted):
     chunks, _ = predicted("--fast.head_mib=1", "--train.max_tokens_per_micro_batch=100000")
     all_of_them, _ = predicted("--fast.head=false", "--train.max_tokens_per_micro_batch=100000")
-    assert 2**20 * 0.9 < chunks.head < 1.5 * 2**20
-    assert all_of_them.head == 100_000 * VOCABULARY * 16
+    assert 2**20 * 0.9 < chunks.head_most < 1.5 * 2**20
+    assert (all_of_them.head_per_token, all_of_them.head_most) == (VOCABULARY * 16, math.inf)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the head's part is that of the budget configured, not of the one found"
-)
 @pytest.mark.parametrize("fast", [[], ["--fast.head=false"]])
 def test_a_run_with_the_budget_that_is_proposed_is_predicted_to_fit(predicted, fast):
     before, _ = predicted(*fast, "--train.max_tokens_per_micro_batch=128")
@@ -319,14 +320,10 @@ def test_it_writes_nothing(plan, tmp_path):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--gib", "0"], "--gib must be above 0, not 0.0"),
-        (["--gib", "-1"], "--gib must be above 0, not -1.0"),
-        (["--gib", "nan"], "--gib must be above 0, not nan"),
-        pytest.param(
-            ["--gib", "inf"],
-            "--gib",
-            marks=pytest.mark.xfail(strict=True, raises=OverflowError, reason="ends in a traceback"),
-        ),
+        (["--gib", "0"], "--gib must be above 0 and finite, not 0.0"),
+        (["--gib", "-1"], "--gib must be above 0 and finite, not -1.0"),
+        (["--gib", "nan"], "--gib must be above 0 and finite, not nan"),
+        (["--gib", "inf"], "--gib must be above 0 and finite, not inf"),
         (["--gib", "much"], "--gib: invalid float value: 'much'"),
         (["--gib"], "--gib: expected one argument"),
         (["--gigabytes", "3"], "unknown key gigabytes"),
