@@ -87,8 +87,8 @@ def create_accelerator(config: Config, precision: str) -> Accelerator:
         ValueError: the launcher started several processes of which Accelerate knows nothing.
     """
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # but without a successor
-    # Programs that torch's CPU library keeps, one for each shape: 1024 of them, its default, hold half a GiB
-    # after some updates, since each has another number of tokens. A forward and backward pass needs about 150.
+    # Programs that torch's CPU library keeps, one for each shape: 1024, its default, come to hold half a GiB,
+    # since each update has another number of tokens. A forward and backward pass needs about 150.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     # The launcher's environment would override the argument, and divide the loss a second time.
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
