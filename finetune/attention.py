@@ -151,13 +151,14 @@ class _BlockAttention(torch.autograd.Function):
         queries32, keys32 = queries.float(), keys.float().transpose(1, 2)
         values_t = values.transpose(1, 2)
         for block in _blocks(lengths, group):
-            probabilities = _probabilities(queries32, keys32, block, scale, queries.dtype).to(grads.dtype)
+            probabilities = _probabilities(queries32, keys32, block, scale, queries.dtype)
             grad = grads[:, :, block.rows].flatten(1, 2)
-            grad_value[:, block.seen] += torch.bmm(probabilities.transpose(1, 2), grad)
-            grad_probabilities = torch.bmm(grad, values_t[:, :, block.seen])
+            grad_value[:, block.seen] += torch.bmm(probabilities.to(grad.dtype).transpose(1, 2), grad)
+            # In fp32: of probabilities near 1, bf16 would lose how far from 1 they are, and all hangs on that.
+            grad_probabilities = torch.bmm(grad, values_t[:, :, block.seen]).float()
             grad_scores = torch.ops.aten._softmax_backward_data(
-                grad_probabilities, probabilities, -1, grads.dtype
-            )
+                grad_probabilities, probabilities, -1, torch.float32
+            ).to(grad.dtype)
             grad_block = torch.bmm(grad_scores, keys[:, block.seen])
             grad_query[:, :, block.rows] = grad_block.view(num_keys, group, -1, size)
             block_queries = queries[:, :, block.rows].flatten(1, 2)

@@ -71,6 +71,8 @@ def distance(got: Tensor, expected: Tensor) -> float:
 @example(lengths=[BLOCK, BLOCK, 1], heads=(4, 2), size=16, seed=0)
 @example(lengths=[1, 2 * BLOCK + 1, BLOCK - 1], heads=(6, 1), size=8, seed=0)
 @example(lengths=[1], heads=(2, 2), size=8, seed=0)
+@example(lengths=[5], heads=(2, 2), size=16, seed=303)  # probabilities near 1
+@example(lengths=[1, 2], heads=(4, 4), size=8, seed=1)
 def test_output_and_gradients_are_those_of_each_example_alone(dtype, tolerance, lengths, heads, size, seed):
     scale = 0.3
     inputs = random_inputs(sum(lengths), *heads, size, dtype, seed)
