@@ -154,7 +154,7 @@ class _BlockAttention(torch.autograd.Function):
             probabilities = _probabilities(queries32, keys32, block, scale, queries.dtype)
             grad = grads[:, :, block.rows].flatten(1, 2)
             grad_value[:, block.seen] += torch.bmm(probabilities.to(grad.dtype).transpose(1, 2), grad)
-            # In fp32: of probabilities near 1, bf16 would lose how far from 1 they are, and all hangs on that.
+            # In fp32: of probabilities near 1, bf16 would lose how far from 1 they are, on which all hangs.
             grad_probabilities = torch.bmm(grad, values_t[:, :, block.seen]).float()
             grad_scores = torch.ops.aten._softmax_backward_data(
                 grad_probabilities, probabilities, -1, torch.float32
