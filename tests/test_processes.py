@@ -199,13 +199,13 @@ def test_on_real_rows_two_processes_packed_and_padded_are_one(run_train, launch,
 BAD_IN_ONE = """
 import os, sys, train
 from finetune import loss
-sum_over_tokens = loss.sum_over_tokens
-def bad_in_rank_1(logits, target_ids):
-    sums = sum_over_tokens(logits, target_ids)
-    if os.environ["RANK"] == "1" and logits.requires_grad:
+forward = loss.TokenLoss.forward
+def bad_in_rank_1(token_loss, batch):
+    sums = forward(token_loss, batch)
+    if os.environ["RANK"] == "1" and sums.nll.requires_grad:
         return loss.TokenSums(sums.nll * float("nan"), sums.entropy, sums.correct, sums.count)
     return sums
-loss.sum_over_tokens = bad_in_rank_1
+loss.TokenLoss.forward = bad_in_rank_1
 sys.exit(train.main(sys.argv[1:]))
 """
 
