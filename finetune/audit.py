@@ -36,6 +36,7 @@ from finetune.audit_page import (
     write_page,
 )
 from finetune.chat import IGNORE, ROLES, Examples, dissect, encode, to_messages, tokenize_splits
+from finetune.command import split_arguments
 from finetune.config import Config, DataConfig, parse_config
 from finetune.duplicates import NEAR, most_similar, same_after_normalising
 from finetune.rows import Rows, answer_of, instruction_of, load_rows, prompt_of, read_rows
@@ -140,10 +141,7 @@ def audit_command(argv: Sequence[str]) -> None:
         exit_on_error=False,
     )
     parser.add_argument("--page", metavar="FILE", default="audit.html", help="where the HTML page is written")
-    try:
-        arguments, settings = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
+    arguments, settings = split_arguments(parser, argv)
     config = parse_config(settings)
     page = Path(arguments.page)
     check_page_path(page)

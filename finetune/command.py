@@ -1,5 +1,6 @@
 """How a command ends: exit codes, and one line for what a user can mend."""
 
+import argparse
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,6 +22,20 @@ def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
         return _end(argv, f"stopped: {error}", 1)
     except KeyboardInterrupt:
         return _end(argv, "stopped", 130)
+
+
+def split_arguments(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """A command's own arguments, and the rest: those of the configuration.
+
+    Raises:
+        ValueError: an argument of the command that is wrong.
+    """
+    try:
+        return parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
 
 
 def _end(argv: Sequence[str], line: str, code: int) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 from finetune import head
 from finetune.batching import Layout, MicroBatch, Plan, collate, make_plan, plan_evaluation
 from finetune.chat import Examples
+from finetune.command import split_arguments
 from finetune.config import LARGEST_WHOLE_NUMBER, Config, parse_config
 from finetune.machine import DTYPES, GIB, peak_memory_gib, reseed, reset_peak_memory
 from finetune.metrics import SumWindow
@@ -88,10 +89,7 @@ def plan_command(argv: Sequence[str]) -> int:
         exit_on_error=False,
     )
     parser.add_argument("--gib", type=float, help="memory to fit into; without it: what the device has")
-    try:
-        arguments, settings = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
+    arguments, settings = split_arguments(parser, argv)
     if arguments.gib is not None and not 0 < arguments.gib < math.inf:
         raise ValueError(f"--gib must be above 0 and finite, not {arguments.gib}")
     config = parse_config(settings)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.batching import Plan, iterate_batches, make_plan
+from finetune.command import split_arguments
 from finetune.config import Config, parse_config
 from finetune.machine import peak_memory_gib, reset_peak_memory
 from finetune.parts import Parts, load_parts
@@ -59,10 +60,7 @@ def verify_command(argv: Sequence[str]) -> int:
         exit_on_error=False,
     )
     parser.add_argument("--updates", type=int, default=3, help="how many updates are compared")
-    try:
-        arguments, settings = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
+    arguments, settings = split_arguments(parser, argv)
     if arguments.updates < 1:
         raise ValueError(f"--updates must be at least 1, not {arguments.updates}")
     config = parse_config(settings)
