@@ -2,42 +2,51 @@
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from finetune.command import run_command
 
-USAGE = """usage: python -m finetune <command> ...
+BEFORE = {
+    "audit": ("--config FILE", "what would be trained on: roles, cut and dropped rows, duplicates, leaks"),
+    "plan": ("--config FILE", "predicted and measured memory and time, and the token budget that fits"),
+    "verify": ("--config FILE", "the fast paths against the plain ones, on your model and rows"),
+}
+AFTER = {
+    "replay": ("RUN", "repeat the update whose loss or gradient was not finite"),
+}
+COMMANDS = {**BEFORE, **AFTER}
 
-  audit --config FILE    what would be trained on: roles, cut and dropped rows, duplicates, leaks
-  plan --config FILE     predicted and measured memory and time, and the token budget that fits
-  verify --config FILE   the fast paths against the plain ones, on your model and rows
-  replay RUN             repeat the update whose loss or gradient was not finite
 
-`python -m finetune <command> --help` tells more."""
+def usage() -> str:
+    def lines(commands: dict[str, tuple[str, str]]) -> list[str]:
+        return [f"  {f'{name} {takes}':26} {what}" for name, (takes, what) in commands.items()]
+
+    return "\n".join(
+        [
+            "usage: python -m finetune <command> ...",
+            "",
+            "Before a run, on its rows and model:",
+            *lines(BEFORE),
+            "",
+            "After it:",
+            *lines(AFTER),
+            "",
+            "`python -m finetune <command> --help` tells more.",
+        ]
+    )
 
 
 def main(argv: Sequence[str]) -> int:
-    # Imported when asked for: each brings seconds of libraries.
-    match argv[:1]:
-        case ["audit"]:
-            from finetune.audit import audit_command
-
-            return run_command(audit_command, argv[1:])
-        case ["replay"]:
-            from finetune.replay import replay_command
-
-            return run_command(replay_command, argv[1:])
-        case ["plan"]:
-            from finetune.memory import plan_command
-
-            return run_command(plan_command, argv[1:])
-        case ["verify"]:
-            from finetune.verify import verify_command
-
-            return run_command(verify_command, argv[1:])
-        case [] | ["-h" | "--help"]:
-            print(USAGE)
+    match list(argv):
+        case [] | ["-h" | "--help", *_]:
+            print(usage())
             return 0
-    print(f"error: {argv[0]} is no command; there are audit, plan, verify and replay", file=sys.stderr)
+        case [name, *arguments] if name in COMMANDS:
+            # Imported when asked for: each brings seconds of libraries.
+            module = import_module(f"finetune.commands.{name}")
+            return run_command(module.command, arguments)
+    *others, last = COMMANDS
+    print(f"error: {argv[0]} is no command; there are {', '.join(others)} and {last}", file=sys.stderr)
     return 2
 
 

@@ -19,7 +19,7 @@ from finetune.run_folder import CONFIG, data_of, read_environment
 from finetune.screen import console, say
 
 
-def replay_command(argv: Sequence[str]) -> int:
+def command(argv: Sequence[str]) -> int:
     """0 where the update gave the recorded numbers again, 1 where it gave others.
 
     Raises:

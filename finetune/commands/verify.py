@@ -44,7 +44,7 @@ class Outcome:
     """All of the adapter's, end to end, fp32 on the CPU"""
 
 
-def verify_command(argv: Sequence[str]) -> int:
+def command(argv: Sequence[str]) -> int:
     """0 where every update agrees, 1 where one does not.
 
     Raises:

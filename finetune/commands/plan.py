@@ -73,7 +73,7 @@ class Prediction:
         return bisect_right(range(1, LARGEST_WHOLE_NUMBER), gib * GIB, key=self.of_update)
 
 
-def plan_command(argv: Sequence[str]) -> int:
+def command(argv: Sequence[str]) -> int:
     """0, or 1 where not even the longest example fits into the GiB asked for.
 
     Raises:

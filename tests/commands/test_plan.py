@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, Qwen2ForCausalLM
 
-from finetune import memory
 from finetune.__main__ import main
 from finetune.batching import make_plan
+from finetune.commands import plan as memory
+from finetune.commands.plan import Prediction, measure_evaluation, measure_update, predict
 from finetune.config import LARGEST_WHOLE_NUMBER, FastConfig, parse_config
 from finetune.machine import GIB
-from finetune.memory import Prediction, measure_evaluation, measure_update, predict
 from finetune.parts import Parts, load_parts
 from finetune.paths import choose_paths
 

@@ -13,14 +13,14 @@ import torch
 from conftest import read_metrics
 from transformers import AutoModelForCausalLM
 
-import finetune.verify
+import finetune.commands.verify
 from finetune import attention, lora, loss
 from finetune.__main__ import main
 from finetune.batching import make_plan
+from finetune.commands.verify import compute_update
 from finetune.config import FastConfig, parse_config
 from finetune.parts import load_parts
 from finetune.paths import choose_paths, use_plain_paths
-from finetune.verify import compute_update
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="breaks what computes on a processor")
 
@@ -86,7 +86,7 @@ def break_fast_paths(monkeypatch) -> Callable[[Break], None]:
             break_it(monkeypatch)
             return chosen
 
-        monkeypatch.setattr("finetune.verify.choose_paths", choose_and_break)
+        monkeypatch.setattr("finetune.commands.verify.choose_paths", choose_and_break)
 
     return set_break
 
@@ -280,9 +280,9 @@ def bad_update_is_found(
         seen.append(number)
         if number != step or seen.count(step) > 1:  # the fast paths come first
             return outcome
-        return finetune.verify.Outcome(factor * outcome.loss, factor * outcome.gradient)
+        return finetune.commands.verify.Outcome(factor * outcome.loss, factor * outcome.gradient)
 
-    monkeypatch.setattr("finetune.verify.compute_update", compute)
+    monkeypatch.setattr("finetune.commands.verify.compute_update", compute)
     return verify(*asked_for("none", precision))[0] == 1
 
 

@@ -24,7 +24,9 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from finetune.audit_page import (
+from finetune.chat import IGNORE, ROLES, Examples, dissect, encode, to_messages, tokenize_splits
+from finetune.command import split_arguments
+from finetune.commands.audit_page import (
     Entry,
     Listing,
     Report,
@@ -35,8 +37,6 @@ from finetune.audit_page import (
     visible,
     write_page,
 )
-from finetune.chat import IGNORE, ROLES, Examples, dissect, encode, to_messages, tokenize_splits
-from finetune.command import split_arguments
 from finetune.config import Config, DataConfig, parse_config
 from finetune.duplicates import NEAR, most_similar, same_after_normalising
 from finetune.rows import Rows, answer_of, instruction_of, load_rows, prompt_of, read_rows
@@ -123,7 +123,7 @@ class Audit:
         return list(zip(cut.index, cut["lost"], cut["full_length"], cut["last_end"], strict=True))
 
 
-def audit_command(argv: Sequence[str]) -> None:
+def command(argv: Sequence[str]) -> None:
     """Audit the rows of a configuration: show it in the terminal and write the page.
 
     Raises:

@@ -15,9 +15,16 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from finetune.__main__ import main
-from finetune.audit import find_listings, find_problems, length_histogram, pick_rows, run_audit, segments_of
-from finetune.audit_page import check_page_path
 from finetune.chat import IGNORE, ROLES, dissect, encode, to_messages, tokenize_splits
+from finetune.commands.audit import (
+    find_listings,
+    find_problems,
+    length_histogram,
+    pick_rows,
+    run_audit,
+    segments_of,
+)
+from finetune.commands.audit_page import check_page_path
 from finetune.config import Config, DataConfig, ModelConfig
 from finetune.rows import load_rows
 
@@ -306,7 +313,7 @@ def test_labels_that_training_would_not_use_stop_the_audit(monkeypatch):
         tokens = encode(*arguments)
         return tokens._replace(labels=[IGNORE, *tokens.labels[:-1]])
 
-    monkeypatch.setattr("finetune.audit.encode", shifted)
+    monkeypatch.setattr("finetune.commands.audit.encode", shifted)
     with pytest.raises(AssertionError):
         audit_of(SAMPLE)
 
@@ -637,7 +644,7 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_work(
 ):
     Path("folder.html").mkdir()
     Path("rows.csv").write_text("instruction,output\na,b\n", encoding="utf-8")
-    monkeypatch.setattr("finetune.audit.load_rows", lambda _: pytest.fail("the work began"))
+    monkeypatch.setattr("finetune.commands.audit.load_rows", lambda _: pytest.fail("the work began"))
     code, printed, _ = run_audit_command(SAMPLE, "--page", page)
     assert code == 2
     assert (
