@@ -11,18 +11,19 @@ from pathlib import Path
 
 from finetune import machine, run_folder, screen
 from finetune.bad_update import examine_update, write_bad_update
-from finetune.batching import Plan, iterate_batches, iterate_updates, make_plan, plan_evaluation
+from finetune.batching import Plan, iterate_updates, make_plan, plan_evaluation
 from finetune.chat import tokenize_splits
 from finetune.checkpoint import (
     TrainState,
     estimate_bytes,
     load_checkpoint,
-    save_adapter_and_tokenizer,
     save_checkpoint,
+    save_result,
 )
 from finetune.command import run_command
 from finetune.config import Config, parse_config
-from finetune.evaluate import evaluate, generate_answers, pick_conversations
+from finetune.evaluate import evaluate, evaluation_metrics, pick_conversations
+from finetune.generation import generate_answers
 from finetune.loss import TokenLoss
 from finetune.metrics import Stopwatch, SumWindow, all_finite
 from finetune.model import (
@@ -78,7 +79,7 @@ def train(config: Config) -> int:
     packing = paths.layout.got == "packed"
     flop_per_second = machine.matmul_rate(device, precision.got)
     plan = make_plan(config, train_set, packing, accelerator.process_index, accelerator.num_processes)
-    eval_batches = plan_evaluation(plan, eval_set, leaks)
+    eval_batches = plan_evaluation(plan, eval_set)
 
     # The run: new, or going on from a checkpoint.
     checkpoint, remarks = run_folder.find_checkpoint(config)
@@ -89,12 +90,12 @@ def train(config: Config) -> int:
             window.restore(state.window_sums)
 
     def open_run() -> None:
-        hardware = {**machine.environment(accelerator), "int8": paths.int8.got}
+        facts = {**machine.environment(accelerator), "base": state.base, "int8": paths.int8.got}
         size = estimate_bytes(model, optimizer_choice.got)
-        run_folder.start_run(config, hardware, plan, train_set, eval_set, checkpoint, state.step, size)
+        run_folder.start_run(config, facts, plan, train_set, eval_set, checkpoint, state.step, size)
         run_folder.keep_lines_until(run_dir, state.step)
-        facts = screen.describe(config, model, rows, train_set, eval_set, leaks, flop_per_second)
-        screen.show_start(config, settings, plan, facts)
+        described = screen.describe(config, model, rows, train_set, eval_set, leaks, flop_per_second)
+        screen.show_start(config, settings, plan, described)
         screen.show_checkpoint(checkpoint, remarks, state.step)
 
     on_main(accelerator, open_run)
@@ -115,10 +116,10 @@ def train(config: Config) -> int:
             due = config.eval.at_start if first else is_due(config.eval.every, state.step, plan)
             if due and len(eval_set.dataset) > 0 and not tracker.was_made("eval", state.step):
                 tracker.show_activity("evaluating")
-                parts = [iterate_batches(part, eval_set.dataset, packing, device) for part in eval_batches]
-                metrics = evaluate(accelerator, token_loss, parts, stop)
-                if metrics is not None:  # else it was stopped, and is made when the run goes on
-                    tracker.log("eval", state.step, metrics)
+                sums = evaluate(accelerator, token_loss, eval_batches, eval_set.dataset, packing, stop)
+                if sums is not None:  # else it was stopped, and is made when the run goes on
+                    tracker.write_example_sums(state.step, eval_set, sums)
+                    tracker.log("eval", state.step, evaluation_metrics(sums, eval_set, leaks))
 
         def save() -> None:
             state.window_sums = window.total(accelerator).tolist()
@@ -180,7 +181,7 @@ def train(config: Config) -> int:
     if is_main and stop.exit_code:
         screen.show_stop(config, accelerator, state.step)
     elif is_main:
-        save_adapter_and_tokenizer(run_dir / "adapter", model, tokenizer)
+        save_result(run_dir / "adapter", model, tokenizer, config)
         screen.show_end(run_folder.read_evaluations(run_dir), run_dir)
     return stop.exit_code
 

@@ -4,7 +4,7 @@ A plan is a pure function of its fields. Update k is the same set of examples wi
 tokens however it is packed, padded, cut into micro-batches or spread over processes.
 """
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -161,19 +161,12 @@ def lay_out(examples: Indices, lengths: NDArray[np.int64], layout: Layout) -> li
     return batches
 
 
-def plan_evaluation(plan: Plan, eval_set: Examples, leaks: Container[int] = ()) -> list[list[Indices]]:
+def plan_evaluation(plan: Plan, eval_set: Examples) -> list[Indices]:
     """This process's share of the eval examples, laid out as in training: each of them is in exactly one
-    micro-batch of one process. Where some are of rows in `leaks`, these come apart, as a second list."""
-    numbers = enumerate(eval_set.dataset["row_number"])
-    is_leaked = {index: number in leaks for index, number in numbers}
-    parts = [[index for index, leaked in is_leaked.items() if leaked is wanted] for wanted in (False, True)]
-    return [
-        lay_out(shares[plan.rank], eval_set.lengths, plan.layout)
-        for shares in (
-            split_over_processes(part, eval_set.lengths, plan.num_processes)
-            for part in parts[: 1 + any(is_leaked.values())]
-        )
-    ]
+    micro-batch of one process."""
+    lengths = eval_set.lengths
+    shares = split_over_processes(range(len(lengths)), lengths, plan.num_processes)
+    return lay_out(shares[plan.rank], lengths, plan.layout)
 
 
 class Boundaries(NamedTuple):
@@ -209,6 +202,12 @@ class MicroBatch(NamedTuple):
     target_positions: Tensor
     target_ids: Tensor
     limits: Boundaries | Tensor
+
+    def example_of_target(self) -> Tensor:
+        """[N] long: which example of this micro-batch each target belongs to, from 0."""
+        if isinstance(self.limits, Boundaries):
+            return torch.searchsorted(self.limits.starts, self.target_positions, right=True) - 1
+        return self.target_positions // self.input_ids.shape[1]
 
     def to(self, device: torch.device) -> "MicroBatch":
         return MicroBatch(
@@ -275,7 +274,7 @@ def iterate_updates(
 
 
 def iterate_batches(
-    batches: list[Indices], dataset: Any, packing: bool, device: torch.device
+    batches: Sequence[Indices], dataset: Any, packing: bool, device: torch.device
 ) -> Iterator[MicroBatch]:
     for indices in batches:
         yield collate([dataset[i] for i in indices], packing).to(device)

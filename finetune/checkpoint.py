@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from finetune.config import Config, config_to_yaml
+
 ADAPTER, ADAPTER_CONFIG, OPTIMIZER, STATE, MANIFEST = (
     "adapter_model.safetensors",
     "adapter_config.json",
@@ -27,6 +29,7 @@ ADAPTER, ADAPTER_CONFIG, OPTIMIZER, STATE, MANIFEST = (
     "state.json",
     "manifest.json",
 )
+TRAINING_CONFIG = "training_config.yaml"  # beside a result: the configuration of its run
 
 SMALL_FILES_BYTES = 2**20  # beside the tensors: JSON, the tokenizer's few files
 GO_ON = "earlier checkpoints are as they were: mend that, and the same command goes on from the newest"
@@ -108,8 +111,9 @@ def write_checkpoint(
         _write_json(staging / MANIFEST, files)
 
 
-def save_adapter_and_tokenizer(folder: Path, model: PeftModel, tokenizer: Any) -> None:
-    """Write the result of a run, whole or not at all: it loads with PeftModel and AutoTokenizer.
+def save_result(folder: Path, model: PeftModel, tokenizer: Any, config: Config) -> None:
+    """Write the result of a run, whole or not at all: it loads with PeftModel and AutoTokenizer, and says how
+    it was trained.
 
     Raises:
         ValueError: the disk is full.
@@ -117,6 +121,7 @@ def save_adapter_and_tokenizer(folder: Path, model: PeftModel, tokenizer: Any) -
     with _staging(folder, _num_bytes(get_peft_model_state_dict(model).values())) as staging:
         save_adapter(model, staging)
         tokenizer.save_pretrained(staging)
+        (staging / TRAINING_CONFIG).write_text(config_to_yaml(config), encoding="utf-8")
 
 
 @contextmanager

@@ -5,6 +5,17 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any, NoReturn
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Raises ValueError for an argument that is wrong; an option's name is never guessed from its start."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, exit_on_error=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; `{self.prog} --help` tells more")
 
 
 def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
@@ -24,9 +35,7 @@ def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
         return _end(argv, "stopped", 130)
 
 
-def split_arguments(
-    parser: argparse.ArgumentParser, argv: Sequence[str]
-) -> tuple[argparse.Namespace, list[str]]:
+def split_arguments(parser: CommandParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """A command's own arguments, and the rest: those of the configuration.
 
     Raises:

@@ -43,7 +43,7 @@ class HeadSums(torch.autograd.Function):
                 torch.split(logits, rows), torch.split(target_ids[part], rows), strict=True
             ):
                 log_p, p = buffers[:, : len(ids)]
-                sums += _sum_block(some_logits, ids[:, None], log_p, p)
+                sums += _values_of(some_logits, ids[:, None], log_p, p).sum(0)
                 if gradient is not None:
                     p.scatter_add_(-1, ids[:, None], p.new_full((len(ids), 1), -1))
                     some_logits.copy_(p)
@@ -58,16 +58,31 @@ class HeadSums(torch.autograd.Function):
         return gradient * grad_sums[0], None, None, None  # a scale in fp32; rounded, it would bias all alike
 
 
-def _sum_block(logits: Tensor, ids: Tensor, log_p: Tensor, p: Tensor) -> Tensor:
-    """[3] of logits [n, V] and ids [n, 1]; log_p and p [n, V] fp32 are filled with the distributions."""
+def token_values(hidden: Tensor, weight: Tensor, target_ids: Tensor, chunk: int) -> Tensor:
+    """[N, 3] fp32: what HeadSums adds up, of each target token. It has no gradient."""
+    values = torch.empty(len(hidden), 3, device=hidden.device)
+    rows = chunk if hidden.is_cuda else ROWS
+    buffers = torch.empty(2, min(rows, len(hidden)), len(weight), device=hidden.device)
+    for start in range(0, len(hidden), chunk):
+        logits = hidden[start : start + chunk] @ weight.t()
+        for first in range(0, len(logits), rows):
+            part = slice(start + first, start + min(first + rows, len(logits)))
+            log_p, p = buffers[:, : part.stop - part.start]
+            values[part] = _values_of(logits[first : first + rows], target_ids[part, None], log_p, p)
+    return values
+
+
+def _values_of(logits: Tensor, ids: Tensor, log_p: Tensor, p: Tensor) -> Tensor:
+    """[n, 3] of logits [n, V] and ids [n, 1]; log_p and p [n, V] fp32 are filled with the distributions."""
     log_p.copy_(logits)
     likeliest = log_p.argmax(-1, keepdim=True)
     torch.log_softmax(log_p, -1, out=log_p)
     torch.exp(log_p, out=p)
     return torch.stack(
         [
-            -log_p.gather(-1, ids).sum(),
-            -torch.linalg.vecdot(p, log_p).sum(),
-            (likeliest == ids).sum().float(),
-        ]
+            -log_p.gather(-1, ids).squeeze(-1),
+            -torch.linalg.vecdot(p, log_p),
+            (likeliest == ids).squeeze(-1).float(),
+        ],
+        dim=1,
     )

@@ -1,6 +1,7 @@
 """The loss: a causal language model in, sums over target tokens out."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.batching import Boundaries, MicroBatch
-from finetune.head import HeadSums, bytes_per_logit, tokens_per_chunk
+from finetune.head import HeadSums, bytes_per_logit, token_values, tokens_per_chunk
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,23 @@ class TokenLoss(nn.Module):
     def forward(self, batch: MicroBatch) -> TokenSums:
         if self.head_mib is None:
             return sum_over_tokens(self.target_logits(batch), batch.target_ids)
+        sums: Tensor = self._through_head(HeadSums.apply, batch, self.head_mib)
+        nll, entropy, correct = sums.unbind()
+        return TokenSums(nll, entropy.detach(), correct.detach(), _count(batch.target_ids))
+
+    @torch.no_grad()
+    def token_values(self, batch: MicroBatch) -> Tensor:
+        """[N, 3] fp32, of each target token: nll and entropy in nats, and 1 where it was the likeliest."""
+        if self.head_mib is None:
+            return values_of_tokens(self.target_logits(batch), batch.target_ids)
+        return self._through_head(token_values, batch, self.head_mib)
+
+    def _through_head(self, function: Callable[..., Tensor], batch: MicroBatch, mib: int) -> Tensor:
         hidden, weight = self.target_hidden(batch), self.base.get_output_embeddings().weight
         with torch.autocast(hidden.device.type, enabled=False):
             weight = weight.to(hidden.dtype)
             size = bytes_per_logit(hidden.dtype, hidden.device)
-            chunk = tokens_per_chunk(self.head_mib, len(weight), size)
-            sums: Tensor = HeadSums.apply(  # type: ignore[no-untyped-call]
-                hidden, weight, batch.target_ids, chunk
-            )
-        nll, entropy, correct = sums.unbind()
-        return TokenSums(nll, entropy.detach(), correct.detach(), _count(batch.target_ids))
+            return function(hidden, weight, batch.target_ids, tokens_per_chunk(mib, len(weight), size))
 
     def target_logits(self, batch: MicroBatch) -> Tensor:
         """[N, vocabulary]: the logits at the target positions, in the precision of the forward pass."""
@@ -85,12 +93,18 @@ class TokenLoss(nn.Module):
 
 def sum_over_tokens(logits: Tensor, target_ids: Tensor) -> TokenSums:
     """Sums of logits [N, V] against target_ids [N], computed in fp32."""
+    nll, entropy, correct = values_of_tokens(logits, target_ids).sum(0).unbind()
+    return TokenSums(nll, entropy.detach(), correct.detach(), _count(target_ids))
+
+
+def values_of_tokens(logits: Tensor, target_ids: Tensor) -> Tensor:
+    """[N, 3] of logits [N, V] and target_ids [N], computed in fp32; only the first column has a gradient."""
     log_probs = logits.float().log_softmax(-1)
-    nll = -log_probs.gather(-1, target_ids[:, None]).sum()
+    nll = -log_probs.gather(-1, target_ids[:, None]).squeeze(-1)
     with torch.no_grad():
-        entropy = -(log_probs.exp() * log_probs).sum()
-        correct = (logits.argmax(-1) == target_ids).sum()
-    return TokenSums(nll, entropy, correct.float(), _count(target_ids))
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        correct = (logits.argmax(-1) == target_ids).float()
+    return torch.stack([nll, entropy, correct], dim=1)
 
 
 def _count(target_ids: Tensor) -> Tensor:

@@ -5,15 +5,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from finetune.batching import Plan
 from finetune.chat import Examples
@@ -21,8 +23,9 @@ from finetune.checkpoint import checkpoints_dir, fault_of, list_checkpoints, req
 from finetune.config import Config, config_to_dict, config_to_yaml, flatten
 
 CONFIG, ENVIRONMENT, ADAPTER = "config.yaml", "environment.json", "adapter"
-METRICS, ANSWERS = "metrics.jsonl", "answers.jsonl"
-RECORDED = {"int8", "data", "global_batch_size", "num_processes", "started_from"}
+METRICS, ANSWERS, EVALUATIONS = "metrics.jsonl", "answers.jsonl", "evaluations"
+EXAMPLE_SUMS = ["nll", "entropy", "correct", "num_target_tokens"]
+RECORDED = {"base", "int8", "data", "global_batch_size", "num_processes", "started_from"}
 # Keys that change what is shown and kept, or how an update is laid out, not what it is.
 FREE_KEYS = (
     "output_dir",
@@ -284,6 +287,39 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
     """The eval lines of metrics.jsonl, in order."""
     return [entry for entry in read_lines(run_dir / METRICS) if entry["split"] == "eval"]
+
+
+def write_example_sums(run_dir: Path, step: int, row_numbers: Sequence[int], sums: Tensor) -> None:
+    """Write what an evaluation found of each example, one line each, as `evaluate` gives it.
+
+    sums [E, 4] float64: nll and entropy in nats, correct, number of target tokens.
+    """
+    frame = pd.DataFrame(sums.numpy(), columns=EXAMPLE_SUMS)
+    frame = frame.astype({"correct": int, "num_target_tokens": int})
+    frame.insert(0, "row_number", row_numbers)
+    path = example_sums_file(run_dir, step)
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, frame.to_csv(index=False))
+
+
+def read_example_sums(run_dir: Path, step: int) -> pd.DataFrame:
+    """What `write_example_sums` wrote after `step` updates.
+
+    Raises:
+        ValueError: it is not there, or cannot be read.
+    """
+    path = example_sums_file(run_dir, step)
+    try:
+        frame = pd.read_csv(path, float_precision="round_trip")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if list(frame.columns) != ["row_number", *EXAMPLE_SUMS]:
+        raise ValueError(f"{path} is no record of an evaluation")
+    return frame
+
+
+def example_sums_file(run_dir: Path, step: int) -> Path:
+    return run_dir / EVALUATIONS / f"step_{step:06d}.csv"
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -12,15 +12,17 @@ from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
+from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
 from finetune import screen
 from finetune.batching import Plan
-from finetune.chat import Message
+from finetune.chat import Examples, Message
 from finetune.checkpoint import cannot_write
 from finetune.config import Config, config_to_dict, flatten
+from finetune.generation import Answer
 from finetune.metrics import Metrics
-from finetune.run_folder import ANSWERS, METRICS, read_lines
+from finetune.run_folder import ANSWERS, METRICS, read_lines, write_example_sums
 
 
 class Tracker:
@@ -36,8 +38,9 @@ class Tracker:
         self._accelerator = accelerator
         self._main = accelerator.is_main_process
         self._plan = plan
-        self._metrics_file = Path(config.output_dir) / METRICS
-        self._answers_file = Path(config.output_dir) / ANSWERS
+        self._run_dir = Path(config.output_dir)
+        self._metrics_file = self._run_dir / METRICS
+        self._answers_file = self._run_dir / ANSWERS
         accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first_step}})
         if self._main and first_step == 0:
             self._write_hparams(config)
@@ -71,14 +74,14 @@ class Tracker:
         if self._live:
             self._activity.plain = ""
             self._live.stop()
-        with _saying_where(self._metrics_file.parent):
+        with _saying_where(self._run_dir):
             self._accelerator.end_training()
 
     def log(self, split: str, step: int, metrics: Metrics) -> None:
         """Write the metrics of `split` (train or eval) after `step` updates, and show them."""
         if not self._main:
             return
-        with _saying_where(self._metrics_file.parent):
+        with _saying_where(self._run_dir):
             _append(
                 self._metrics_file, {"split": split, "step": step, "epoch": self._epochs(step), **metrics}
             )
@@ -94,14 +97,22 @@ class Tracker:
             epoch = self._epoch_on_screen(step)
             screen.say(f"{split:5}  step {step}/{self._plan.num_steps}  epoch {epoch}  {figures}")
 
-    def log_answers(self, step: int, conversations: Sequence[list[Message]], answers: Sequence[str]) -> None:
+    def write_example_sums(self, step: int, eval_set: Examples, sums: Tensor) -> None:
+        """Write what `evaluate` gave of each example: what intervals and differences are computed from."""
+        if self._main:
+            with _saying_where(self._run_dir):
+                write_example_sums(self._run_dir, step, eval_set.dataset["row_number"], sums)
+
+    def log_answers(
+        self, step: int, conversations: Sequence[list[Message]], answers: Sequence[Answer]
+    ) -> None:
         """Write a generated answer to each conversation, as text."""
         if self._main:
             entries = [
-                {"messages": messages, "answer": answer}
+                {"messages": messages, "answer": answer.text}
                 for messages, answer in zip(conversations, answers, strict=True)
             ]
-            with _saying_where(self._answers_file.parent):
+            with _saying_where(self._run_dir):
                 _append(self._answers_file, {"step": step, "answers": entries})
                 self._show_answers(step, entries)
 

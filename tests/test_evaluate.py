@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import tiny_model, tiny_tokenizer
+from conftest import tiny_model
 from datasets import Dataset
 from test_loss import (
     CPU,
@@ -20,10 +20,10 @@ from test_loss import (
     with_adapter,
 )
 
-from finetune.batching import Plan, collate, iterate_batches, plan_evaluation
+from finetune.batching import Plan, plan_evaluation
 from finetune.chat import Examples
 from finetune.config import Config, LoraConfig, ModelConfig
-from finetune.evaluate import evaluate, generate_answers, pick_conversations
+from finetune.evaluate import evaluate, evaluation_metrics, pick_conversations
 from finetune.loss import TokenLoss
 from finetune.model import load_model
 
@@ -47,11 +47,13 @@ def plan_for(layout: Any, num_processes: int = 1) -> Plan:
 
 
 def evaluate_on(accelerator: Any, model: Any, examples: Examples, plan: Plan) -> dict[str, float]:
-    parts = [
-        iterate_batches(part, examples.dataset, plan.layout.packing, CPU)
-        for part in plan_evaluation(plan, examples)
-    ]
-    return evaluate(accelerator, TokenLoss(model).train(model.training), parts)
+    return evaluation_metrics(sums_of(accelerator, model, examples, plan), examples, set())
+
+
+def sums_of(accelerator: Any, model: Any, examples: Examples, plan: Plan) -> torch.Tensor:
+    token_loss = TokenLoss(model).train(model.training)
+    batches = plan_evaluation(plan, examples)
+    return evaluate(accelerator, token_loss, batches, examples.dataset, plan.layout.packing)
 
 
 def test_evaluation_gives_the_plain_numbers_for_every_layout(accelerator):
@@ -93,11 +95,7 @@ def test_examples_that_are_trained_on_too_count_and_the_loss_without_them_is_giv
     examples = random_examples(LENGTHS)
     numbers = {2, 5}  # from 1
     plan, eval_set = plan_for(layout), eval_set_of(examples)
-    parts = [
-        iterate_batches(part, eval_set.dataset, layout.packing, CPU)
-        for part in plan_evaluation(plan, eval_set, numbers)
-    ]
-    with_leaks = evaluate(accelerator, TokenLoss(model), parts)
+    with_leaks = evaluation_metrics(sums_of(accelerator, model, eval_set, plan), eval_set, numbers)
     everything = evaluate_on(accelerator, model, eval_set, plan)
     others = [example for number, example in enumerate(examples, 1) if number not in numbers]
     clean = evaluate_on(accelerator, model, eval_set_of(others), plan)
@@ -109,21 +107,33 @@ def test_examples_that_are_trained_on_too_count_and_the_loss_without_them_is_giv
 def test_where_all_examples_are_trained_on_too_there_is_no_loss_without_them(accelerator):
     model, eval_set = with_adapter(tiny_model(VOCABULARY)), eval_set_of(random_examples([5, 9]))
     plan = plan_for(LAYOUTS[1])
-    parts = [
-        iterate_batches(part, eval_set.dataset, True, CPU) for part in plan_evaluation(plan, eval_set, {1, 2})
-    ]
-    assert evaluate(accelerator, TokenLoss(model), parts) == pytest.approx(
-        evaluate_on(accelerator, model, eval_set, plan)
-    )
+    sums = sums_of(accelerator, model, eval_set, plan)
+    assert evaluation_metrics(sums, eval_set, {1, 2}) == evaluation_metrics(sums, eval_set, set())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("head_mib", [None, 1])
+def test_each_example_has_its_own_sums(accelerator, layout, head_mib):
+    model = with_adapter(tiny_model(VOCABULARY))
+    examples = random_examples(LENGTHS)
+    eval_set, plan = eval_set_of(examples), plan_for(layout)
+    token_loss = TokenLoss(model)
+    token_loss.head_mib = head_mib
+    batches = plan_evaluation(plan, eval_set)
+    sums = evaluate(accelerator, token_loss, batches, eval_set.dataset, layout.packing)
+    for own, example in zip(sums, examples, strict=True):
+        alone = sums_one_by_one(model, [example])
+        plain = [float(alone[name]) for name in ("nll", "entropy", "correct", "count")]
+        assert own.tolist() == pytest.approx(plain, rel=1e-4)
 
 
 def test_a_process_without_examples_adds_nothing(accelerator, monkeypatch):
     model = with_adapter(tiny_model(VOCABULARY))
-    others = torch.tensor([6.0, 4.0, 1.0, 2.0], dtype=torch.float64)
+    others = torch.tensor([[6.0, 4.0, 1.0, 2.0]], dtype=torch.float64)
     monkeypatch.setattr(accelerator, "reduce", lambda sums, reduction: sums + others)
     eval_set = eval_set_of(random_examples([5]))
     plan = replace(plan_for(LAYOUTS[0], num_processes=2), rank=1)
-    assert plan_evaluation(plan, eval_set) == [[]]
+    assert plan_evaluation(plan, eval_set) == []
     assert evaluate_on(accelerator, model, eval_set, plan) == {
         "loss": 3.0,
         "entropy": 2.0,
@@ -173,17 +183,13 @@ def test_evaluation_of_an_int8_base_computes_what_training_computes(accelerator,
 
 def test_a_failing_evaluation_leaves_the_mode_as_it_was(accelerator):
     model = with_adapter(tiny_model(VOCABULARY)).train()
-
-    def broken_batches():
-        yield collate(random_examples([5]), packing=True)
-        raise RuntimeError("no more memory")
-
-    with pytest.raises(RuntimeError):
-        evaluate(accelerator, TokenLoss(model), [broken_batches()])
+    eval_set = eval_set_of(random_examples([5]))
+    with pytest.raises(IndexError):
+        evaluate(accelerator, TokenLoss(model), [[0], [1]], eval_set.dataset, packing=True)
     assert all(module.training for module in model.modules())
 
 
-# Answers
+# Conversations
 
 
 def conversation(*turns: str) -> list[dict[str, str]]:
@@ -191,59 +197,6 @@ def conversation(*turns: str) -> list[dict[str, str]]:
         {"role": "user" if number % 2 == 0 else "assistant", "content": text}
         for number, text in enumerate(turns)
     ]
-
-
-CONVERSATIONS = [
-    conversation("What is a bond?"),
-    conversation("Hi"),
-    conversation("Explain in one sentence why somebody would keep cash for a rainy day.", "Because.", "Why?"),
-    conversation("How much should I save?" * 4),
-]
-
-
-def test_answers_do_not_depend_on_what_is_asked_beside_them(accelerator):
-    tokenizer = tiny_tokenizer()
-    model = with_adapter(tiny_model(len(tokenizer)), lora_dropout=0.5).train()
-    together = generate_answers(accelerator, model, tokenizer, CONVERSATIONS, max_new_tokens=12)
-    alone = [
-        generate_answers(accelerator, model, tokenizer, [one], max_new_tokens=12)[0] for one in CONVERSATIONS
-    ]
-    assert together == alone
-    assert len(set(together)) == len(CONVERSATIONS)
-    assert all(module.training for module in model.modules())
-
-
-def test_an_answer_is_the_likeliest_next_token_again_and_again(accelerator):
-    tokenizer = tiny_tokenizer()
-    model = with_adapter(tiny_model(len(tokenizer))).eval()
-    # Sampling settings that come with a model, as Qwen2-Instruct's do, are not for comparing answers.
-    model.generation_config.update(do_sample=True, temperature=2.0, top_k=50, top_p=0.9)
-    answers = generate_answers(accelerator, model, tokenizer, CONVERSATIONS, max_new_tokens=5)
-    for asked, answer in zip(CONVERSATIONS, answers, strict=True):
-        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        new: list[int] = []
-        while len(new) < 5 and tokenizer.eos_token_id not in new:
-            new.append(int(model(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax()))
-        assert answer == tokenizer.decode(new, skip_special_tokens=True).strip()
-    assert not model.training
-
-
-def test_an_answer_ends_at_the_end_of_its_turn_and_shows_no_special_token(accelerator, monkeypatch):
-    tokenizer = tiny_tokenizer()
-    model = with_adapter(tiny_model(len(tokenizer)))
-    word = tokenizer(" money", add_special_tokens=False)["input_ids"]
-
-    def say_a_word_and_stop(**arguments: Any) -> torch.Tensor:
-        prompts = arguments["input_ids"]
-        answer = torch.tensor([*word, tokenizer.eos_token_id, tokenizer.pad_token_id])
-        return torch.cat([prompts, answer.expand(len(prompts), -1)], dim=1)
-
-    monkeypatch.setattr(model, "generate", say_a_word_and_stop)
-    assert generate_answers(accelerator, model, tokenizer, CONVERSATIONS) == ["money"] * len(CONVERSATIONS)
-
-
-# Conversations
 
 
 def test_the_first_rows_are_asked_without_their_answer():

@@ -69,6 +69,7 @@ def test_a_run_leaves_its_record_its_checkpoints_and_the_adapter(run_train):
         "environment.json",
         "metrics.jsonl",
         "answers.jsonl",
+        "evaluations",
         "tensorboard",
         "checkpoints",
         "adapter",
@@ -91,6 +92,7 @@ def test_a_run_leaves_its_record_its_checkpoints_and_the_adapter(run_train):
         "chat_template.jinja",
         "tokenizer.json",
         "tokenizer_config.json",
+        "training_config.yaml",
     }
 
 

@@ -118,7 +118,7 @@ def stopping(moment: str, step: int) -> tuple[str, Callable[..., Any]]:
         "in an update": ("finetune.tracking.Tracker.advance", stopping_advance),
         "before a checkpoint": ("train.save_checkpoint", stopping_save),
         "while writing a checkpoint": ("finetune.checkpoint.os.replace", stopping_rename),
-        "before the result": ("train.save_adapter_and_tokenizer", stopping_result),
+        "before the result": ("train.save_result", stopping_result),
     }[moment]
 
 

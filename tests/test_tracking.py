@@ -75,7 +75,7 @@ def test_the_configuration_is_beside_the_curves_as_hyperparameters(run_train):
     assert {metric.name.tag for metric in metrics} == {"eval/loss", "eval/mean_token_accuracy"}
 
 
-@pytest.mark.parametrize(("eval_fraction", "count"), [(0.2, 3), (0.1, 2), (0, 0)])
+@pytest.mark.parametrize(("eval_fraction", "count"), [(0.6, 10), (0.1, 2), (0, 0)])
 def test_answers_to_the_first_eval_rows_are_shown_before_and_after(run_train, eval_fraction, count):
     run_dir = run_train(**{**SIX, "train__num_epochs": 6}, data__eval_fraction=eval_fraction)
     events = read_events(run_dir)

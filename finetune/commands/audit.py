@@ -4,7 +4,6 @@
 them. No model is loaded but its tokenizer, and nothing is written but the page.
 """
 
-import argparse
 import textwrap
 from bisect import bisect_left
 from collections import defaultdict
@@ -25,7 +24,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from finetune.chat import IGNORE, ROLES, Examples, dissect, encode, to_messages, tokenize_splits
-from finetune.command import split_arguments
+from finetune.command import CommandParser, split_arguments
 from finetune.commands.audit_page import (
     Entry,
     Listing,
@@ -130,15 +129,13 @@ def command(argv: Sequence[str]) -> None:
         ValueError: arguments, rows or a tokenizer that cannot be used, as for train.py; a page that cannot be
             written.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m finetune audit",
         usage="%(prog)s [--config FILE] [--page FILE] [--section.key VALUE ...]",
         description="What would be trained on: tokens by role, cut and dropped rows, duplicates and leaks. "
         "Loads no model but its tokenizer.",
         epilog="--config and the keys of the configuration are what train.py takes, such as --data.path FILE "
         "or --data.max_length 1024; `python train.py --help` lists them. Without --config: the quickstart.",
-        allow_abbrev=False,
-        exit_on_error=False,
     )
     parser.add_argument("--page", metavar="FILE", default="audit.html", help="where the HTML page is written")
     arguments, settings = split_arguments(parser, argv)

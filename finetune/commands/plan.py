@@ -5,7 +5,6 @@ rest follows from the sizes of the model, the adapter and the optimizer. The lon
 batch of the evaluation are then made once, and what they took is put beside it.
 """
 
-import argparse
 import math
 import time
 from bisect import bisect_right
@@ -21,7 +20,7 @@ from torch import Tensor
 from finetune import head
 from finetune.batching import Layout, MicroBatch, Plan, collate, make_plan, plan_evaluation
 from finetune.chat import Examples
-from finetune.command import split_arguments
+from finetune.command import CommandParser, split_arguments
 from finetune.config import LARGEST_WHOLE_NUMBER, Config, parse_config
 from finetune.machine import DTYPES, GIB, peak_memory_gib, reseed, reset_peak_memory
 from finetune.metrics import SumWindow
@@ -79,14 +78,12 @@ def command(argv: Sequence[str]) -> int:
     Raises:
         ValueError: arguments, rows or a model that cannot be used, as for train.py.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m finetune plan",
         usage="%(prog)s [--config FILE] [--gib N] [--section.key VALUE ...]",
         description="Memory by part and time of an epoch, predicted and measured, and the largest token "
         "budget that fits into a number of GiB.",
         epilog="--config and the keys of the configuration are what train.py takes.",
-        allow_abbrev=False,
-        exit_on_error=False,
     )
     parser.add_argument("--gib", type=float, help="memory to fit into; without it: what the device has")
     arguments, settings = split_arguments(parser, argv)
@@ -220,14 +217,14 @@ def measure_evaluation(parts: Parts, plan: Plan, eval_set: Examples) -> Measured
     """Make the largest batch of the evaluation; None without eval rows."""
     if len(eval_set.dataset) == 0:
         return None
-    ((*batches,),) = plan_evaluation(plan, eval_set)
+    batches = plan_evaluation(plan, eval_set)
     indices = max(batches, key=lambda batch: _num_tokens(eval_set.lengths, batch, plan.layout))
     num_tokens = _num_tokens(eval_set.lengths, indices, plan.layout)
     reset_peak_memory(parts.accelerator.device)
     start = time.perf_counter()
     with torch.no_grad(), dropout_off(parts.token_loss), parts.accelerator.autocast():
         batch = collate([eval_set.dataset[i] for i in indices], plan.layout.packing)
-        float(parts.token_loss(batch.to(parts.accelerator.device)).nll)
+        parts.token_loss.token_values(batch.to(parts.accelerator.device)).cpu()
     seconds = time.perf_counter() - start
     return Measured(num_tokens, num_tokens, seconds, peak_memory_gib(parts.accelerator.device))
 

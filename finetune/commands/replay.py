@@ -1,6 +1,5 @@
 """`python -m finetune replay RUN`: repeat the update with a number that was not finite, and show it."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.text import Text
 from finetune.bad_update import RECORD, STATE_BEFORE, examine_update, read_record
 from finetune.batching import make_plan
 from finetune.checkpoint import fault_of, load_adapter
+from finetune.command import CommandParser
 from finetune.config import parse_config
 from finetune.parts import load_parts
 from finetune.paths import choose_paths
@@ -25,7 +25,7 @@ def command(argv: Sequence[str]) -> int:
     Raises:
         ValueError: the run has no bad update, its files are damaged, or its rows are others now.
     """
-    parser = argparse.ArgumentParser(prog="python -m finetune replay", description=__doc__)
+    parser = CommandParser(prog="python -m finetune replay", description=__doc__)
     parser.add_argument("run", type=Path, help="the run's folder, which holds bad_update.json")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     run_dir: Path = parser.parse_args(argv).run

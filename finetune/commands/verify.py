@@ -6,7 +6,6 @@ numbers round so much in every layer that not even two plain layouts do: there b
 same weights in fp32, and the fast paths must come as near to that as the plain ones.
 """
 
-import argparse
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.batching import Plan, iterate_batches, make_plan
-from finetune.command import split_arguments
+from finetune.command import CommandParser, split_arguments
 from finetune.config import Config, parse_config
 from finetune.machine import peak_memory_gib, reset_peak_memory
 from finetune.parts import Parts, load_parts
@@ -50,14 +49,12 @@ def command(argv: Sequence[str]) -> int:
     Raises:
         ValueError: arguments, rows or a model that cannot be used, as for train.py.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m finetune verify",
         usage="%(prog)s [--config FILE] [--updates N] [--section.key VALUE ...]",
         description="The fast paths against the plain ones, on your model and rows: differences of loss and "
         "gradient, speed and memory of each. Exit code 1 where they differ by more than rounding.",
         epilog="--config and the keys of the configuration are what train.py takes.",
-        allow_abbrev=False,
-        exit_on_error=False,
     )
     parser.add_argument("--updates", type=int, default=3, help="how many updates are compared")
     arguments, settings = split_arguments(parser, argv)

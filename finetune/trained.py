@@ -1,0 +1,172 @@
+"""What was trained: an adapter on disk, the configuration of its run, and the model that both make."""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+
+from finetune.checkpoint import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    MANIFEST,
+    STATE,
+    TRAINING_CONFIG,
+    fault_of,
+    list_checkpoints,
+)
+from finetune.command import CommandParser, split_arguments
+from finetune.config import Config, ModelConfig, config_to_yaml, parse_config
+from finetune.machine import Setting, choose_precision, create_accelerator
+from finetune.model import base_fingerprint, check_vocabulary, load_base, load_tokenizer
+from finetune.run_folder import ADAPTER as RESULT
+from finetune.run_folder import CONFIG, read_environment
+from finetune.screen import say
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An adapter, and how it was trained."""
+
+    adapter: Path
+    """The folder that holds it: a run's result, a checkpoint, or one from elsewhere"""
+    config: Config
+    run_dir: Path | None
+    """The run's folder, where the adapter still lies in one"""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    accelerator: Any
+    precision: Setting
+    tokenizer: Any
+    model: peft.PeftModel
+    """With `model.disable_adapter()` it is the base"""
+
+
+def trained_parser(command: str, options: str, description: str) -> CommandParser:
+    """The parser of a command that takes a run's folder, a checkpoint or an adapter.
+
+    `options` stand in its usage line.
+    """
+    parser = CommandParser(
+        prog=f"python -m finetune {command}",
+        usage=f"%(prog)s RUN {options} [--section.key VALUE ...]",
+        description=description,
+        epilog="Keys of the configuration, as train.py takes them, override what the run was trained with.",
+    )
+    parser.add_argument(
+        "trained", metavar="RUN", type=Path, help="a run's folder, a checkpoint, or an adapter"
+    )
+    return parser
+
+
+def parse_trained(parser: CommandParser, argv: Sequence[str]) -> tuple[argparse.Namespace, Trained]:
+    """The arguments of a `trained_parser`, and what its first one names.
+
+    Raises:
+        ValueError: an argument that is wrong, or as `find_trained`.
+    """
+    arguments, settings = split_arguments(parser, argv)
+    return arguments, find_trained(arguments.trained, settings)
+
+
+def find_trained(path: Path, settings: Sequence[str] = ()) -> Trained:
+    """The adapter that a run's folder, a checkpoint or an adapter's folder holds.
+
+    Of an unfinished run it is that of its newest whole checkpoint. `settings` are arguments as train.py takes
+    them; they override the configuration of the run. An adapter from elsewhere has none: then it is the
+    default one, with the base that the adapter names, not quantised.
+
+    Raises:
+        ValueError: the folder holds no adapter, a damaged one, or a setting is wrong.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder: name a run's folder, a checkpoint, or an adapter")
+    adapter, run_dir = _adapter_in(path), _run_of(path)
+    for name in (ADAPTER, ADAPTER_CONFIG):
+        if not (adapter / name).is_file():
+            raise ValueError(f"{path} holds no adapter: {adapter / name} is not there")
+    if (adapter / MANIFEST).exists() and (fault := fault_of(adapter)):
+        raise ValueError(f"{adapter} is no whole checkpoint: {fault}")
+    recorded = adapter / TRAINING_CONFIG if run_dir is None else run_dir / CONFIG
+    if recorded.is_file():
+        return Trained(adapter, parse_config(["--config", str(recorded), *settings]), run_dir)
+    say(f"{adapter} does not say how it was trained: its base is taken as it names it, without quantisation.")
+    config = Config(model=ModelConfig(name_or_path=_named_base(adapter), quantization="none"))
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        file.write(config_to_yaml(config))
+        file.flush()
+        return Trained(adapter, parse_config(["--config", file.name, *settings]), None)
+
+
+def _adapter_in(path: Path) -> Path:
+    if not (path / CONFIG).exists():
+        return path
+    if (path / RESULT).is_dir():
+        return path / RESULT
+    whole = next((folder for folder in list_checkpoints(path) if fault_of(folder) is None), None)
+    if whole is None:
+        raise ValueError(f"the run in {path} has saved nothing yet")
+    say(f"The run in {path} is not finished: this is its {whole.name}.")
+    return whole
+
+
+def _run_of(path: Path) -> Path | None:
+    """The run's folder that `path` is, or lies in as its adapter or one of its checkpoints."""
+    here = path.absolute()
+    return next(
+        (folder for folder in (here, here.parent, here.parent.parent) if (folder / CONFIG).exists()), None
+    )
+
+
+def _named_base(adapter: Path) -> str:
+    try:
+        settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{adapter / ADAPTER_CONFIG} cannot be read: {error}") from error
+    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    if not base:
+        raise ValueError(f"{adapter / ADAPTER_CONFIG} names no base model: give --model.name_or_path")
+    return str(base)
+
+
+def load_trained(trained: Trained) -> TrainedModel:
+    """The base with the adapter on it, in the precision of the run, and its tokenizer.
+
+    Raises:
+        ValueError: the base cannot be loaded, is another than the run's, or the adapter does not fit it.
+    """
+    config = trained.config
+    precision = choose_precision(config.train.mixed_precision)
+    accelerator = create_accelerator(config, precision.got)
+    tokenizer = load_tokenizer(config.model)
+    base = load_base(config.model, precision.got, accelerator.device)
+    _check_base(trained, base)
+    try:
+        model = peft.PeftModel.from_pretrained(base, str(trained.adapter), is_trainable=True)
+    except Exception as error:  # of a file that is damaged, or was trained on another model: of many kinds
+        raise ValueError(
+            f"the adapter in {trained.adapter} could not be put on {config.model.name_or_path}: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
+    check_vocabulary(model, tokenizer)
+    return TrainedModel(accelerator, precision, tokenizer, model)
+
+
+def _check_base(trained: Trained, base: Any) -> None:
+    """An adapter on another base of the same shape would answer nonsense."""
+    if trained.run_dir is None:
+        return
+    expected = read_environment(trained.run_dir)["base"]
+    if (trained.adapter / STATE).exists():
+        expected = json.loads((trained.adapter / STATE).read_text(encoding="utf-8"))["base"]
+    if expected != base_fingerprint(trained.config.model, base):
+        raise ValueError(
+            f"{trained.adapter} was trained on another base model than {trained.config.model.name_or_path} "
+            "is now"
+        )
