@@ -133,7 +133,7 @@ def train(config: Config) -> int:
             screen.say(write_bad_update(run_dir, record, state, model, optimizer, accelerator.scaler))
 
         report()
-        stopwatch = Stopwatch(training_flop(model), flop_per_second * accelerator.num_processes)
+        stopwatch = Stopwatch(training_flop(model), flop_per_second)
         for update, micro_batches in iterate_updates(plan, train_set.dataset, state.step, device):
             if stop.agreed():
                 break
@@ -158,7 +158,7 @@ def train(config: Config) -> int:
             optimizer.step()
             optimizer.zero_grad()
             state.step += 1
-            stopwatch.count(update.num_tokens, update.num_target_tokens)
+            stopwatch.count(update.num_tokens, micro_batches)
             tracker.advance(state.step)
 
             if is_due(config.log.every_steps, state.step, plan):
@@ -181,7 +181,7 @@ def train(config: Config) -> int:
     if is_main and stop.exit_code:
         screen.show_stop(config, accelerator, state.step)
     elif is_main:
-        save_result(run_dir / "adapter", model, tokenizer, config)
+        save_result(run_dir / "adapter", model, tokenizer, run_folder.training_config(config))
         screen.show_end(run_folder.read_evaluations(run_dir), run_dir)
     return stop.exit_code
 

@@ -7,7 +7,7 @@ tokens however it is packed, padded, cut into micro-batches or spread over proce
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,8 @@ from finetune.chat import IGNORE, Examples
 from finetune.config import Config
 
 Indices = list[int]
+
+WORTH_SHARING = 8  # tokens that all examples of a row begin with
 
 
 @dataclass(frozen=True)
@@ -170,22 +172,25 @@ def plan_evaluation(plan: Plan, eval_set: Examples) -> list[Indices]:
 
 
 class Boundaries(NamedTuple):
-    """Where the E examples of a packed row lie."""
+    """Where the E examples of a packed row lie: what all begin with, once, then what is each one's own."""
 
     lengths: tuple[int, ...]
-    """Tokens of each: the host's numbers, so that reading them waits for no device"""
+    """Tokens of each one's own: the host's numbers, so that reading them waits for no device"""
     starts: Tensor
-    """[E + 1] int32: the place of each one's first token, and the end of the last"""
+    """[E + 1] int32: the place of each one's own first token, and the end of the last"""
+    prefix: int = 0
+    """Tokens that all begin with: every example sees them, and they see none of it"""
 
     def to(self, device: torch.device) -> "Boundaries":
-        return Boundaries(self.lengths, self.starts.to(device, non_blocking=True))
+        return self._replace(starts=self.starts.to(device, non_blocking=True))
 
     def mask(self) -> Tensor:
         """[1, 1, T, T] bool: True where the token of the row may see that of the column, which is of its own
-        example and not later."""
-        places = torch.arange(sum(self.lengths), device=self.starts.device)
-        example_of_token = torch.searchsorted(self.starts, places, right=True)
-        return (example_of_token[:, None] == example_of_token).tril()[None, None]
+        example, or of what all begin with, and not later."""
+        places = torch.arange(self.prefix + sum(self.lengths), device=self.starts.device)
+        example_of_token = torch.searchsorted(self.starts, places, right=True)  # from 1; 0 is everybody's
+        sees = (example_of_token[:, None] == example_of_token) | (example_of_token == 0)
+        return sees.tril()[None, None]
 
 
 class MicroBatch(NamedTuple):
@@ -195,6 +200,7 @@ class MicroBatch(NamedTuple):
     target_positions [N] long: the places, in the B*T tokens laid end to end, that predict a target token.
     target_ids [N] long: the token each of them should predict.
     limits: of a packed row its Boundaries; of padded rows [B, T] bool, True for tokens that are no padding.
+    num_tokens: how many of the B*T are no padding.
     """
 
     input_ids: Tensor
@@ -202,6 +208,7 @@ class MicroBatch(NamedTuple):
     target_positions: Tensor
     target_ids: Tensor
     limits: Boundaries | Tensor
+    num_tokens: int
 
     def example_of_target(self) -> Tensor:
         """[N] long: which example of this micro-batch each target belongs to, from 0."""
@@ -216,18 +223,49 @@ class MicroBatch(NamedTuple):
             self.target_positions.to(device, non_blocking=True),
             self.target_ids.to(device, non_blocking=True),
             self.limits.to(device),
+            self.num_tokens,
         )
 
 
 def pack(examples: Sequence[dict[str, Any]]) -> MicroBatch:
-    """Lay examples side by side in one row: positions restart, each example is blind to the others."""
-    lengths = tuple(len(example["input_ids"]) for example in examples)
+    """Lay examples side by side in one row: positions restart, each example is blind to the others.
+
+    What all of them begin with (a system prompt, a template's first words) stands in the row once: the tokens
+    behind it see the same as if each example had its own.
+    """
+    prefix = shared_prefix(examples)
+    lengths = tuple(len(example["input_ids"]) - prefix for example in examples)
+
+    def row(column: str) -> Tensor:
+        own = [value for example in examples for value in example[column][prefix:]]
+        return torch.tensor([examples[0][column][:prefix] + own])
+
+    positions = [torch.arange(prefix), *(torch.arange(prefix, prefix + length) for length in lengths)]
     return _micro_batch(
-        input_ids=torch.tensor([[token for example in examples for token in example["input_ids"]]]),
-        labels=torch.tensor([[label for example in examples for label in example["labels"]]]),
-        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
-        limits=Boundaries(lengths, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)),
+        input_ids=row("input_ids"),
+        labels=row("labels"),
+        position_ids=torch.cat(positions)[None],
+        limits=Boundaries(
+            lengths, torch.tensor([*accumulate(lengths, initial=prefix)], dtype=torch.int32), prefix
+        ),
+        num_tokens=prefix + sum(lengths),
     )
+
+
+def shared_prefix(examples: Sequence[dict[str, Any]]) -> int:
+    """How many tokens all examples begin with, of those that predict no target; 0 where hardly any."""
+    if len(examples) < 2:
+        return 0
+    # The last of them predicts each example's own first token, so this must not be a target either.
+    most = min(_first_target(example["labels"]) for example in examples) - 1
+    columns = zip(*(example["input_ids"][:most] for example in examples), strict=False)
+    prefix = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
+    return prefix if prefix >= WORTH_SHARING else 0
+
+
+def _first_target(labels: Sequence[int]) -> int:
+    """Its place; that behind the end where there is none."""
+    return next((place for place, label in enumerate(labels) if label != IGNORE), len(labels))
 
 
 def pad(examples: Sequence[dict[str, Any]]) -> MicroBatch:
@@ -243,17 +281,22 @@ def pad(examples: Sequence[dict[str, Any]]) -> MicroBatch:
         labels[row, :length] = torch.tensor(example["labels"])
         is_token[row, :length] = True
     position_ids = torch.arange(width).expand(shape)
-    return _micro_batch(input_ids, labels, position_ids, is_token)
+    return _micro_batch(input_ids, labels, position_ids, is_token, int(is_token.sum()))
 
 
 def _micro_batch(
-    input_ids: Tensor, labels: Tensor, position_ids: Tensor, limits: Boundaries | Tensor
+    input_ids: Tensor,
+    labels: Tensor,
+    position_ids: Tensor,
+    limits: Boundaries | Tensor,
+    num_tokens: int,
 ) -> MicroBatch:
-    # The token at t predicts the one at t + 1. The first label of an example is IGNORE, so in a packed
-    # row no example predicts the start of the next.
+    # The token at t predicts the one at t + 1. The first label of an example, and that behind a shared
+    # prefix, is IGNORE, so in a packed row no example predicts the start of the next.
     next_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
     target_positions = (next_labels != IGNORE).nonzero().squeeze(1)
-    return MicroBatch(input_ids, position_ids, target_positions, next_labels[target_positions], limits)
+    target_ids = next_labels[target_positions]
+    return MicroBatch(input_ids, position_ids, target_positions, target_ids, limits, num_tokens)
 
 
 def collate(examples: Sequence[dict[str, Any]], packing: bool) -> MicroBatch:

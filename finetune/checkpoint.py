@@ -20,8 +20,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune.config import Config, config_to_yaml
-
 ADAPTER, ADAPTER_CONFIG, OPTIMIZER, STATE, MANIFEST = (
     "adapter_model.safetensors",
     "adapter_config.json",
@@ -111,9 +109,9 @@ def write_checkpoint(
         _write_json(staging / MANIFEST, files)
 
 
-def save_result(folder: Path, model: PeftModel, tokenizer: Any, config: Config) -> None:
+def save_result(folder: Path, model: PeftModel, tokenizer: Any, training_config: str) -> None:
     """Write the result of a run, whole or not at all: it loads with PeftModel and AutoTokenizer, and says how
-    it was trained.
+    it was trained (YAML).
 
     Raises:
         ValueError: the disk is full.
@@ -121,7 +119,7 @@ def save_result(folder: Path, model: PeftModel, tokenizer: Any, config: Config) 
     with _staging(folder, _num_bytes(get_peft_model_state_dict(model).values())) as staging:
         save_adapter(model, staging)
         tokenizer.save_pretrained(staging)
-        (staging / TRAINING_CONFIG).write_text(config_to_yaml(config), encoding="utf-8")
+        (staging / TRAINING_CONFIG).write_text(training_config, encoding="utf-8")
 
 
 @contextmanager

@@ -90,7 +90,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 4
     """Micro-batches per update: an update takes micro_batch_size x this x processes examples"""
     packing: bool = True
-    """Lay whole examples side by side without padding; false pads (the plain path)"""
+    """Lay whole examples side by side, what all begin with once; false pads them (the plain path)"""
     max_tokens_per_micro_batch: int | None = None
     """Most tokens in one forward pass; null is micro_batch_size x data.max_length"""
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
@@ -112,9 +112,9 @@ class FastConfig:
     head_mib: int = 128
     """MiB for the logits of a chunk"""
     lora: bool = True
-    """Each LoRA layer as one function; false: PEFT's own. Their dropout noise differs"""
+    """LoRA layers of one input as one function; false: PEFT's own. Their dropout noise differs"""
     elementwise: bool = True
-    """Norms and gated activations keep their inputs alone; false: all that autograd would"""
+    """Norms, rotary positions, gated activations keep their inputs alone; false: all that autograd would"""
     int8_matmul: Literal["auto", "dequantise", "int8"] = "auto"
     """How int8 weights are multiplied: dequantised first, by activations in int8 (outliers apart), or by the
     faster of the two on this machine"""

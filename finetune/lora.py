@@ -1,11 +1,12 @@
-"""LoRA on a frozen linear layer as one autograd function: the same function of its inputs as PEFT's layers
-compute, with one copy of the input kept and nothing in fp32 that needs not be.
+"""LoRA on frozen linear layers as one autograd function for all that share an input: the same function of its
+inputs as PEFT's layers compute, with one copy of the input kept and nothing in fp32 that needs not be.
 
 PEFT's modules, parameters and files stay as they are; only their forward method is another. PEFT's own is the
 plain path. Dropout noise is another too, with the same mean and variance.
 """
 
 import types
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -24,7 +25,7 @@ INTEGERS = {2: torch.int16, 4: torch.int32}  # by bytes
 
 
 def speed_up(model: nn.Module, int8_matmul: bool = False) -> tuple[int, int]:
-    """Let the LoRA layers compute in one function each; returns how many do, of how many.
+    """Let the LoRA layers compute in one function; returns how many do, of how many.
 
     `int8_matmul` multiplies int8 weights by int8 activations, through bitsandbytes, in the forward pass;
     otherwise weights are dequantised for each multiplication.
@@ -51,77 +52,114 @@ def _is_plain_lora(layer: Any) -> bool:
 
 def _fast_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """x [..., in] -> [..., out]."""
-    names = layer.active_adapters
-    is_usual = len(names) == 1 and names[0] in layer.lora_A and not (layer.disable_adapters or layer.merged)
-    if not is_usual or args or kwargs:
+    if args or kwargs or not _is_usual(layer):
         plain: Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return plain
-    (name,) = names
-    dropout = layer.lora_dropout[name]
-    share = dropout.p if isinstance(dropout, nn.Dropout) and layer.training else 0.0
+    (y,) = _compute([layer], x)
+    return y
+
+
+def project(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
+    """Several layers of the same input: what each gives for x [..., in].
+
+    LoRA layers that compute in one function do so together, with the same dropout noise on the input.
+    """
+    first = layers[0]
+    together = all(
+        getattr(layer.__dict__.get("forward"), "__func__", None) is _fast_forward
+        and _is_usual(layer)
+        and _dropout_of(layer) == _dropout_of(first)
+        and layer.int8_matmul == first.int8_matmul
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        for layer in layers
+    )
+    return _compute(layers, x) if together else [layer(x) for layer in layers]
+
+
+def _is_usual(layer: Any) -> bool:
+    """Whether one adapter is at work, and apart from the weight."""
+    names = layer.active_adapters
+    return len(names) == 1 and names[0] in layer.lora_A and not (layer.disable_adapters or layer.merged)
+
+
+def _dropout_of(layer: Any) -> float:
+    dropout = layer.lora_dropout[layer.active_adapters[0]]
+    return float(dropout.p) if isinstance(dropout, nn.Dropout) and layer.training else 0.0
+
+
+def _compute(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
+    names = [layer.active_adapters[0] for layer in layers]
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     with torch.autocast(kind, enabled=False):
-        y: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+        ys = _LoraLinears.apply(  # type: ignore[no-untyped-call]
             x.reshape(-1, x.shape[-1]).to(dtype),
-            layer.lora_A[name].weight,
-            layer.lora_B[name].weight,
-            layer.base_layer,
-            layer.scaling[name],
-            share,
-            layer.int8_matmul,
+            [layer.base_layer for layer in layers],
+            [layer.scaling[name] for layer, name in zip(layers, names, strict=True)],
+            _dropout_of(layers[0]),
+            layers[0].int8_matmul,
+            *(layer.lora_A[name].weight for layer, name in zip(layers, names, strict=True)),
+            *(layer.lora_B[name].weight for layer, name in zip(layers, names, strict=True)),
         )
-    return y.view(*x.shape[:-1], -1)
+    return [y.view(*x.shape[:-1], -1) for y in ys]
 
 
-class _LoraLinear(torch.autograd.Function):
-    """y = x W^T + bias + scaling * dropout(x) A^T B^T, with gradients for x, A and B.
+class _LoraLinears(torch.autograd.Function):
+    """Of each layer, y = x W^T + bias + scaling * dropout(x) A^T B^T, with gradients for x, A and B.
 
-    x [T, in], A [r, in], B [out, r], y [T, out]. Kept for the backward pass: x, which layers side by side
-    share, and dropout(x) A^T [T, r]. W is dequantised again there, and the noise found again by its place.
+    x [T, in], A [r, in], B [out, r], y [T, out]: first all A, then all B. Kept for the backward pass: x that
+    all share, and of each layer scaling * dropout(x) A^T [T, r]. W is dequantised again there, and the noise
+    found again by its place.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        a: Tensor,
-        b: Tensor,
-        base: Any,
-        scaling: float,
+        bases: list[Any],
+        scalings: list[float],
         dropout: float,
         int8_matmul: bool,
-    ) -> Tensor:
-        y = multiply(x, base, int8_matmul)
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        all_a, all_b = weights[: len(bases)], weights[len(bases) :]
         offsets = draw_offsets(x.numel()) if dropout > 0 else []
-        kept, scaling = x, scaling / (1 - dropped_share(dropout))
-        if dropout > 0:
-            kept = zero_dropped(x, keep_mask(x, dropout, offsets))
-        u = (kept @ a.to(x.dtype).t()).mul_(scaling)
-        y.addmm_(u, b.to(x.dtype).t())
-        ctx.save_for_backward(x, u, a, b)
-        ctx.settings = base, scaling, dropout, offsets, torch.initial_seed()
-        return y
+        kept = x if dropout == 0 else zero_dropped(x, keep_mask(x, dropout, offsets))
+        scalings = [scaling / (1 - dropped_share(dropout)) for scaling in scalings]
+        us = torch.split(kept @ torch.cat(all_a).to(x.dtype).t(), [len(a) for a in all_a], dim=1)
+        ys = []
+        for base, u, b, scaling in zip(bases, us, all_b, scalings, strict=True):
+            y = multiply(x, base, int8_matmul)
+            ys.append(y.addmm_(u.mul_(scaling), b.to(x.dtype).t()))
+        ctx.save_for_backward(x, *us, *weights)
+        ctx.settings = bases, scalings, dropout, offsets, torch.initial_seed()
+        return tuple(ys)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, a, b = ctx.saved_tensors
-        base, scaling, dropout, offsets, seed = ctx.settings
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        bases, scalings, dropout, offsets, seed = ctx.settings
+        x, *saved = ctx.saved_tensors
+        count = len(bases)
+        us, all_a, all_b = saved[:count], saved[count : 2 * count], saved[2 * count :]
         mask = keep_mask(x, dropout, offsets, seed) if dropout > 0 else None
         kept = x if mask is None else zero_dropped(x, mask)
-        v = (dy @ b.to(dy.dtype)).mul_(scaling)
-        db = (u.t() @ dy).t().to(b.dtype)
-        da = (v.t() @ kept).to(a.dtype)
+        layers = zip(dys, all_b, scalings, strict=True)
+        v = torch.cat([(dy @ b.to(dy.dtype)).mul_(scaling) for dy, b, scaling in layers], dim=1)
+        das = torch.split((v.t() @ kept).to(all_a[0].dtype), [len(a) for a in all_a])
+        dbs = [(u.t() @ dy).t().to(b.dtype) for u, dy, b in zip(us, dys, all_b, strict=True)]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ frozen_weight(base, dy.dtype)
+            dx = dys[0] @ frozen_weight(bases[0], x.dtype)
+            for dy, base in zip(dys[1:], bases[1:], strict=True):
+                dx.addmm_(dy, frozen_weight(base, x.dtype))
+            a = torch.cat(all_a).to(x.dtype)
             if mask is None:
-                dx.addmm_(v, a.to(dy.dtype))
+                dx.addmm_(v, a)
             else:
-                through_lora = v @ a.to(dy.dtype)
+                through_lora = v @ a
                 through_lora.view(mask.dtype).bitwise_and_(mask)
                 dx += through_lora
-        return dx, da, db, None, None, None, None
+        return dx, None, None, None, None, *das, *dbs
 
 
 def frozen_weight(base: Any, dtype: torch.dtype) -> Tensor:

@@ -1,13 +1,14 @@
 """Sums over a window of updates, kept on the device, and the means they become once per log line."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from finetune.batching import MicroBatch
 from finetune.loss import TokenSums
 from finetune.signals import largest
 
@@ -73,8 +74,8 @@ def all_finite(accelerator: Any, window: SumWindow, grad_norm: Tensor) -> bool:
 class Stopwatch:
     """Speed since the last reading, of training alone: not of evaluating, not of saving.
 
-    `flop` are what a token and a target token take (`model.training_flop`), `flop_per_second` is what all
-    devices multiply at (`machine.matmul_rate`).
+    `flop` are what a token and a target token take (`model.training_flop`), `flop_per_second` is what this
+    process's device multiplies at (`machine.matmul_rate`).
     """
 
     def __init__(self, flop: tuple[int, int], flop_per_second: float) -> None:
@@ -82,11 +83,15 @@ class Stopwatch:
         self._started = time.perf_counter()
         self._num_tokens = self._num_flop = 0
 
-    def count(self, num_tokens: int, num_target_tokens: int) -> None:
-        """Add an update's tokens: of its examples, without padding."""
+    def count(self, num_tokens: int, micro_batches: Sequence[MicroBatch]) -> None:
+        """Add an update: the tokens of its examples, of all processes, and this process's micro-batches.
+
+        Padding counts in neither, and of a beginning that examples share the work counts once.
+        """
         per_token, per_target = self._flop
         self._num_tokens += num_tokens
-        self._num_flop += num_tokens * per_token + num_target_tokens * per_target
+        for batch in micro_batches:
+            self._num_flop += batch.num_tokens * per_token + len(batch.target_ids) * per_target
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -95,8 +100,8 @@ class Stopwatch:
         self._started += time.perf_counter() - paused_at
 
     def speed(self) -> Metrics:
-        """Useful tokens per second, and the share of the devices' matmul rate that they use (MFU), since the
-        last call."""
+        """Useful tokens per second of all processes, and the share of its device's matmul rate that this one
+        uses (MFU), since the last call."""
         now = time.perf_counter()
         seconds = now - self._started
         metrics: Metrics = {

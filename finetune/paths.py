@@ -73,8 +73,10 @@ class _Trial:
     def __init__(self, accelerator: Any, token_loss: TokenLoss, train_set: Examples) -> None:
         longest, other = int(train_set.lengths.argmax()), int(train_set.lengths.argmin())
         tokens, before = train_set.dataset[longest]["input_ids"], train_set.dataset[other]["input_ids"][:64]
+        shared = min(16, len(tokens) // 4)  # a beginning that stands in the packed row but once
+        before = tokens[:shared] + before
         first = {"input_ids": before, "labels": [IGNORE] * len(before)}
-        second = {"input_ids": tokens, "labels": [IGNORE, *tokens[1:]]}
+        second = {"input_ids": tokens, "labels": [IGNORE] * (shared + 1) + tokens[shared + 1 :]}
         self.alone = pad([second]).to(accelerator.device)
         self.behind = pack([first, second]).to(accelerator.device)
         self._accelerator, self._token_loss = accelerator, token_loss
@@ -176,8 +178,8 @@ def _computes_logits(token_loss: TokenLoss, head: nn.Linear, batch: MicroBatch) 
 
 
 def _choose_lora(config: Config, model: nn.Module, int8: Setting, trial: _Trial, expected: Tensor) -> Setting:
-    """One function per LoRA layer."""
-    name, fused, plain = "LoRA layers", "one function each", "PEFT's"
+    """One function for the LoRA layers of each input."""
+    name, fused, plain = "LoRA layers", "one function for each input", "PEFT's"
     if not config.fast.lora:
         return Setting(name, plain, plain)
     num_fast, num_all = lora.speed_up(model, int8.got == "int8")
@@ -192,12 +194,12 @@ def _choose_lora(config: Config, model: nn.Module, int8: Setting, trial: _Trial,
 
 
 def _choose_elementwise(config: Config, model: nn.Module, trial: _Trial, expected: Tensor) -> Setting:
-    """Norms and gated activations that keep less."""
-    name, fast, plain = "norms, activations", "keep their inputs", "the model's"
+    """Norms, rotary positions and gated activations that keep less."""
+    name, fast, plain = "norms, rotary, SiLU", "keep their inputs", "the model's"
     if not config.fast.elementwise:
         return Setting(name, plain, plain)
     if elementwise.speed_up(model) == 0:
-        return Setting(name, fast, plain, "no RMS norm and no gated SiLU that is known")
+        return Setting(name, fast, plain, "no norm, rotary attention or gated SiLU that is known")
     if fault := trial.fault(trial.alone, expected):
         elementwise.slow_down(model)
         return Setting(name, fast, plain, f"tried on the longest example: {fault}")

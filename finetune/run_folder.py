@@ -39,7 +39,6 @@ FREE_KEYS = (
     "train.max_tokens_per_micro_batch",
     "train.gradient_checkpointing",
     "fast.attention",
-    "fast.elementwise",
     "fast.head",
 )
 
@@ -127,6 +126,17 @@ def _differing_keys(saved: dict[str, Any], config: Config) -> list[str]:
         for key in {**before, **now}
         if before.get(key) != now.get(key) and not key.startswith(FREE_KEYS)
     ]
+
+
+def training_config(config: Config) -> str:
+    """The configuration (YAML) without the keys that do not change what an update is: two runs that train the
+    same write the same."""
+    kept: dict[str, Any] = {}
+    for key, value in flatten(config_to_dict(config)).items():
+        if not key.startswith(FREE_KEYS):
+            section, _, name = key.partition(".")
+            kept.setdefault(section, {})[name] = value
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
 
 
 def start_run(

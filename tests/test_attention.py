@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from finetune.attention import BLOCK, packed_attention
+from finetune.attention import BLOCK, _rows_of, packed_attention
 from finetune.batching import Boundaries
 
 any_row = settings(deadline=None, max_examples=25)
@@ -24,9 +24,9 @@ heads = st.sampled_from([2, 4, 6]).flatmap(
 lists_of_lengths = st.lists(st.integers(1, 300) | st.integers(1, 20), min_size=1, max_size=5)
 
 
-def make_boundaries(lengths: list[int]) -> Boundaries:
-    starts = [sum(lengths[:number]) for number in range(len(lengths) + 1)]
-    return Boundaries(tuple(lengths), torch.tensor(starts, dtype=torch.int32))
+def make_boundaries(lengths: list[int], prefix: int = 0) -> Boundaries:
+    starts = [prefix + sum(lengths[:number]) for number in range(len(lengths) + 1)]
+    return Boundaries(tuple(lengths), torch.tensor(starts, dtype=torch.int32), prefix)
 
 
 def random_inputs(
@@ -90,6 +90,50 @@ def test_output_and_gradients_are_those_of_each_example_alone(dtype, tolerance, 
     for got, right in zip(gradients, expected_gradients, strict=True):
         assert (got.dtype, got.shape) == (dtype, right.shape)
         assert (got.double() - right).norm() < tolerance * max(right.norm(), least)
+
+
+def expand(tensor: Tensor, lengths: list[int], prefix: int) -> Tensor:
+    """[1, heads, tokens, size] in which each example has what all begin with for its own."""
+    shared, *own = tensor.split([prefix, *lengths], dim=2)
+    return torch.cat([part for one in own for part in (shared, one)], dim=2)
+
+
+@fp32_and_bf16
+@any_row
+@given(lengths=lists_of_lengths, prefix=st.integers(1, 150), heads=heads, seed=st.integers(0, 999))
+@example(lengths=[BLOCK, BLOCK, 1], prefix=BLOCK, heads=(4, 2), seed=0)
+@example(lengths=[1, 1], prefix=1, heads=(2, 2), seed=0)
+@example(lengths=[3, 200, 200], prefix=17, heads=(6, 2), seed=0)
+def test_what_examples_begin_with_counts_as_if_each_had_its_own(
+    dtype, tolerance, lengths, prefix, heads, seed
+):
+    scale, size = 0.3, 8
+    inputs = random_inputs(prefix + sum(lengths), *heads, size, dtype, seed)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    whole = [length + prefix for length in lengths]
+    expanded = reference(*(expand(tensor, lengths, prefix) for tensor in exact), whole, scale)
+    rows = [part[:, prefix:] for part in expanded.split(whole, dim=1)]
+    expected = torch.cat([expanded[:, :prefix], *rows], dim=1)
+    output, _ = packed_attention(
+        None, *inputs, None, boundaries=make_boundaries(lengths, prefix), scaling=scale
+    )
+    assert distance(output, expected) < tolerance
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    gradients = torch.autograd.grad(output, inputs, grad)
+    expected_gradients = torch.autograd.grad(expected, exact, grad.double())
+    least = 1e-2 * max(gradient.norm() for gradient in expected_gradients)
+    for got, right in zip(gradients, expected_gradients, strict=True):
+        assert (got.double() - right).norm() < tolerance * max(right.norm(), least)
+
+
+def test_the_sequences_of_a_row_are_what_a_kernel_for_several_lengths_takes():
+    rows = _rows_of((2, 3), 2, torch.device("cpu"))
+    assert (rows.num_queries, rows.num_keys) == ([2, 2, 3], [2, 4, 5])
+    assert rows.query_starts.tolist() == [0, 2, 4, 7]
+    assert rows.key_starts.tolist() == [0, 2, 6, 11]
+    assert rows.key_places.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5, 6]
+    alone = _rows_of((2, 3), 0, torch.device("cpu"))
+    assert (alone.num_queries, alone.num_keys, alone.key_places) == ([2, 3], [2, 3], None)
 
 
 def test_without_a_scale_it_is_the_root_of_the_head_size():

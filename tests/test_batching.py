@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.batching import (
+    WORTH_SHARING,
     Boundaries,
     Layout,
     MicroBatch,
@@ -23,6 +24,7 @@ from finetune.batching import (
     pack,
     pad,
     plan_evaluation,
+    shared_prefix,
     split_over_processes,
 )
 from finetune.chat import IGNORE, Examples
@@ -251,7 +253,24 @@ examples_with_tokens = st.integers(1, 8).flatmap(
         st.lists(st.booleans(), min_size=length, max_size=length),
     )
 )
-lists_of_examples = st.lists(examples_with_tokens, min_size=1, max_size=6)
+
+
+def behind(beginning: list[int], examples: list[dict[str, list[int]]]) -> list[dict[str, list[int]]]:
+    """The examples with tokens before them that are no targets."""
+    return [
+        {
+            "input_ids": beginning + example["input_ids"],
+            "labels": [IGNORE] * len(beginning) + example["labels"],
+        }
+        for example in examples
+    ]
+
+
+lists_of_examples = st.builds(
+    behind,
+    st.just([]) | st.lists(st.integers(0, 50), max_size=20),
+    st.lists(examples_with_tokens, min_size=1, max_size=6),
+)
 
 
 def targets_one_by_one(examples: list[dict[str, list[int]]], starts: list[int]) -> list[tuple[int, int]]:
@@ -272,28 +291,54 @@ def targets_in(batch) -> list[tuple[int, int]]:
 @given(lists_of_examples)
 def test_a_packed_row_gives_the_examples_back(examples):
     batch = pack(examples)
-    assert (
-        batch.input_ids.shape == batch.position_ids.shape == (1, sum(len(e["input_ids"]) for e in examples))
-    )
-    # Where positions start anew, a new example starts.
-    starts = (batch.position_ids[0] == 0).nonzero().flatten().tolist()
-    pieces = [piece.tolist() for piece in batch.input_ids[0].tensor_split(starts[1:])]
-    assert pieces == [example["input_ids"] for example in examples]
-    positions = [piece.tolist() for piece in batch.position_ids[0].tensor_split(starts[1:])]
-    assert positions == [list(range(len(piece))) for piece in pieces]
-    assert targets_in(batch) == targets_one_by_one(examples, starts)
-    assert all(tensor.dtype == torch.long for tensor in batch[:-1])
+    prefix, starts = batch.limits.prefix, batch.limits.starts.tolist()
+    num_tokens = sum(len(e["input_ids"]) - prefix for e in examples) + prefix
+    assert batch.input_ids.shape == batch.position_ids.shape == (1, num_tokens)
+    assert batch.num_tokens == num_tokens
+    shared, *pieces = (piece.tolist() for piece in batch.input_ids[0].tensor_split(starts[:-1]))
+    assert [shared + piece for piece in pieces] == [example["input_ids"] for example in examples]
+    shared, *pieces = (piece.tolist() for piece in batch.position_ids[0].tensor_split(starts[:-1]))
+    assert [shared + piece for piece in pieces] == [list(range(len(e["input_ids"]))) for e in examples]
+    assert targets_in(batch) == targets_one_by_one(examples, [start - prefix for start in starts[:-1]])
+    assert all(tensor.dtype == torch.long for tensor in batch[:4])
+
+
+@any_examples
+@given(lists_of_examples)
+def test_what_is_shared_predicts_no_target_and_leaves_each_example_a_token(examples):
+    prefix = shared_prefix(examples)
+    assert prefix == 0 or (prefix >= WORTH_SHARING and len(examples) > 1)
+    for example in examples:
+        assert example["input_ids"][:prefix] == examples[0]["input_ids"][:prefix]
+        assert example["labels"][: prefix + 1] == [IGNORE] * min(prefix + 1, len(example["labels"]))
+        assert len(example["input_ids"]) > prefix
+
+
+def test_all_that_is_alike_before_the_targets_is_shared():
+    common = list(range(20))
+    examples = [{"input_ids": [*common, own, 3, 4], "labels": [IGNORE] * 21 + [3, 4]} for own in (30, 31, 32)]
+    assert shared_prefix(examples) == 20
+    assert shared_prefix(examples[:1]) == 0
+    assert shared_prefix([*examples, {"input_ids": common[:5], "labels": [IGNORE] * 5}]) == 0
+    earlier = {"input_ids": common, "labels": [IGNORE] * 12 + common[12:]}
+    assert shared_prefix([*examples, earlier]) == 11  # the twelfth predicts a target
+    every_token = {"input_ids": common, "labels": [IGNORE, *common[1:]]}
+    assert shared_prefix([every_token, every_token]) == 0
 
 
 @any_examples
 @given(lists_of_examples)
 def test_a_packed_token_sees_its_own_example_up_to_itself_and_nothing_else(examples):
-    owner = [number for number, example in enumerate(examples) for _ in example["input_ids"]]
+    limits = pack(examples).limits
+    owner = [None] * limits.prefix
+    owner += [
+        number for number, example in enumerate(examples) for _ in example["input_ids"][limits.prefix :]
+    ]
     sees = [
-        [owner[row] == owner[column] and column <= row for column in range(len(owner))]
+        [owner[column] in (None, owner[row]) and column <= row for column in range(len(owner))]
         for row in range(len(owner))
     ]
-    mask = pack(examples).limits.mask()
+    mask = limits.mask()
     assert mask.dtype == torch.bool
     assert mask.tolist() == [[sees]]
 
@@ -302,9 +347,10 @@ def test_a_packed_token_sees_its_own_example_up_to_itself_and_nothing_else(examp
 @given(lists_of_examples)
 def test_the_boundaries_of_a_packed_row_are_where_its_examples_lie(examples):
     limits = pack(examples).limits
-    assert limits.lengths == tuple(len(example["input_ids"]) for example in examples)
+    assert limits.lengths == tuple(len(example["input_ids"]) - limits.prefix for example in examples)
     assert limits.starts.dtype == torch.int32
-    assert limits.starts.tolist() == [sum(limits.lengths[:number]) for number in range(len(examples) + 1)]
+    before = [sum(limits.lengths[:number]) for number in range(len(examples) + 1)]
+    assert limits.starts.tolist() == [limits.prefix + number for number in before]
 
 
 @any_examples
@@ -321,15 +367,26 @@ def test_padded_rows_give_the_examples_back(examples):
     assert batch.position_ids.tolist() == [list(range(width))] * len(examples)
     starts = [row * width for row in range(len(examples))]
     assert targets_in(batch) == targets_one_by_one(examples, starts)
-    assert all(tensor.dtype == torch.long for tensor in batch[:-1])
+    assert batch.num_tokens == sum(lengths)
+    assert all(tensor.dtype == torch.long for tensor in batch[:4])
+
+
+@any_examples
+@given(lists_of_examples, st.booleans())
+def test_each_target_knows_its_example(examples, packing):
+    batch = collate(examples, packing)
+    counts = [sum(label != IGNORE for label in example["labels"]) for example in examples]
+    expected = [number for number, count in enumerate(counts) for _ in range(count)]
+    assert batch.example_of_target().tolist() == expected
 
 
 def assert_equal(got: MicroBatch, expected: MicroBatch) -> None:
-    for one, other in zip(got[:-1], expected[:-1], strict=True):
+    for one, other in zip(got[:4], expected[:4], strict=True):
         assert torch.equal(one, other)
+    assert got.num_tokens == expected.num_tokens
     assert type(got.limits) is type(expected.limits)
     if isinstance(expected.limits, Boundaries):
-        assert got.limits.lengths == expected.limits.lengths
+        assert (got.limits.lengths, got.limits.prefix) == (expected.limits.lengths, expected.limits.prefix)
         assert torch.equal(got.limits.starts, expected.limits.starts)
     else:
         assert torch.equal(got.limits, expected.limits)

@@ -64,17 +64,26 @@ def loss_and_gradient(loss: TokenLoss) -> tuple[float, torch.Tensor]:
     return float(sums.nll), torch.cat(gradients)
 
 
-def test_packed_attention_is_that_of_each_example_alone():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])  # the kernel for several lengths, and none
+@pytest.mark.parametrize("prefix", [0, 13])
+def test_packed_attention_is_that_of_each_example_alone(prefix, dtype):
     torch.manual_seed(0)
-    starts = torch.tensor([0, *np.cumsum(LENGTHS)], dtype=torch.int32, device="cuda")
+    starts = torch.tensor([0, *np.cumsum(LENGTHS)], dtype=torch.int32, device="cuda") + prefix
     query, key, value = (
-        torch.randn(1, heads, sum(LENGTHS), 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        torch.randn(1, heads, prefix + sum(LENGTHS), 64, device="cuda", dtype=dtype, requires_grad=True)
         for heads in (4, 2, 2)
     )
-    got, _ = packed_attention(None, query, key, value, None, boundaries=Boundaries(tuple(LENGTHS), starts))
-    parts = zip(*(tensor.float().split(LENGTHS, dim=2) for tensor in (query, key, value)), strict=True)
-    alone = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts]
-    expected = torch.cat(alone, dim=2).transpose(1, 2)
+    boundaries = Boundaries(tuple(LENGTHS), starts, prefix)
+    got, _ = packed_attention(None, query, key, value, None, boundaries=boundaries)
+    shared, *own = zip(
+        *(tensor.float().split([prefix, *LENGTHS], dim=2) for tensor in (query, key, value)), strict=True
+    )
+    alone = []
+    for parts in own:
+        whole = [torch.cat(pair, dim=2) for pair in zip(shared, parts, strict=True)]
+        alone.append(F.scaled_dot_product_attention(*whole, is_causal=True, enable_gqa=True))
+    expected = torch.cat([alone[0][:, :, :prefix], *(one[:, :, prefix:] for one in alone)], dim=2)
+    expected = expected.transpose(1, 2)
     assert (got.float() - expected).norm() < 1e-2 * expected.norm()
     weights = torch.randn_like(expected)
     gradients = torch.autograd.grad((got.float() * weights).sum(), (query, key, value))

@@ -88,6 +88,7 @@ def test_the_record_of_a_run_says_what_it_ran_on_and_with(run_train, tmp_path, r
         "num_processes",
         "int8",
         "global_batch_size",
+        "base",
         "started_from",
         "data",
     }
@@ -182,8 +183,8 @@ def test_every_part_is_in_the_table_of_asked_and_got(run_train, capsys):
         "layout": "packed",
         "attention": "packed, per example, in blocks",
         "loss": "target tokens in chunks of 128 MiB",
-        "LoRA layers": "one function each",
-        "norms, activations": "keep their inputs",
+        "LoRA layers": "one function for each input",
+        "norms, rotary, SiLU": "keep their inputs",
         "int8 weights": table["int8 weights"][0],
     }
     _, int8, measured = table.pop("int8 weights")
@@ -197,7 +198,7 @@ def test_paths_that_are_switched_off_are_in_the_table_as_asked(run_train, capsys
     off = {f"fast__{path}": False for path in ("attention", "head", "lora", "elementwise")}
     run_train(**SHORT, **off, optim__name="adamw")
     table = table_of(capsys.readouterr().out)
-    parts = ("attention", "loss", "LoRA layers", "norms, activations", "int8 weights")
+    parts = ("attention", "loss", "LoRA layers", "norms, rotary, SiLU", "int8 weights")
     plain = ["sdpa", "all logits of target tokens", "PEFT's", "the model's", "none"]
     assert [table[part][0] for part in parts] == plain
     assert all(asked == got and why == "" for asked, got, why in table.values())

@@ -127,18 +127,22 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+def batch_of(num_tokens: int, num_targets: int) -> Any:
+    return SimpleNamespace(num_tokens=num_tokens, target_ids=[0] * num_targets)
+
+
 def test_the_rate_is_tokens_by_seconds(clock):
     stopwatch = Stopwatch((1, 2), 100.0)
-    stopwatch.count(30, 0)
+    stopwatch.count(30, [])
     clock.now += 2
-    stopwatch.count(50, 0)
+    stopwatch.count(50, [])
     clock.now += 2
     assert stopwatch.speed()["useful_tokens_per_second"] == 20
 
 
 def test_the_share_of_the_matmul_rate_counts_tokens_and_targets_by_what_they_take(clock):
     stopwatch = Stopwatch((3, 50), 1000.0)
-    stopwatch.count(100, 10)
+    stopwatch.count(150, [batch_of(60, 4), batch_of(40, 6)])
     clock.now += 2
     assert stopwatch.speed()["mfu"] == (100 * 3 + 10 * 50) / 2 / 1000
     clock.now += 1
@@ -147,10 +151,10 @@ def test_the_share_of_the_matmul_rate_counts_tokens_and_targets_by_what_they_tak
 
 def test_each_reading_starts_anew(clock):
     stopwatch = Stopwatch((1, 2), 100.0)
-    stopwatch.count(1000, 0)
+    stopwatch.count(1000, [])
     clock.now += 1
     stopwatch.speed()["useful_tokens_per_second"]
-    stopwatch.count(10, 0)
+    stopwatch.count(10, [])
     clock.now += 5
     assert stopwatch.speed()["useful_tokens_per_second"] == 2
 
@@ -162,18 +166,18 @@ def test_pauses_do_not_count(clock):
         with stopwatch.paused():
             clock.now += seconds
         clock.now += 1
-    stopwatch.count(12, 0)
+    stopwatch.count(12, [])
     clock.now += 1
     assert stopwatch.speed()["useful_tokens_per_second"] == 3
 
 
 def test_a_pause_belongs_to_its_own_reading(clock):
     stopwatch = Stopwatch((1, 2), 100.0)
-    stopwatch.count(8, 0)
+    stopwatch.count(8, [])
     clock.now += 2
     assert stopwatch.speed()["useful_tokens_per_second"] == 4
     with stopwatch.paused():
         clock.now += 50
-    stopwatch.count(8, 0)
+    stopwatch.count(8, [])
     clock.now += 4
     assert stopwatch.speed()["useful_tokens_per_second"] == 2

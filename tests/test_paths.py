@@ -28,7 +28,7 @@ SWITCHES = [field.name for field in fields(FastConfig) if field.type is bool]
 PACKED_NAME, CHUNKS, FUSED = (
     "packed, per example, in blocks",
     "target tokens in chunks of 128 MiB",
-    "one function each",
+    "one function for each input",
 )
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="names what computes on a processor")

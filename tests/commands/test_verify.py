@@ -14,7 +14,7 @@ from conftest import read_metrics
 from transformers import AutoModelForCausalLM
 
 import finetune.commands.verify
-from finetune import attention, lora, loss
+from finetune import attention, elementwise, lora, loss
 from finetune.__main__ import main
 from finetune.batching import make_plan
 from finetune.commands.verify import compute_update
@@ -111,7 +111,7 @@ def test_the_fast_paths_agree_with_the_plain_ones_in_every_update(verify, quanti
     updates = updates_of(printed)
     assert [row[0] for row in updates] == ["1", "2", "3", "4"]
     assert "do NOT" not in printed
-    assert "one function each" in printed  # they are on, and have something to agree with
+    assert "one function for each input" in printed  # they are on, and have something to agree with
     assert "target tokens in chunks" in printed
     assert "packed, per example, in blocks" in printed
 
@@ -138,7 +138,7 @@ def test_without_a_fast_path_and_without_packing_both_sides_are_the_same_bits(
 def test_packed_rows_without_a_fast_path_agree(verify, quantization, precision):
     code, printed = verify(*ALL_PLAIN, *asked_for(quantization, precision))
     assert code == 0, printed
-    assert "one function each" not in printed
+    assert "one function for each input" not in printed
     assert "target tokens in chunks" not in printed
 
 
@@ -157,34 +157,33 @@ def test_it_writes_nothing(verify, tmp_path):
 
 
 def scale_lora(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = lora._LoraLinear
+    real = lora._LoraLinears
 
     class Wrong:
         @staticmethod
-        def apply(x, a, b, base, scaling, *others):
-            return real.apply(x, a, b, base, 1.05 * scaling, *others)
+        def apply(x, bases, scalings, *others):
+            return real.apply(x, bases, [1.05 * scaling for scaling in scalings], *others)
 
-    monkeypatch.setattr(lora, "_LoraLinear", Wrong)
+    monkeypatch.setattr(lora, "_LoraLinears", Wrong)
 
 
 def scale_gradient_of_lora(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wrong(lora._LoraLinear):
-        @staticmethod
-        def backward(ctx, dy):
-            dx, da, db, *others = super(Wrong, Wrong).backward(ctx, dy)
-            return dx, da, 1.05 * db, *others
+    scale_gradients(monkeypatch, of_a=1, of_b=1.05)
 
-    monkeypatch.setattr(lora, "_LoraLinear", Wrong)
+
+def scale_gradients(monkeypatch: pytest.MonkeyPatch, of_a: float, of_b: float) -> None:
+    class Wrong(lora._LoraLinears):
+        @staticmethod
+        def backward(ctx, *dys):
+            results = super(Wrong, Wrong).backward(ctx, *dys)
+            others, das, dbs = results[:5], results[5 : 5 + len(dys)], results[5 + len(dys) :]
+            return *others, *(of_a * da for da in das), *(of_b * db for db in dbs)
+
+    monkeypatch.setattr(lora, "_LoraLinears", Wrong)
 
 
 def scale_gradient_of_a(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wrong(lora._LoraLinear):
-        @staticmethod
-        def backward(ctx, dy):
-            dx, da, *others = super(Wrong, Wrong).backward(ctx, dy)
-            return dx, 1.05 * da, *others
-
-    monkeypatch.setattr(lora, "_LoraLinear", Wrong)
+    scale_gradients(monkeypatch, of_a=1.05, of_b=1)
 
 
 def scale_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +224,21 @@ def scale_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def leak_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     real = attention._blocks
-    monkeypatch.setattr(attention, "_blocks", lambda lengths, group: real((sum(lengths),), group))
+    monkeypatch.setattr(
+        attention, "_blocks", lambda lengths, prefix, group: real((sum(lengths),), prefix, group)
+    )
+
+
+def leave_out_what_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = attention._blocks
+    monkeypatch.setattr(
+        attention, "_blocks", lambda lengths, prefix, group: real((prefix, *lengths), 0, group)
+    )
+
+
+def turn_positions_the_wrong_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = elementwise._rotated
+    monkeypatch.setattr(elementwise, "_rotated", lambda x, cos, sin, _: real(x, cos, sin, 1))
 
 
 MISTAKES = [
@@ -236,6 +249,7 @@ MISTAKES = [
     scale_the_head,
     scale_attention,
     leak_attention,
+    turn_positions_the_wrong_way,
 ]
 
 
