@@ -5,6 +5,7 @@ tokens however it is packed, padded, cut into micro-batches or spread over proce
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, takewhile
@@ -310,10 +311,19 @@ def collate(examples: Sequence[dict[str, Any]], packing: bool) -> MicroBatch:
 def iterate_updates(
     plan: Plan, dataset: Any, first_step: int, device: torch.device
 ) -> Iterator[tuple[Update, list[MicroBatch]]]:
-    """Updates from `first_step` on, each with its micro-batches on the device."""
-    for step in range(first_step, plan.num_steps):
+    """Updates from `first_step` on, each with its micro-batches on the device: built while the one before is
+    computed."""
+
+    def build(step: int) -> tuple[Update, list[MicroBatch]]:
         update = plan.update(step)
-        yield update, list(iterate_batches(update.micro_batches, dataset, plan.layout.packing, device))
+        return update, list(iterate_batches(update.micro_batches, dataset, plan.layout.packing, device))
+
+    with ThreadPoolExecutor(max_workers=1) as builder:
+        ahead = builder.submit(build, first_step)
+        for step in range(first_step, plan.num_steps):
+            built = ahead.result()
+            ahead = builder.submit(build, min(step + 1, plan.num_steps - 1))
+            yield built
 
 
 def iterate_batches(
