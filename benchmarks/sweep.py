@@ -4,18 +4,17 @@
 
 Short real runs of the seed job's configuration (configs/alpaca.yaml, int8 base), one after the other, each in
 a process of its own. The seconds are those of the updates, without start and checkpoint; useful tokens are
-those of the examples, without padding. The plot is drawn by hand: nothing needs to be installed for it.
+those of the examples, without padding.
 """
 
 import argparse
-import math
 import sys
 import tempfile
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 from common import (
     matmul_gflop_per_second,
@@ -105,85 +104,35 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     return measured
 
 
-# The plot: a panel for each thing that is swept, and in it a strip for each thing that is measured.
-
-STRIPS = (
-    ("seconds_per_useful_token", 1e3, "ms per useful token", "#1d5fa8", "{:.2f}"),
-    ("peak_rss_gib", 1.0, "peak RSS (GiB)", "#b3541e", "{:.2f}"),
-)
-PANEL_WIDTH, STRIP_HEIGHT, GAP, LEFT, TOP = 215, 110, 30, 64, 44
-
-
-def draw(measured: Sequence[dict[str, Any]], title: str) -> str:
-    """An SVG on white of its own, so that it can be read on a dark page too."""
-    width = LEFT + len(PANELS) * (PANEL_WIDTH + GAP)
-    height = TOP + 2 * (STRIP_HEIGHT + GAP) + 18
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" font-family="system-ui, sans-serif" font-size="11" fill="#333">',
-        f'<rect width="{width}" height="{height}" fill="#fff"/>',
-        _text(LEFT, 20, title, "start", 'font-size="13"'),
-    ]
-    for row, (key, scale, label, colour, pattern) in enumerate(STRIPS):
-        top = TOP + row * (STRIP_HEIGHT + GAP)
-        step = _nice_step(max(run[key] for run in measured) * scale)
-        highest = step * math.ceil(1.15 * max(run[key] for run in measured) * scale / step)
-        middle = top + STRIP_HEIGHT / 2
-        parts.append(
-            _text(16, middle, label, "middle", f'transform="rotate(-90 16 {middle})" fill="{colour}"')
-        )
-        for column, (name, x_label) in enumerate(PANELS.items()):
-            left = LEFT + column * (PANEL_WIDTH + GAP)
+def draw(measured: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """A column for each thing that is swept, and in it a panel for each thing that is measured."""
+    strips = (
+        ("seconds_per_useful_token", 1e3, "ms per useful token", "#1d5fa8"),
+        ("peak_rss_gib", 1.0, "peak RSS (GiB)", "#b3541e"),
+    )
+    figure, axes = plt.subplots(len(strips), len(PANELS), figsize=(12, 5), sharey="row", sharex="col")
+    for row, (key, scale, label, colour) in zip(axes, strips, strict=True):
+        for panel, name in zip(row, PANELS, strict=True):
             runs = sorted(
                 (run["places"][name], run[key] * scale) for run in measured if name in run["places"]
             )
-            parts += _draw_strip(runs, left, top, step, highest, colour, pattern, has_ticks=column == 0)
-            if row == len(STRIPS) - 1:
-                parts.append(_text(left + PANEL_WIDTH / 2, top + STRIP_HEIGHT + 34, x_label, "middle"))
-    return "\n".join([*parts, "</svg>\n"])
-
-
-def _draw_strip(
-    runs: Sequence[tuple[int, float]],
-    left: float,
-    top: float,
-    step: float,
-    highest: float,
-    colour: str,
-    pattern: str,
-    has_ticks: bool,
-) -> list[str]:
-    """A line through runs (x, y) over a grid that begins at 0; x is logarithmic."""
-    bottom = top + STRIP_HEIGHT
-    first, last = math.log(runs[0][0]), math.log(runs[-1][0])
-    parts = []
-    for tick in range(round(highest / step) + 1):
-        y = bottom - STRIP_HEIGHT * tick * step / highest
-        line = "#888" if tick == 0 else "#e4e4e4"
-        parts.append(f'<path d="M{left} {y:.1f}h{PANEL_WIDTH}" stroke="{line}"/>')
-        if has_ticks:
-            parts.append(_text(left - 6, y + 4, f"{tick * step:g}", "end"))
-    marks = []
-    for x, y in runs:
-        share = (math.log(x) - first) / (last - first) if last > first else 0.5
-        marks.append((left + 22 + (PANEL_WIDTH - 44) * share, bottom - STRIP_HEIGHT * y / highest))
-        parts.append(_text(marks[-1][0], bottom + 15, f"{x:,}", "middle"))
-    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in marks)
-    parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-    for (x, y), (_, value) in zip(marks, runs, strict=True):
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>')
-        parts.append(_text(x, y - 8, pattern.format(value), "middle", f'fill="{colour}"'))
-    return parts
-
-
-def _text(x: float, y: float, text: str, anchor: str, attributes: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {attributes}>{escape(text)}</text>'
-
-
-def _nice_step(highest: float) -> float:
-    """1, 2 or 5 times a power of ten, such that three to six of them reach `highest`."""
-    power = 10.0 ** math.floor(math.log10(highest / 3))
-    return next(factor * power for factor in (1, 2, 5, 10) if highest / (factor * power) <= 5)
+            panel.plot(*zip(*runs, strict=True), "o-", color=colour)
+            for x, y in runs:
+                panel.annotate(
+                    f"{y:.2f}", (x, y), (0, 6), textcoords="offset points", ha="center", color=colour
+                )
+            panel.set_xscale("log")
+            panel.set_xticks([x for x, _ in runs], [f"{x:,}" for x, _ in runs], minor=False)
+            panel.set_xticks([], minor=True)
+            panel.grid(axis="y", alpha=0.3)
+            panel.margins(x=0.15)
+        row[0].set_ylim(0, 1.2 * max(run[key] * scale for run in measured))
+        row[0].set_ylabel(label, color=colour)
+    for panel, label in zip(axes[-1], PANELS.values(), strict=True):
+        panel.set_xlabel(label)
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> int:
@@ -210,9 +159,7 @@ def main() -> int:
     write_result(args.out, result)
     hardware = f"{record['environment']['processor']}; {record['environment']['device']}"
     args.plot.parent.mkdir(parents=True, exist_ok=True)
-    args.plot.write_text(
-        draw(measured, f"train.py, {Path(args.model).name}, int8 base, on {hardware}"), encoding="utf-8"
-    )
+    draw(measured, f"train.py, {Path(args.model).name}, int8 base, on {hardware}", args.plot)
     return 0
 
 
