@@ -455,3 +455,74 @@ def test_activations_in_int8_give_nearly_the_same_output_and_the_very_same_gradi
     error = (in_int8.pop("y").float() - dequantised["y"].float()).norm()
     assert 0 < error < 5e-2 * dequantised.pop("y").float().norm()
     assert_equal(in_int8, dequantised)
+
+
+# Several layers of one input
+
+
+def three_layers(kind: str, dropout: float) -> list[Any]:
+    """Of different widths, scales and weights."""
+    layers = [lora_layer(kind, dropout=dropout, sizes=(IN, size, RANK)) for size in (OUT, 16, 24)]
+    for number, layer in enumerate(layers, 1):
+        layer.scaling["default"] *= number
+        with torch.no_grad():
+            layer.lora_A["default"].weight.mul_(1 + number / 10)
+        lora.speed_up(layer)
+    return layers
+
+
+def results_of(layers: list[Any], x: Tensor, ys: list[Tensor]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    dys = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in ys]
+    weights = [half["default"].weight for layer in layers for half in (layer.lora_A, layer.lora_B)]
+    gradients = torch.autograd.grad(ys, [x, *weights], dys)
+    named = {f"y{number}": y.detach() for number, y in enumerate(ys)}
+    return {**named, **{f"gradient {number}": gradient for number, gradient in enumerate(gradients)}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_of_one_input_compute_together_what_each_computes(kind):
+    layers, x = three_layers(kind, 0.0), random_input(kind)
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind != "fp32"):
+        alone = [layer(x) for layer in layers]
+        together = lora.project(layers, x)
+    tolerance = 1e-5 if kind == "fp32" else 1e-2
+    assert_near(results_of(layers, x, together), results_of(layers, x, alone), tolerance)
+
+
+def test_layers_of_one_input_drop_the_same_numbers_of_it():
+    layers, x = three_layers("fp32", 0.5), random_input()
+    reseed(0, 0, 0)
+    alone = []
+    for layer in layers:
+        lora.slow_down(layer)
+        with torch.no_grad():
+            base = layer.base_layer(x)
+            reseed(0, 0, 0)
+            kept = lora.zero_dropped(x, lora.keep_mask(x, 0.5, lora.draw_offsets(x.numel()))) / 0.5
+            update = kept @ layer.lora_A["default"].weight.t() @ layer.lora_B["default"].weight.t()
+            alone.append(base + layer.scaling["default"] * update)
+        lora.speed_up(layer)
+    reseed(0, 0, 0)
+    for got, expected in zip(lora.project(layers, x), alone, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spoil", ["plain", "off", "another dropout", "a hook"])
+def test_layers_that_cannot_compute_together_compute_alone(spoil, monkeypatch):
+    layers, x = three_layers("fp32", 0.0), random_input()
+    seen: list[str] = []
+    if spoil == "plain":
+        lora.slow_down(layers[1])
+    elif spoil == "off":
+        layers[1].enable_adapters(False)
+    elif spoil == "another dropout":
+        layers[1].lora_dropout["default"] = nn.Dropout(0.9)
+    else:
+        layers[1].register_forward_hook(lambda *_: seen.append("hook"))
+    reseed(0, 0, 0)
+    expected = [layer(x) for layer in layers]
+    reseed(0, 0, 0)
+    got = lora.project(layers, x)
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+    assert seen == (["hook"] * 2 if spoil == "a hook" else [])
