@@ -24,7 +24,7 @@ from finetune.config import Config, ModelConfig, config_to_yaml, parse_config
 from finetune.machine import Setting, choose_precision, create_accelerator
 from finetune.model import base_fingerprint, check_vocabulary, load_base, load_tokenizer
 from finetune.run_folder import ADAPTER as RESULT
-from finetune.run_folder import CONFIG, read_environment
+from finetune.run_folder import CONFIG, ENVIRONMENT, read_environment
 from finetune.screen import say
 
 
@@ -105,23 +105,33 @@ def find_trained(path: Path, settings: Sequence[str] = ()) -> Trained:
 
 
 def _adapter_in(path: Path) -> Path:
-    if not (path / CONFIG).exists():
+    if not _is_run(path):
         return path
     if (path / RESULT).is_dir():
         return path / RESULT
-    whole = next((folder for folder in list_checkpoints(path) if fault_of(folder) is None), None)
-    if whole is None:
-        raise ValueError(f"the run in {path} has saved nothing yet")
-    say(f"The run in {path} is not finished: this is its {whole.name}.")
-    return whole
+    damaged = []
+    for folder in list_checkpoints(path):
+        fault = fault_of(folder)
+        if fault is None:
+            for line in damaged:
+                say(f"Passed over: {line}.")
+            say(f"The run in {path} is not finished: this is its {folder.name}.")
+            return folder
+        damaged.append(f"{folder.name} is damaged ({fault})")
+    if damaged:
+        raise ValueError(f"the run in {path} has no whole checkpoint: {'; '.join(damaged)}")
+    raise ValueError(f"the run in {path} has saved nothing yet")
 
 
 def _run_of(path: Path) -> Path | None:
     """The run's folder that `path` is, or lies in as its adapter or one of its checkpoints."""
-    here = path.absolute()
-    return next(
-        (folder for folder in (here, here.parent, here.parent.parent) if (folder / CONFIG).exists()), None
-    )
+    here = path.resolve()
+    return next((folder for folder in (here, here.parent, here.parent.parent) if _is_run(folder)), None)
+
+
+def _is_run(folder: Path) -> bool:
+    """By two files: many a folder of something else has a config.yaml."""
+    return (folder / CONFIG).is_file() and (folder / ENVIRONMENT).is_file()
 
 
 def _named_base(adapter: Path) -> str:
