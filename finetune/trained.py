@@ -83,6 +83,7 @@ def find_trained(path: Path, settings: Sequence[str] = ()) -> Trained:
     default one, with the base that the adapter names, not quantised.
 
     Raises:
+    `model.trust_remote_code` counts in the configuration of a run, not in a file beside an adapter.
         ValueError: the folder holds no adapter, a damaged one, or a setting is wrong.
     """
     if not path.is_dir():
@@ -95,7 +96,9 @@ def find_trained(path: Path, settings: Sequence[str] = ()) -> Trained:
         raise ValueError(f"{adapter} is no whole checkpoint: {fault}")
     recorded = adapter / TRAINING_CONFIG if run_dir is None else run_dir / CONFIG
     if recorded.is_file():
-        return Trained(adapter, parse_config(["--config", str(recorded), *settings]), run_dir)
+        # What lies beside an adapter may be anybody's: whose code to run is for the user to say.
+        trust = [] if run_dir else ["--model.trust_remote_code", "false"]
+        return Trained(adapter, parse_config(["--config", str(recorded), *trust, *settings]), run_dir)
     say(f"{adapter} does not say how it was trained: its base is taken as it names it, without quantisation.")
     config = Config(model=ModelConfig(name_or_path=_named_base(adapter), quantization="none"))
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
