@@ -3,12 +3,14 @@
 import argparse
 import json
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
+from safetensors import safe_open
 
 from finetune.checkpoint import (
     ADAPTER,
@@ -81,9 +83,9 @@ def find_trained(path: Path, settings: Sequence[str] = ()) -> Trained:
     Of an unfinished run it is that of its newest whole checkpoint. `settings` are arguments as train.py takes
     them; they override the configuration of the run. An adapter from elsewhere has none: then it is the
     default one, with the base that the adapter names, not quantised.
+    `model.trust_remote_code` counts in the configuration of a run, not in a file beside an adapter.
 
     Raises:
-    `model.trust_remote_code` counts in the configuration of a run, not in a file beside an adapter.
         ValueError: the folder holds no adapter, a damaged one, or a setting is wrong.
     """
     if not path.is_dir():
@@ -161,25 +163,44 @@ def load_trained(trained: Trained) -> TrainedModel:
     base = load_base(config.model, precision.got, accelerator.device)
     _check_base(trained, base)
     try:
-        model = peft.PeftModel.from_pretrained(base, str(trained.adapter), is_trainable=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # checked below
+            model = peft.PeftModel.from_pretrained(base, str(trained.adapter), is_trainable=True)
     except Exception as error:  # of a file that is damaged, or was trained on another model: of many kinds
         raise ValueError(
             f"the adapter in {trained.adapter} could not be put on {config.model.name_or_path}: "
             f"{' '.join(str(error).split())[:300]}"
         ) from error
+    _check_all_loaded(trained, model)
     check_vocabulary(model, tokenizer)
     return TrainedModel(accelerator, precision, tokenizer, model)
 
 
 def _check_base(trained: Trained, base: Any) -> None:
     """An adapter on another base of the same shape would answer nonsense."""
-    if trained.run_dir is None:
-        return
-    expected = read_environment(trained.run_dir)["base"]
-    if (trained.adapter / STATE).exists():
+    if (trained.adapter / MANIFEST).exists():  # a checkpoint, found whole
         expected = json.loads((trained.adapter / STATE).read_text(encoding="utf-8"))["base"]
+    elif trained.run_dir is not None:
+        expected = read_environment(trained.run_dir)["base"]
+    else:
+        return
     if expected != base_fingerprint(trained.config.model, base):
         raise ValueError(
             f"{trained.adapter} was trained on another base model than {trained.config.model.name_or_path} "
             "is now"
         )
+
+
+def _check_all_loaded(trained: Trained, model: peft.PeftModel) -> None:
+    """PEFT is content with an adapter for more layers than the base has, or for fewer."""
+    with safe_open(trained.adapter / ADAPTER, "pt") as file:
+        saved = _layers(file.keys())
+    if differing := saved ^ _layers(peft.get_peft_model_state_dict(model, save_embedding_layers=False)):
+        raise ValueError(
+            f"the adapter in {trained.adapter} is for other layers than those of "
+            f"{trained.config.model.name_or_path}, such as {min(differing).removesuffix('.lora_A.weight')}"
+        )
+
+
+def _layers(names: Iterable[str]) -> set[str]:
+    return {name for name in names if ".lora_A." in name}
