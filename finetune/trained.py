@@ -114,7 +114,7 @@ def _adapter_in(path: Path) -> Path:
         return path
     if (path / RESULT).is_dir():
         return path / RESULT
-    damaged = []
+    damaged: list[str] = []
     for folder in list_checkpoints(path):
         fault = fault_of(folder)
         if fault is None:

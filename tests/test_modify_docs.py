@@ -154,12 +154,13 @@ def kill_in_update(step: int) -> str:
 def losses(parts: Parts, examples: list[dict[str, Any]], model: Any = None) -> tuple[Tensor, Tensor, Tensor]:
     """Of N target tokens the nats [N], the mean nats over the vocabulary [N], and N; by the formulas, each
     example alone through the plain model."""
+    model = model or parts.model
     nlls, spread = [], []
     for example in examples:
-        batch = pack([example])
-        logits = (model or parts.model)(input_ids=batch.input_ids).logits[0, batch.target_positions]
-        nats = -logits.float().log_softmax(-1)
-        nlls.append(nats[torch.arange(len(nats)), batch.target_ids])
+        batch = pack([example]).to(model.device)
+        logits = model(input_ids=batch.input_ids).logits[0, batch.target_positions]
+        nats = -logits.float().log_softmax(-1).cpu()
+        nlls.append(nats[torch.arange(len(nats)), batch.target_ids.cpu()])
         spread.append(nats.mean(-1))
     return torch.cat(nlls), torch.cat(spread), torch.tensor(len(torch.cat(nlls)))
 
@@ -173,7 +174,8 @@ def first_update(config: Config, parts: Parts) -> list[dict[str, Any]]:
 def gradient(parts: Parts, loss: Tensor) -> dict[str, Tensor]:
     """Of the adapter's weights, by name; the weights have none afterwards."""
     named = {name: p for name, p in parts.model.named_parameters() if p.requires_grad}
-    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+    gradients = torch.autograd.grad(loss, list(named.values()))
+    return {name: gradient.cpu() for name, gradient in zip(named, gradients, strict=True)}
 
 
 def norm(gradients: dict[str, Tensor]) -> float:
@@ -245,7 +247,7 @@ def test_label_smoothing_has_the_gradient_of_its_formula_and_leaves_the_metrics_
     token_loss = module.TokenLoss(parts.model)
     token_loss.head_mib = 1
     with pytest.raises(ValueError, match=r"--fast\.head false"):
-        token_loss(pack(first_update(config, parts)))
+        token_loss(pack(first_update(config, parts)).to(parts.model.device))
 
 
 def test_lion_makes_its_steps_and_its_state_lies_in_the_checkpoint(changed, small, tmp_path):

@@ -61,7 +61,8 @@ def assert_holds(model: peft.PeftModel, folder: Path) -> None:
     """The model's adapter is the one in this folder."""
     expected = load_file(folder / "adapter_model.safetensors")
     held = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    torch.testing.assert_close(dict(held), expected, rtol=0, atol=0)
+    held = {name: tensor.cpu() for name, tensor in held.items()}
+    torch.testing.assert_close(held, expected, rtol=0, atol=0)
 
 
 @pytest.fixture
@@ -90,8 +91,8 @@ def test_a_finished_run_is_its_result_and_with_the_adapter_off_its_base(finished
     assert trained.config.model.quantization == "int8"
     model = opened(finished, "--model.quantization", "none").model
     assert_holds(model, finished / "adapter")
-    tokens = torch.arange(20)[None]
-    base = Qwen2ForCausalLM.from_pretrained(tiny_model_dir)
+    tokens = torch.arange(20, device=model.device)[None]
+    base = Qwen2ForCausalLM.from_pretrained(tiny_model_dir).to(model.device)
     with torch.no_grad():
         model.eval()
         answered = model(tokens).logits
