@@ -42,9 +42,13 @@ def main(argv: Sequence[str]) -> int:
             print(usage())
             return 0
         case [name, *arguments] if name in COMMANDS:
-            # Imported when asked for: each brings seconds of libraries.
-            module = import_module(f"finetune.commands.{name}")
-            return run_command(module.command, arguments)
+
+            def command(argv: Sequence[str]) -> int | None:
+                # Imported when asked for: each brings seconds of libraries, which a Ctrl-C may end.
+                code: int | None = import_module(f"finetune.commands.{name}").command(argv)
+                return code
+
+            return run_command(command, arguments)
     *others, last = COMMANDS
     print(f"error: {argv[0]} is no command; there are {', '.join(others)} and {last}", file=sys.stderr)
     return 2

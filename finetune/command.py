@@ -12,7 +12,7 @@ class CommandParser(argparse.ArgumentParser):
     """Raises ValueError for an argument that is wrong; an option's name is never guessed from its start."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, exit_on_error=False, **settings)
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; `{self.prog} --help` tells more")
@@ -41,10 +41,7 @@ def split_arguments(parser: CommandParser, argv: Sequence[str]) -> tuple[argpars
     Raises:
         ValueError: an argument of the command that is wrong.
     """
-    try:
-        return parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
+    return parser.parse_known_args(argv)
 
 
 def _end(argv: Sequence[str], line: str, code: int) -> int:

@@ -3,12 +3,14 @@
 import argparse
 import json
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
+from safetensors import safe_open
 
 from finetune.checkpoint import (
     ADAPTER,
@@ -24,7 +26,7 @@ from finetune.config import Config, ModelConfig, config_to_yaml, parse_config
 from finetune.machine import Setting, choose_precision, create_accelerator
 from finetune.model import base_fingerprint, check_vocabulary, load_base, load_tokenizer
 from finetune.run_folder import ADAPTER as RESULT
-from finetune.run_folder import CONFIG, read_environment
+from finetune.run_folder import CONFIG, ENVIRONMENT, read_environment
 from finetune.screen import say
 
 
@@ -81,6 +83,7 @@ def find_trained(path: Path, settings: Sequence[str] = ()) -> Trained:
     Of an unfinished run it is that of its newest whole checkpoint. `settings` are arguments as train.py takes
     them; they override the configuration of the run. An adapter from elsewhere has none: then it is the
     default one, with the base that the adapter names, not quantised.
+    `model.trust_remote_code` counts in the configuration of a run, not in a file beside an adapter.
 
     Raises:
         ValueError: the folder holds no adapter, a damaged one, or a setting is wrong.
@@ -95,7 +98,9 @@ def find_trained(path: Path, settings: Sequence[str] = ()) -> Trained:
         raise ValueError(f"{adapter} is no whole checkpoint: {fault}")
     recorded = adapter / TRAINING_CONFIG if run_dir is None else run_dir / CONFIG
     if recorded.is_file():
-        return Trained(adapter, parse_config(["--config", str(recorded), *settings]), run_dir)
+        # What lies beside an adapter may be anybody's: whose code to run is for the user to say.
+        trust = [] if run_dir else ["--model.trust_remote_code", "false"]
+        return Trained(adapter, parse_config(["--config", str(recorded), *trust, *settings]), run_dir)
     say(f"{adapter} does not say how it was trained: its base is taken as it names it, without quantisation.")
     config = Config(model=ModelConfig(name_or_path=_named_base(adapter), quantization="none"))
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
@@ -105,23 +110,33 @@ def find_trained(path: Path, settings: Sequence[str] = ()) -> Trained:
 
 
 def _adapter_in(path: Path) -> Path:
-    if not (path / CONFIG).exists():
+    if not _is_run(path):
         return path
     if (path / RESULT).is_dir():
         return path / RESULT
-    whole = next((folder for folder in list_checkpoints(path) if fault_of(folder) is None), None)
-    if whole is None:
-        raise ValueError(f"the run in {path} has saved nothing yet")
-    say(f"The run in {path} is not finished: this is its {whole.name}.")
-    return whole
+    damaged: list[str] = []
+    for folder in list_checkpoints(path):
+        fault = fault_of(folder)
+        if fault is None:
+            for line in damaged:
+                say(f"Passed over: {line}.")
+            say(f"The run in {path} is not finished: this is its {folder.name}.")
+            return folder
+        damaged.append(f"{folder.name} is damaged ({fault})")
+    if damaged:
+        raise ValueError(f"the run in {path} has no whole checkpoint: {'; '.join(damaged)}")
+    raise ValueError(f"the run in {path} has saved nothing yet")
 
 
 def _run_of(path: Path) -> Path | None:
     """The run's folder that `path` is, or lies in as its adapter or one of its checkpoints."""
-    here = path.absolute()
-    return next(
-        (folder for folder in (here, here.parent, here.parent.parent) if (folder / CONFIG).exists()), None
-    )
+    here = path.resolve()
+    return next((folder for folder in (here, here.parent, here.parent.parent) if _is_run(folder)), None)
+
+
+def _is_run(folder: Path) -> bool:
+    """By two files: many a folder of something else has a config.yaml."""
+    return (folder / CONFIG).is_file() and (folder / ENVIRONMENT).is_file()
 
 
 def _named_base(adapter: Path) -> str:
@@ -148,25 +163,44 @@ def load_trained(trained: Trained) -> TrainedModel:
     base = load_base(config.model, precision.got, accelerator.device)
     _check_base(trained, base)
     try:
-        model = peft.PeftModel.from_pretrained(base, str(trained.adapter), is_trainable=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # checked below
+            model = peft.PeftModel.from_pretrained(base, str(trained.adapter), is_trainable=True)
     except Exception as error:  # of a file that is damaged, or was trained on another model: of many kinds
         raise ValueError(
             f"the adapter in {trained.adapter} could not be put on {config.model.name_or_path}: "
             f"{' '.join(str(error).split())[:300]}"
         ) from error
+    _check_all_loaded(trained, model)
     check_vocabulary(model, tokenizer)
     return TrainedModel(accelerator, precision, tokenizer, model)
 
 
 def _check_base(trained: Trained, base: Any) -> None:
     """An adapter on another base of the same shape would answer nonsense."""
-    if trained.run_dir is None:
-        return
-    expected = read_environment(trained.run_dir)["base"]
-    if (trained.adapter / STATE).exists():
+    if (trained.adapter / MANIFEST).exists():  # a checkpoint, found whole
         expected = json.loads((trained.adapter / STATE).read_text(encoding="utf-8"))["base"]
+    elif trained.run_dir is not None:
+        expected = read_environment(trained.run_dir)["base"]
+    else:
+        return
     if expected != base_fingerprint(trained.config.model, base):
         raise ValueError(
             f"{trained.adapter} was trained on another base model than {trained.config.model.name_or_path} "
             "is now"
         )
+
+
+def _check_all_loaded(trained: Trained, model: peft.PeftModel) -> None:
+    """PEFT is content with an adapter for more layers than the base has, or for fewer."""
+    with safe_open(trained.adapter / ADAPTER, "pt") as file:
+        saved = _layers(file.keys())
+    if differing := saved ^ _layers(peft.get_peft_model_state_dict(model, save_embedding_layers=False)):
+        raise ValueError(
+            f"the adapter in {trained.adapter} is for other layers than those of "
+            f"{trained.config.model.name_or_path}, such as {min(differing).removesuffix('.lora_A.weight')}"
+        )
+
+
+def _layers(names: Iterable[str]) -> set[str]:
+    return {name for name in names if ".lora_A." in name}
