@@ -95,7 +95,7 @@ def command(argv: Sequence[str]) -> int:
     if code in (0, 1):
         write_page(trials, outcomes, folder / PAGE)
     else:
-        say("To go on:")
+        say("To go on with the sweep:")
         say(f"  python -m finetune sweep {shlex.join(argv)}")
     return code
 

@@ -167,7 +167,7 @@ def test_a_signal_is_passed_on_once_and_the_printed_command_goes_on(sweep, tmp_p
 def test_a_run_that_someone_else_stopped_stops_the_sweep(sweep, tmp_path, capfd):
     assert sweep("--over", "lora.r=1,2,4", do={"2": 143}) == 143
     assert started(tmp_path) == ["1", "2"]
-    assert "To go on:" in capfd.readouterr().out
+    assert "To go on with the sweep:" in capfd.readouterr().out
 
 
 def test_runs_on_other_eval_rows_are_told_apart(sweep, capfd):
