@@ -16,13 +16,14 @@ from finetune.chat import tokenize_splits
 from finetune.checkpoint import (
     TrainState,
     estimate_bytes,
+    load_best,
     load_checkpoint,
     save_checkpoint,
     save_result,
 )
 from finetune.command import run_command
 from finetune.config import Config, parse_config
-from finetune.evaluate import evaluate, evaluation_metrics, pick_conversations
+from finetune.evaluate import evaluate, evaluation_metrics, is_out_of_patience, pick_conversations
 from finetune.generation import generate_answers
 from finetune.loss import TokenLoss
 from finetune.metrics import Stopwatch, SumWindow, all_finite
@@ -99,8 +100,13 @@ def train(config: Config) -> int:
         screen.show_checkpoint(checkpoint, remarks, state.step)
 
     on_main(accelerator, open_run)
+    evaluations = run_folder.read_evaluations(run_dir)  # in all processes, which must end together
 
     with Tracker(accelerator, config, plan, state.step) as tracker, stop:
+
+        def is_over() -> bool:
+            patience = config.train.early_stopping_patience
+            return state.step == plan.num_steps or is_out_of_patience(evaluations, patience)
 
         def write_answers() -> None:
             if not stop.requested:
@@ -109,23 +115,28 @@ def train(config: Config) -> int:
                 tracker.log_answers(state.step, conversations, answers)
 
         def report() -> None:
-            """The answers and the evaluation that are due now, but for those made before a kill."""
-            first, last = state.step == 0, state.step == plan.num_steps
-            if (first or last) and conversations and not tracker.was_made("answers", state.step):
-                on_main(accelerator, write_answers)
+            """The evaluation and the answers that are due now, but for those made before a kill."""
+            first = state.step == 0
             due = config.eval.at_start if first else is_due(config.eval.every, state.step, plan)
             if due and len(eval_set.dataset) > 0 and not tracker.was_made("eval", state.step):
+                if config.checkpoint.keep_best:
+                    save()
                 tracker.show_activity("evaluating")
                 sums = evaluate(accelerator, token_loss, eval_batches, eval_set.dataset, packing, stop)
                 if sums is not None:  # else it was stopped, and is made when the run goes on
                     tracker.write_example_sums(state.step, eval_set, sums)
-                    tracker.log("eval", state.step, evaluation_metrics(sums, eval_set, leaks))
+                    metrics = evaluation_metrics(sums, eval_set, leaks)
+                    tracker.log("eval", state.step, metrics)
+                    evaluations.append({"step": state.step, **metrics})
+            if (first or is_over()) and conversations and not tracker.was_made("answers", state.step):
+                on_main(accelerator, write_answers)
 
         def save() -> None:
             state.window_sums = window.total(accelerator).tolist()
-            scaler, keep = accelerator.scaler, config.checkpoint.keep
+            scaler, keep = accelerator.scaler, config.checkpoint
+            parts = (run_dir, state, model, optimizer, scaler, keep, evaluations)
             if state.step > 0:
-                on_main(accelerator, lambda: save_checkpoint(run_dir, state, model, optimizer, scaler, keep))
+                on_main(accelerator, lambda: save_checkpoint(*parts))
 
         def explain() -> None:
             examples = train_set.dataset
@@ -135,7 +146,7 @@ def train(config: Config) -> int:
         report()
         stopwatch = Stopwatch(training_flop(model), flop_per_second)
         for update, micro_batches in iterate_updates(plan, train_set.dataset, state.step, device):
-            if stop.agreed():
+            if stop.agreed() or is_over():
                 break
             # Dropout noise depends on these three alone: a resumed run draws the same.
             machine.reseed(config.train.seed, state.step, accelerator.process_index)
@@ -175,14 +186,16 @@ def train(config: Config) -> int:
                     save()
                 report()
 
-        if stop.agreed():
-            save()
+        stop.agreed()  # one that came since the last update, too
+        save()
 
     if is_main and stop.exit_code:
         screen.show_stop(config, accelerator, state.step)
     elif is_main:
+        remarks = load_best(run_dir, evaluations, state, model) if config.checkpoint.keep_best else []
+        run_folder.record_adapter_step(run_dir, state.step)
         save_result(run_dir / "adapter", model, tokenizer, run_folder.training_config(config))
-        screen.show_end(run_folder.read_evaluations(run_dir), run_dir)
+        screen.show_end(config, plan, evaluations, state.step, remarks)
     return stop.exit_code
 
 

@@ -10,6 +10,7 @@ BEFORE = {
     "audit": ("--config FILE", "what would be trained on: roles, cut and dropped rows, duplicates, leaks"),
     "plan": ("--config FILE", "predicted and measured memory and time, and the token budget that fits"),
     "verify": ("--config FILE", "the fast paths against the plain ones, on your model and rows"),
+    "sweep": ("--over KEY=A,B", "a run for each value of a key, and which has the lowest eval loss"),
 }
 AFTER = {
     "replay": ("RUN", "repeat the update whose loss or gradient was not finite"),

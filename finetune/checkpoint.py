@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +19,8 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from finetune.config import CheckpointConfig
 
 ADAPTER, ADAPTER_CONFIG, OPTIMIZER, STATE, MANIFEST = (
     "adapter_model.safetensors",
@@ -49,15 +51,21 @@ def checkpoints_dir(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
+def checkpoint_dir(run_dir: Path, step: int) -> Path:
+    return checkpoints_dir(run_dir) / f"step_{step:06d}"
+
+
 def save_checkpoint(
     run_dir: Path,
     state: TrainState,
     model: PeftModel,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None,
-    keep: int,
+    config: CheckpointConfig,
+    evaluations: Sequence[dict[str, Any]],
 ) -> Path:
-    """Write checkpoints/step_NNNNNN, unless it is there, and remove all but the `keep` newest.
+    """Write checkpoints/step_NNNNNN, unless it is there, and remove all but the `keep` newest and, with
+    `keep_best`, the best of `evaluations`.
 
     Raises:
         ValueError: the disk is full; what was there before is as it was.
@@ -68,15 +76,32 @@ def save_checkpoint(
         raise FloatingPointError(
             f"after update {state.step} a weight is not a finite number; it was not saved"
         )
-    folder = checkpoints_dir(run_dir) / f"step_{state.step:06d}"
+    folder = checkpoint_dir(run_dir, state.step)
     if not (folder.exists() and fault_of(folder) is None):
         write_checkpoint(folder, state, model, optimizer, scaler)
     # Newer ones are damaged: the run went back behind them.
     written = list_checkpoints(run_dir)
     position = written.index(folder)
-    for other in written[:position] + written[position + keep :]:
-        shutil.rmtree(other)
+    best = [path for path, _ in best_first(run_dir, evaluations)] if config.keep_best else []
+    for other in written[:position] + written[position + config.keep :]:
+        if other not in best:
+            shutil.rmtree(other)
     return folder
+
+
+def best_first(run_dir: Path, evaluations: Sequence[dict[str, Any]]) -> Iterator[tuple[Path, str | None]]:
+    """The checkpoints that were evaluated, with what is wrong with them: from the lowest eval loss, of equal
+    ones the oldest, to the first that is whole.
+
+    `evaluations` are eval lines of metrics.jsonl. Of step 0 there is no checkpoint.
+    """
+    trained = [entry for entry in evaluations if entry["step"] > 0]
+    for entry in sorted(trained, key=lambda entry: (entry["loss"], entry["step"])):
+        folder = checkpoint_dir(run_dir, entry["step"])
+        fault = fault_of(folder)
+        yield folder, fault
+        if fault is None:
+            return
 
 
 def write_checkpoint(
@@ -257,6 +282,22 @@ def load_adapter(folder: Path, model: PeftModel) -> None:
     if {name: tensor.shape for name, tensor in adapter.items()} != expected:
         raise ValueError(f"checkpoint {folder} holds an adapter of another rank or for other modules")
     set_peft_model_state_dict(model, adapter)
+
+
+def load_best(
+    run_dir: Path, evaluations: Sequence[dict[str, Any]], state: TrainState, model: PeftModel
+) -> list[str]:
+    """Put the adapter of the best checkpoint into the model, and its step into `state`; return what there is
+    to say of it."""
+    tried = list(best_first(run_dir, evaluations))
+    damaged = [f"{folder.name} cannot be taken: {fault}" for folder, fault in tried if fault is not None]
+    remarks = [f"Of the lowest eval loss, {damaged[0]}"] if damaged else []
+    if len(damaged) == len(tried):
+        return [*remarks, "No whole checkpoint was evaluated: the adapter is that of the last update."]
+    best, _ = tried[-1]
+    load_adapter(best, model)
+    state.step = int(best.name.removeprefix("step_"))
+    return remarks
 
 
 def _kind(optimizer: torch.optim.Optimizer) -> str:

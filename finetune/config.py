@@ -85,6 +85,8 @@ class TrainConfig:
     """Passes over the training rows"""
     max_steps: int | None = None
     """Stop after this many updates, where that comes first"""
+    early_stopping_patience: int | None = None
+    """End the run when this many evaluations in a row brought no lower eval loss; null never does"""
     micro_batch_size: int = 2
     """Examples per device and forward pass"""
     gradient_accumulation_steps: int = 4
@@ -160,6 +162,8 @@ class CheckpointConfig:
     """Updates between two checkpoints"""
     keep: int = 2
     """How many of the newest are kept"""
+    keep_best: bool = False
+    """Save at each evaluation too, keep the checkpoint of the lowest eval loss, and make it the result"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,6 +399,7 @@ def check_config(config: Config) -> None:
         "data.num_samples": data.num_samples,
         "train.num_epochs": train.num_epochs,
         "train.max_steps": train.max_steps,
+        "train.early_stopping_patience": train.early_stopping_patience,
         "train.micro_batch_size": train.micro_batch_size,
         "train.gradient_accumulation_steps": train.gradient_accumulation_steps,
         "fast.head_mib": config.fast.head_mib,
@@ -443,6 +448,13 @@ def check_config(config: Config) -> None:
     if not lora.target_modules:
         raise ValueError("lora.target_modules is an empty list: name the modules, or say all-linear")
     _check_texts(config)
+    by_eval_loss = {
+        "checkpoint.keep_best": config.checkpoint.keep_best,
+        "train.early_stopping_patience": train.early_stopping_patience,
+    }
+    for key, asked in by_eval_loss.items():
+        if asked and data.eval_fraction == 0:
+            raise ValueError(f"{key} goes by the eval loss, and data.eval_fraction 0 does not evaluate")
     if budget is not None and budget < data.max_length:
         raise ValueError(
             f"train.max_tokens_per_micro_batch ({budget}) must be at least data.max_length "

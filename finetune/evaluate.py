@@ -62,6 +62,15 @@ def evaluation_metrics(sums: Tensor, eval_set: Examples, leaks: Container[int]) 
     return metrics
 
 
+def is_out_of_patience(evaluations: Sequence[dict[str, Any]], patience: int | None) -> bool:
+    """Whether the last `patience` evaluations brought no lower loss than the best before them; None never is.
+
+    `evaluations` are eval lines of metrics.jsonl, in order: what a resumed run decides by, too.
+    """
+    losses = [entry["loss"] for entry in evaluations]
+    return patience is not None and losses != [] and len(losses) - losses.index(min(losses)) > patience
+
+
 def pick_conversations(rows: Dataset, system_prompt: str | None, count: int = 10) -> list[list[Message]]:
     """The first eval rows up to their last assistant turn: what the model is asked before and after.
 

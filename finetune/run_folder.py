@@ -179,7 +179,7 @@ def start_run(
                 f"{plan.num_processes} process(es) this is {plan.global_batch_size}: set "
                 "train.gradient_accumulation_steps or train.micro_batch_size so that the product is the same"
             )
-    to_write = config.checkpoint.keep + 1 - len(list_checkpoints(folder))
+    to_write = config.checkpoint.keep + config.checkpoint.keep_best + 1 - len(list_checkpoints(folder))
     require_room(folder, to_write * checkpoint_bytes, "the run")
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in (*folder.glob(".*.partial"), *checkpoints_dir(folder).glob(".*.partial")):
@@ -193,6 +193,12 @@ def start_run(
     }
     write_whole(folder / ENVIRONMENT, json.dumps(environment, indent=1, ensure_ascii=False))
     write_whole(folder / CONFIG, config_to_yaml(replace(config, resume="auto")))
+
+
+def record_adapter_step(run_dir: Path, step: int) -> None:
+    """Add to environment.json the update whose adapter is the run's result."""
+    environment = {**read_environment(run_dir), "adapter_step": step}
+    write_whole(run_dir / ENVIRONMENT, json.dumps(environment, indent=1, ensure_ascii=False))
 
 
 def data_of(train_set: Examples, eval_set: Examples) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from finetune.batching import Plan
 from finetune.chat import Examples
 from finetune.config import Config
 from finetune.duplicates import Match
+from finetune.evaluate import is_out_of_patience
 from finetune.machine import Setting, device_name
 from finetune.model import count_parameters
 from finetune.rows import Rows
@@ -162,10 +163,24 @@ def show_stop(config: Config, accelerator: Any, step: int) -> None:
     say(f"  {launcher} train.py --config {shlex.quote(str(run_dir / CONFIG))}")
 
 
-def show_end(evaluations: Sequence[dict[str, Any]], run_dir: Path) -> None:
-    """Print the first evaluation against the last one, and where things lie."""
-    if len(evaluations) > 1:
-        before, after = evaluations[0], evaluations[-1]
+def show_end(
+    config: Config,
+    plan: Plan,
+    evaluations: Sequence[dict[str, Any]],
+    adapter_step: int,
+    remarks: Sequence[str],
+) -> None:
+    """Print how the run ended, the first evaluation against that of its adapter, and where things lie.
+
+    `remarks` are what `load_best` had to say.
+    """
+    run_dir = Path(config.output_dir)
+    _show_last_step(config, plan, evaluations)
+    for line in remarks:
+        say(line)
+    of_adapter = [entry for entry in evaluations if entry["step"] == adapter_step]
+    if len(evaluations) > 1 and of_adapter:
+        before, after = evaluations[0], of_adapter[-1]
         columns = ("eval", f"step {before['step']}", f"step {after['step']}", "change")
         table = Table(*columns, title="Before and after", title_justify="left")
         for key in ("loss", "entropy", "mean_token_accuracy"):
@@ -173,6 +188,22 @@ def show_end(evaluations: Sequence[dict[str, Any]], run_dir: Path) -> None:
             change = f"{after[key] / before[key] - 1:+.1%}" if before[key] else ""
             table.add_row(name, pattern.format(before[key]), pattern.format(after[key]), change)
         console.print(table)
-    say(f"adapter      {run_dir / 'adapter'}")
+    losses = [entry["loss"] for entry in evaluations]
+    if len(losses) > 1 and evaluations[0]["step"] == 0 and losses[0] <= min(losses[1:]):
+        say(f"No evaluation after training had a lower loss than the untrained model's {losses[0]:.4f}.")
+    best = ", of the lowest eval loss" if config.checkpoint.keep_best and of_adapter else ""
+    say(f"adapter      {run_dir / 'adapter'}, after update {adapter_step}{best}")
     say(f"metrics      {run_dir / METRICS}")
     say(f"to see it    tensorboard --logdir {run_dir}")
+
+
+def _show_last_step(config: Config, plan: Plan, evaluations: Sequence[dict[str, Any]]) -> None:
+    """Print why the run ended before its planned end, if it did."""
+    patience = config.train.early_stopping_patience
+    if is_out_of_patience(evaluations, patience) and evaluations[-1]["step"] < plan.num_steps:
+        best = min(evaluations, key=lambda entry: entry["loss"])
+        tried = "the last evaluation" if patience == 1 else f"the last {patience} evaluations"
+        say(
+            f"Ended early, after update {evaluations[-1]['step']} of {plan.num_steps}: {tried} had no lower "
+            f"loss than {best['loss']:.4f}, that after update {best['step']}."
+        )

@@ -115,6 +115,32 @@ def test_two_processes_make_the_updates_of_one(
     assert {path.name for path in (tmp_path / "both").iterdir()} == {path.name for path in alone.iterdir()}
 
 
+def test_two_processes_end_together_where_one_does_and_take_the_same_best_checkpoint(
+    run_train, launch, tmp_path
+):
+    settings = {
+        **SETTINGS,
+        "optim__learning_rate": 0.1,
+        "eval__every": 1,
+        "checkpoint__keep": 1,
+        "checkpoint__keep_best": True,
+        "train__early_stopping_patience": 1,
+        "train__num_epochs": 4,
+    }
+    alone = run_train(output_dir=tmp_path / "alone", **settings, **ONE)
+    result = launch(output_dir=tmp_path / "both", **settings, **EACH_OF_TWO)
+    assert result.returncode == 0, result.stderr
+    last = read_metrics(alone)[-1]["step"]
+    assert last < 12
+    assert f"Ended early, after update {last} of 12" in result.stdout
+    assert [entry["step"] for entry in read_metrics(tmp_path / "both")][-1] == last
+    steps = [
+        json.loads((tmp_path / name / "environment.json").read_text())["adapter_step"]
+        for name in ("both", "alone")
+    ]
+    assert steps == [last - 1, last - 1]
+
+
 @pytest.fixture
 def stopped(launch, rows_file, tmp_path) -> tuple[Path, dict[str, Any]]:
     """A copy of a run that two processes began and did not end, and its settings; it is made once."""

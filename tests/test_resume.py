@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 import train
 from finetune.checkpoint import TRAINING_CONFIG, TrainState, fault_of, load_checkpoint, save_checkpoint
-from finetune.config import LoraConfig, OptimConfig
+from finetune.config import CheckpointConfig, LoraConfig, OptimConfig
 from finetune.model import add_adapter
 from finetune.optim import create_optimizer
 from finetune.tracking import Tracker
@@ -151,10 +151,17 @@ def checkpoint_names(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
+def result_digests(run_dir: Path) -> dict[str, str]:
+    """`digests` of the result, but for the configuration, which names the run's folder."""
+    found = digests(run_dir / "adapter")
+    assert found.pop("training_config.yaml")
+    return found
+
+
 def assert_ended_alike(run_dir: Path, other_dir: Path) -> None:
     """Bit for bit: the adapter, the checkpoints with the optimizer's state, and the metrics."""
     assert training_lines(run_dir) == training_lines(other_dir)
-    assert digests(run_dir / "adapter") == digests(other_dir / "adapter")
+    assert result_digests(run_dir) == result_digests(other_dir)
     assert digests(run_dir / "checkpoints") == digests(other_dir / "checkpoints")
     assert {path.name for path in run_dir.iterdir()} == {path.name for path in other_dir.iterdir()}
 
@@ -301,7 +308,7 @@ def test_other_log_and_checkpoint_settings_may_be_taken_on_the_way(
     run_dir = run_until("in an update", 7, output_dir=tmp_path / "run", **WHOLE)
     changed = {**WHOLE, "log__every_steps": 1, "checkpoint__every_steps": 5, "checkpoint__keep": 1}
     run_train(output_dir=run_dir, **changed, log__progress=False)
-    assert digests(run_dir / "adapter") == digests(uninterrupted / "adapter")
+    assert result_digests(run_dir) == result_digests(uninterrupted)
     assert checkpoint_names(run_dir) == ["step_000012"]
     steps = [entry["step"] for entry in read_metrics(run_dir) if entry["split"] == "train"]
     assert steps == [3, 6, 7, 8, 9, 10, 11, 12]
@@ -427,7 +434,7 @@ def test_a_new_run_goes_on_from_a_checkpoint_that_resume_names(run_train, uninte
     assert f"Going on from {checkpoint}, after update 10." in capfd.readouterr().out
     expected = [entry for entry in training_lines(uninterrupted) if entry["step"] > 10]
     assert training_lines(run_dir) == expected
-    assert digests(run_dir / "adapter") == digests(uninterrupted / "adapter")
+    assert result_digests(run_dir) == result_digests(uninterrupted)
     assert digests(uninterrupted) == before
 
 
@@ -443,7 +450,7 @@ def test_that_run_stopped_and_launched_again_goes_on_with_itself(
         shutil.rmtree(source)
     run_train(output_dir=run_dir, **settings)
     assert "after update 11." in capfd.readouterr().out
-    assert digests(run_dir / "adapter") == digests(uninterrupted / "adapter")
+    assert result_digests(run_dir) == result_digests(uninterrupted)
     assert training_lines(run_dir) == [e for e in training_lines(uninterrupted) if e["step"] > 10]
 
 
@@ -454,7 +461,7 @@ def test_that_run_stopped_before_its_own_first_checkpoint_begins_where_it_began(
     run_dir = run_until("in an update", 12, output_dir=tmp_path / "run", **settings)
     run_train(output_dir=run_dir, **{**settings, "resume": "auto"})
     assert capfd.readouterr().out.count("after update 10.") == 2
-    assert digests(run_dir / "adapter") == digests(uninterrupted / "adapter")
+    assert result_digests(run_dir) == result_digests(uninterrupted)
 
 
 def test_a_checkpoint_to_resume_that_is_missing_or_damaged_is_refused(
@@ -674,7 +681,7 @@ def test_adapter_optimizer_and_state_survive_a_round_trip(tmp_path, name):
         update(model, optimizer, seed)
     state = TrainState(base="this", step=3, window_sums=[0.1, 2.0, 3.0, 4.0])
     scaler, other_scaler = (torch.amp.GradScaler("cpu", init_scale=scale) for scale in (8.0, 2.0))
-    folder = save_checkpoint(tmp_path, state, model, optimizer, scaler, keep=2)
+    folder = save_checkpoint(tmp_path, state, model, optimizer, scaler, CheckpointConfig(), [])
     if name == "adamw_8bit":
         saved = load_file(folder / "optimizer.safetensors")
         assert {torch.uint8, torch.float32} <= {tensor.dtype for tensor in saved.values()}
