@@ -12,6 +12,8 @@ BEFORE = {
     "verify": ("--config FILE", "the fast paths against the plain ones, on your model and rows"),
 }
 AFTER = {
+    "report": ("RUN", "its report: curves, before and after, answers, settings, as one page"),
+    "compare": ("RUN RUN ...", "runs side by side, and what they differ by on the same eval rows"),
     "replay": ("RUN", "repeat the update whose loss or gradient was not finite"),
 }
 COMMANDS = {**BEFORE, **AFTER}
