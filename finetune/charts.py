@@ -34,6 +34,7 @@ figure svg { display: block; width: 100%; height: auto; margin-top: .3rem; font-
 .legend span { margin-right: .9rem; }
 .legend i { display: inline-block; width: 1.3rem; border-top: 3px solid; vertical-align: .25rem;
   margin-right: .35rem; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+@media print { .charts { grid-template-columns: 1fr 1fr; } }
 """)
 
 
@@ -100,7 +101,7 @@ def draw(
         axes.grid(axis="y", color=_GRID, linewidth=0.7)
         axes.tick_params(length=0)
         axes.margins(x=0.02, y=0.08)
-        axes.set_xlim(left=0)
+        axes.set_xlim(left=-0.02 * axes.get_xlim()[1])
         if from_zero:
             axes.set_ylim(bottom=0)
         file = io.StringIO()

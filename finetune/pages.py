@@ -87,7 +87,7 @@ h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; break-after: avoid; }
 h3 { font-size: 1rem; margin: 0; }
 a { color: inherit; }
 p, li { overflow-wrap: anywhere; }
-.note { color: var(--dim); margin: .4rem 0; }
+.note { color: var(--dim); margin: .4rem 0; font-size: .92rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right;
@@ -105,6 +105,7 @@ article { border: 1px solid var(--line); border-radius: .5rem; padding: .7rem; m
   th, td { padding: .2rem .3rem; }
 }
 @media print {
+  :root { font-size: 10pt; }
   details::details-content { content-visibility: visible; block-size: auto; opacity: 1; }
 }
 {% block style %}{% endblock %}

@@ -200,7 +200,7 @@ def _perplexity_row(loss: Change) -> Row:
     for interval in (loss.first, loss.last):
         if interval is not None:
             of = _exp(interval)
-            cells.append((f"{of.value:,.2f}", between(of, 2)))
+            cells.append((f"{of.value:,.2f}" if of.value < 1e6 else f"{of.value:.2g}", between(of, 2)))
     if loss.change is not None:
         ratio = _exp(loss.change)
         cells.append((f"\N{MULTIPLICATION SIGN} {ratio.value:.3f}", between(ratio, 3)))
@@ -230,10 +230,11 @@ def _notes(record: Record) -> list[str]:
     if not lines:
         return []
     what = "every token" if record.config.data.train_on == "all" else "the answers alone"
+    same = "" if len(lines) == 1 else "; that of a change is over the same examples before and after"
     notes = [
         f"Over {record.environment['data']['eval_examples']:,} eval examples with "
         f"{lines[-1]['num_target_tokens']:,} target tokens: {what}. Intervals hold 95 % of the means of "
-        "examples drawn anew (bootstrap); that of a change is over the same examples before and after."
+        f"examples drawn anew (bootstrap){same}."
     ]
     if "loss_without_leaks" in lines[-1]:
         losses = [lines[-1]] if len(lines) == 1 else [lines[0], lines[-1]]
@@ -447,13 +448,14 @@ header p { margin: .2rem 0; }
 .pair h4 { margin: 0; font-size: .8rem; font-weight: 600; color: var(--dim); }
 .pair p { margin: 0; white-space: pre-wrap; font-size: .92rem; unicode-bidi: isolate; }
 .facts { width: 100%; }
+.facts td:first-child { width: 12rem; }
 .command { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card); padding: .7rem;
   border: 1px solid var(--line); border-radius: .5rem; }
 @media (max-width: 40rem) {
   .pair { grid-template-columns: 1fr; }
   .metrics small { font-size: .72rem; }
   .metrics td { white-space: normal; }
-  .facts td:first-child { white-space: normal; padding-right: .6rem; }
+  .facts td:first-child { width: 7rem; white-space: normal; padding-right: .6rem; }
 }
 {% endblock %}
 {% block content %}

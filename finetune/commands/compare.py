@@ -32,6 +32,9 @@ from finetune.screen import console, say
 LEFT_OUT = ("output_dir", "resume", "strict", "log.", "checkpoint.")
 
 
+COLUMNS = ["updates", "eval loss", "accuracy", "change", "tokens/s", "GiB"]
+
+
 class Cell(NamedTuple):
     """A figure and, below it, its interval or what it means."""
 
@@ -40,11 +43,12 @@ class Cell(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A run. `settings` are the keys in which the runs differ."""
+    """A run. `settings` are the keys in which the runs differ, `against` says how it did beside the first."""
 
     name: str
     settings: Sequence[tuple[str, str]]
     cells: Sequence[Cell]
+    against: str
     colour: int
     dashed: bool
 
@@ -83,7 +87,7 @@ def write_comparison(run_dirs: Sequence[Path], page: Path) -> list[Row]:
         _TEMPLATE,
         title=f"{len(rows)} runs side by side",
         chart_style=STYLE,
-        columns=columns(rows),
+        columns=COLUMNS,
         rows=rows,
         charts=curves(records, rows),
     )
@@ -97,16 +101,13 @@ def compare(records: Sequence[Record]) -> list[Row]:
         Row(
             names[place],
             settings[place],
-            [*_figures(record), _against(record, records[0]), *_costs(record)],
+            [*_figures(record), *_costs(record)],
+            _against(record, names[place], records[0], names[0]) if place > 0 else "",
             colour=place % NUM_COLOURS + 1,
             dashed=place // NUM_COLOURS % 2 == 1,
         )
         for place, record in enumerate(records)
     ]
-
-
-def columns(rows: Sequence[Row]) -> list[str]:
-    return ["updates", "eval loss", "accuracy", "change", f"against {rows[0].name}", "tokens/s", "GiB"]
 
 
 def _names(records: Sequence[Record]) -> list[str]:
@@ -149,20 +150,22 @@ def _figures(record: Record) -> list[Cell]:
     ]
 
 
-def _against(record: Record, first: Record) -> Cell:
-    """The difference of the last eval losses, the first run's taken away, and what it says."""
-    if record is first or not (record.eval_lines and first.eval_lines):
-        return Cell("")
+def _against(record: Record, name: str, first: Record, first_name: str) -> str:
+    """What the last eval losses of two runs say of them, in a sentence."""
+    for run, run_name in ((first, first_name), (record, name)):
+        if not run.eval_lines:
+            return f"{name} and {first_name} cannot be compared: {run_name} evaluated nothing."
     if not have_same_eval_data(first, record):
-        return Cell("of other rows", "not comparable")
+        return f"{name} was evaluated on other rows than {first_name}: their losses cannot be compared."
     assert first.last_sums is not None
     assert record.last_sums is not None
     found = difference(first.last_sums, record.last_sums)
-    if not found.low > 0 and not found.high < 0:  # no bounds, of a single example, tell nothing either
-        said = "cannot be told apart"
-    else:
-        said = "better" if found.value < 0 else "worse"
-    return Cell(f"{signed(found.value, 3)}: {said}", between(found, 3, sign=True))
+    if found.low > 0 or found.high < 0:
+        said = f"{name} is {'better' if found.value < 0 else 'worse'} than {first_name}"
+    else:  # no bounds, of a single example, tell nothing either
+        said = f"{name} and {first_name} cannot be told apart"
+    interval = between(found, 3, sign=True) or "none, of one example"
+    return f"{said}: its eval loss differs by {signed(found.value, 3)} (95 % interval: {interval})."
 
 
 def _costs(record: Record) -> list[Cell]:
@@ -181,13 +184,16 @@ def show_rows(rows: Sequence[Row]) -> None:
             values = ", ".join(f"{key} {value}" for key, value in row.settings)
             settings.add_row(Text(visible(row.name)), Text(visible(values)))
         console.print(settings)
-    table = Table("run", box=SIMPLE_HEAD, pad_edge=False)
-    for column in columns(rows):
-        table.add_column(Text(visible(column)), justify="right")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("run", overflow="fold")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
     for row in rows:
         cells = [Text(cell.text).append(f"\n{cell.below}" if cell.below else "", "dim") for cell in row.cells]
         table.add_row(Text(visible(row.name)), *cells)
     console.print(table)
+    for row in rows[1:]:
+        say(visible(row.against))
 
 
 def curves(records: Sequence[Record], rows: Sequence[Row]) -> list[Chart]:
@@ -260,10 +266,10 @@ border-top-style: {{ 'dashed' if row.dashed else 'solid' }}"></i>
 </tr>
 {% endfor %}
 </tbody></table>
+{% for row in rows[1:] %}<p class="against">{{ row.against }}</p>{% endfor %}
 <p class="note">Eval loss (nats per target token) and accuracy are those of the last evaluation; the change
-is that of the loss since before training. Small figures are 95 % intervals (bootstrap over examples). A run is
-better or worse than {{ rows[0].name }} where the interval of the difference of their losses, taken on the same
-examples, leaves out 0. It covers the choice of these examples, not that of the training's seed.</p>
+is that of the loss since before training. Intervals hold 95 % of what examples drawn anew would give
+(bootstrap). They cover the choice of the examples, not that of the training's seed.</p>
 {% if charts %}
 <h2>Curves</h2>
 <p class="legend">{% for row in rows %}<span>{{ swatch(row) }}{{ row.name }}</span> {% endfor %}</p>
