@@ -98,7 +98,7 @@ def draw(
         axes.set_xlabel(x_name)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=x_name == "update"))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-        axes.grid(axis="y", color=_GRID, linewidth=0.7)
+        axes.grid(axis="y", color=_GRID, linewidth=0.7, clip_on=False)
         axes.tick_params(length=0)
         axes.margins(x=0.02, y=0.08)
         axes.set_xlim(left=-0.02 * axes.get_xlim()[1])

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.charts import NUM_COLOURS, STYLE, Chart, draw
-from finetune.command import CommandParser
+from finetune.command import CommandParser, parse_arguments
 from finetune.config import config_to_dict, flatten
 from finetune.pages import check_page_path, visible, write_page
 from finetune.records import (
@@ -63,7 +63,7 @@ def command(argv: Sequence[str]) -> None:
         "--page", metavar="FILE", type=Path, default=Path("compare.html"), help="where the page is written"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    arguments = parser.parse_args(argv)
+    arguments = parse_arguments(parser, argv)
     if len(arguments.runs) < 2:
         raise ValueError("name two runs or more; `python -m finetune report RUN` shows one")
     check_page_path(arguments.page)

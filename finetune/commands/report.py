@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.command import CommandParser
+from finetune.command import CommandParser, parse_arguments
 from finetune.pages import check_page_path
 from finetune.report import PAGE, write_report
 from finetune.screen import say
@@ -15,7 +15,7 @@ def command(argv: Sequence[str]) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
     parser.add_argument("--page", metavar="FILE", type=Path, help=f"where it is written (RUN/{PAGE})")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    arguments = parser.parse_args(argv)
+    arguments = parse_arguments(parser, argv)
     page: Path = arguments.page or arguments.run / PAGE
     check_page_path(page)
     write_report(arguments.run, page)
