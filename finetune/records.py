@@ -59,7 +59,8 @@ class Record:
     @property
     def planned_steps(self) -> int:
         train = self.config.train
-        return min(self.steps_per_epoch * train.num_epochs, train.max_steps or 10**9)
+        steps = self.steps_per_epoch * train.num_epochs
+        return steps if train.max_steps is None else min(steps, train.max_steps)
 
     @property
     def state(self) -> str:

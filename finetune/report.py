@@ -77,7 +77,7 @@ def leave_report(run_dir: Path) -> None:
     except Exception as error:
         say(
             f"The report could not be written ({type(error).__name__}: {' '.join(str(error).split())}). "
-            f"The run is saved; `python -m finetune report {run_dir}` tries again."
+            f"The run is saved; `python -m finetune report {shlex.quote(str(run_dir))}` tries again."
         )
     else:
         say(f"report       {run_dir / PAGE}")
@@ -528,7 +528,7 @@ border-top-style: {{ 'dashed' if line.dashed else 'solid' }}"></i>{{ line.name }
 </article>
 {% endfor %}
 {% endif %}
-<h2>Data and updates</h2>
+<h2>Model, data and updates</h2>
 {{ facts(data) }}
 <h2>Settings</h2>
 {{ facts(settings) }}

@@ -16,7 +16,8 @@ def command(argv: Sequence[str]) -> None:
     parser.add_argument("--page", metavar="FILE", type=Path, help=f"where it is written (RUN/{PAGE})")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parse_arguments(parser, argv)
+    if arguments.page is not None:
+        check_page_path(arguments.page)
     page: Path = arguments.page or arguments.run / PAGE
-    check_page_path(page)
     write_report(arguments.run, page)
     say(f"page  {page}")
