@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 from finetune import machine, run_folder, screen
@@ -37,6 +38,7 @@ from finetune.model import (
 )
 from finetune.optim import choose_optimizer, create_optimizer, learning_rate_at, set_learning_rate
 from finetune.paths import choose_paths
+from finetune.report import leave_report
 from finetune.rows import find_leaks, load_rows
 from finetune.signals import StopRequest, on_main
 from finetune.tracking import Tracker
@@ -91,12 +93,14 @@ def train(config: Config) -> int:
             window.restore(state.window_sums)
 
     def open_run() -> None:
+        described = screen.describe(config, model, rows, train_set, eval_set, leaks, flop_per_second)
+        described += screen.batch_arithmetic(config, plan)
         facts = {**machine.environment(accelerator), "base": state.base, "int8": paths.int8.got}
+        facts |= {"described": described, "settings": [asdict(setting) for setting in settings]}
         size = estimate_bytes(model, optimizer_choice.got)
         run_folder.start_run(config, facts, plan, train_set, eval_set, checkpoint, state.step, size)
         run_folder.keep_lines_until(run_dir, state.step)
-        described = screen.describe(config, model, rows, train_set, eval_set, leaks, flop_per_second)
-        screen.show_start(config, settings, plan, described)
+        screen.show_start(config, settings, described)
         screen.show_checkpoint(checkpoint, remarks, state.step)
 
     on_main(accelerator, open_run)
@@ -196,6 +200,7 @@ def train(config: Config) -> int:
         run_folder.record_adapter_step(run_dir, state.step)
         save_result(run_dir / "adapter", model, tokenizer, run_folder.training_config(config))
         screen.show_end(config, plan, evaluations, state.step, remarks)
+        leave_report(run_dir)
     return stop.exit_code
 
 

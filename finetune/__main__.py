@@ -13,6 +13,8 @@ BEFORE = {
     "sweep": ("--over KEY=A,B", "a run for each value of a key, and which has the lowest eval loss"),
 }
 AFTER = {
+    "report": ("RUN", "its report: curves, before and after, answers, settings, as one page"),
+    "compare": ("RUN RUN ...", "runs side by side, and what they differ by on the same eval rows"),
     "replay": ("RUN", "repeat the update whose loss or gradient was not finite"),
 }
 COMMANDS = {**BEFORE, **AFTER}

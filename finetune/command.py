@@ -44,6 +44,18 @@ def split_arguments(parser: CommandParser, argv: Sequence[str]) -> tuple[argpars
     return parser.parse_known_args(argv)
 
 
+def parse_arguments(parser: CommandParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command that takes no key of the configuration.
+
+    Raises:
+        ValueError: an argument that is wrong.
+    """
+    arguments, others = split_arguments(parser, argv)
+    if others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    return arguments
+
+
 def _end(argv: Sequence[str], line: str, code: int) -> int:
     if "--debug" in argv:
         traceback.print_exc()

@@ -52,15 +52,10 @@ def say(message: str) -> None:
     console.print(message, soft_wrap=True, markup=False)
 
 
-def show_start(
-    config: Config,
-    settings: Sequence[Setting],
-    plan: Plan,
-    facts: Sequence[tuple[str, str]],
-) -> None:
-    """Print what is trained on what, the batch arithmetic, and asked beside got."""
+def show_start(config: Config, settings: Sequence[Setting], facts: Sequence[tuple[str, str]]) -> None:
+    """Print what is trained on what, and asked beside got."""
     table = Table(title=Text(f"Run {config.output_dir}"), title_justify="left", show_header=False)
-    for name, value in (*facts, *_batch_arithmetic(config, plan)):
+    for name, value in facts:
         table.add_row(name, Text(value))
     console.print(table)
     show_settings(settings)
@@ -74,7 +69,8 @@ def show_settings(settings: Sequence[Setting]) -> None:
     console.print(table)
 
 
-def _batch_arithmetic(config: Config, plan: Plan) -> list[tuple[str, str]]:
+def batch_arithmetic(config: Config, plan: Plan) -> list[tuple[str, str]]:
+    """Examples and tokens of an update, and the number of updates."""
     train = config.train
     product = f"{train.micro_batch_size} x {train.gradient_accumulation_steps} x {plan.num_processes}"
     capped = "" if plan.max_steps is None else f", at most {plan.max_steps}"
@@ -154,13 +150,16 @@ def show_stop(config: Config, accelerator: Any, step: int) -> None:
     run_dir = Path(config.output_dir)
     saved = f"after update {step}; all is saved" if step > 0 else "before its first update"
     say(f"Stopped {saved}. To go on:")
-    number = accelerator.num_processes
+    say(f"  {launch_command(run_dir, accelerator.num_processes, accelerator.device.type == 'cuda')}")
+
+
+def launch_command(run_dir: Path, num_processes: int, on_gpu: bool) -> str:
+    """The command that runs the configuration of `run_dir` in as many processes."""
     launcher = "accelerate launch"
-    if number > 1:
-        on_gpu = accelerator.device.type == "cuda"
-        launcher += f" --multi_gpu --num_processes {number}" if on_gpu else ""
-        launcher = launcher if on_gpu else f"torchrun --nproc_per_node {number}"
-    say(f"  {launcher} train.py --config {shlex.quote(str(run_dir / CONFIG))}")
+    if num_processes > 1:
+        launcher += f" --multi_gpu --num_processes {num_processes}"
+        launcher = launcher if on_gpu else f"torchrun --nproc_per_node {num_processes}"
+    return f"{launcher} train.py --config {shlex.quote(str(run_dir / CONFIG))}"
 
 
 def show_end(

@@ -166,7 +166,10 @@ def run_train(tmp_path: Path, tiny_model_dir: Path, rows_file: Path) -> Callable
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         assert train.main(argv) == expect
-        return Path(keys["output_dir"])
+        run_dir = Path(keys["output_dir"])
+        # A run ends well without its report, and says so: here that is a fault.
+        assert (run_dir / "report.html").exists() or not (run_dir / "adapter").exists()
+        return run_dir
 
     return run
 

@@ -73,6 +73,7 @@ def test_a_run_leaves_its_record_its_checkpoints_and_the_adapter(run_train):
         "tensorboard",
         "checkpoints",
         "adapter",
+        "report.html",
     }
     assert [path.name for path in sorted((run_dir / "checkpoints").iterdir())] == [
         "step_000004",

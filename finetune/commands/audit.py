@@ -32,12 +32,11 @@ from finetune.commands.audit_page import (
     Segment,
     ShownRow,
     Table,
-    check_page_path,
-    visible,
-    write_page,
+    write_audit,
 )
 from finetune.config import Config, DataConfig, parse_config
 from finetune.duplicates import NEAR, most_similar, same_after_normalising
+from finetune.pages import check_page_path, visible
 from finetune.rows import Rows, answer_of, instruction_of, load_rows, prompt_of, read_rows
 
 FEW_TARGETS = 2  # such an example teaches a word, and to stop
@@ -159,7 +158,7 @@ def command(argv: Sequence[str]) -> None:
         note=_what_is_shown(len(problems), shown),
         names=row_names(audit),
     )
-    write_page(page, report)
+    write_audit(page, report)
     print_report(report)
     console.print(f"page  {page}", soft_wrap=True, markup=False)
 

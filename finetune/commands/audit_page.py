@@ -1,19 +1,12 @@
 """The page of an audit: one HTML file that needs nothing but itself, on a screen, a phone or paper."""
 
-import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import Environment
+from finetune.pages import write_page
 
 LONG = 12  # a list of more entries is folded
-
-# What shows as nothing or moves other letters about: control characters, and marks of the writing direction.
-_UNSEEN = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
-)
 
 
 class Table(NamedTuple):
@@ -71,79 +64,20 @@ class Report(NamedTuple):
     names: Mapping[int, str]
 
 
-def visible(text: str) -> str:
-    r"""The text with what cannot be seen written out, such as \x1b."""
-    return _UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
-
-
-def check_page_path(path: Path) -> None:
-    """Raise ValueError where no page can be written, before the work that would be lost."""
-    if path.suffix.lower() not in (".html", ".htm"):  # so that no file of rows is ever written over
-        raise ValueError(f"--page {path}: name a file that ends in .html")
-    if path.is_dir():
-        raise ValueError(f"--page {path} is a folder")
-    try:
-        _partial(path).touch()
-        _partial(path).unlink()
-    except OSError as error:
-        raise ValueError(f"--page {path} cannot be written: {error.strerror or error}") from error
-
-
-def write_page(path: Path, report: Report) -> None:
+def write_audit(path: Path, report: Report) -> None:
     """Write the page whole or not at all."""
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["visible"] = visible
     shown = {row.number for row in report.rows}
-    page = environment.from_string(_TEMPLATE).render(**report._asdict(), shown=shown, long=LONG)
-    try:
-        _partial(path).write_text(page, encoding="utf-8")
-        os.replace(_partial(path), path)
-    finally:
-        _partial(path).unlink(missing_ok=True)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+    write_page(path, _TEMPLATE, **report._asdict(), shown=shown, long=LONG)
 
 
 _TEMPLATE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="color-scheme" content="light dark">
-<title>{{ title }}</title>
-<style>
-:root { --ink: #1d2329; --dim: #5d6872; --paper: #fff; --line: #d5dae0; --card: #f6f8fa;
-  --trained: #cdeed6; --under: #18793a; --bad: #a3260d; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8ec; --dim: #98a3ae; --paper: #14181c; --line: #363e47; --card: #1c2127;
-    --trained: #17472a; --under: #6bd390; --bad: #ff9580; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 62rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; line-height: 1.25; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-h3 { font-size: 1rem; margin: 0; }
-a { color: inherit; }
-p, li { overflow-wrap: anywhere; }
-.note { color: var(--dim); margin: .4rem 0; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right;
-  white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-.facts td { white-space: normal; overflow-wrap: anywhere; text-align: left; vertical-align: top; }
-.facts td:first-child { white-space: nowrap; color: var(--dim); }
-pre { overflow-x: auto; font-size: .85rem; line-height: 1.35; }
+{% extends "page" %}
+{% block style %}
+:root { --trained: #cdeed6; --under: #18793a; }
+@media (prefers-color-scheme: dark) { :root { --trained: #17472a; --under: #6bd390; } }
 details, .list { border-top: 1px solid var(--line); padding: .5rem 0; }
-summary { cursor: pointer; }
 .list ul { margin: .3rem 0; padding-left: 1.2rem; }
-article { border: 1px solid var(--line); border-radius: .5rem; padding: .7rem; margin: .8rem 0;
-  background: var(--card); break-inside: avoid-page; scroll-margin-top: 3rem; }
+article { scroll-margin-top: 3rem; }
 .problems { margin: .2rem 0 .5rem; padding-left: 1.2rem; color: var(--bad); }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .92rem; color: var(--dim); }
 .system, .user, .other { color: var(--ink); }
@@ -151,19 +85,10 @@ mark { background: var(--trained); color: var(--ink); text-decoration: underline
   text-underline-offset: .2em; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 del { color: var(--dim); text-decoration: line-through; }
 .keys { position: sticky; top: 0; background: var(--paper); padding: .4rem 0; }
-@media (max-width: 40rem) {
-  table { font-size: .85rem; }
-  th { white-space: normal; }
-  th, td { padding: .2rem .3rem; }
-  pre { font-size: .62rem; }
-}
-@media print {
-  .keys { position: static; }
-  details::details-content { content-visibility: visible; block-size: auto; opacity: 1; }
-}
-</style>
-</head>
-<body>
+@media (max-width: 40rem) { pre { font-size: .62rem; } }
+@media print { .keys { position: static; } }
+{% endblock %}
+{% block content %}
 <h1>{{ title }}</h1>
 {% for table in tables %}
 <h2>{{ table.title }}</h2>
@@ -172,7 +97,7 @@ del { color: var(--dim); text-decoration: line-through; }
 <tr>{% for column in table.columns %}<th>{{ column }}</th>{% endfor %}</tr>
 {% endif %}
 {% for row in table.rows %}
-<tr>{% for cell in row %}<td>{{ cell | visible }}</td>{% endfor %}</tr>
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 </table></div>
 {% if table.note %}<p class="note">{{ table.note }}</p>{% endif %}
@@ -189,7 +114,7 @@ del { color: var(--dim); text-decoration: line-through; }
 <ul>
 {% for entry in listing.entries %}
 <li>{% for number in entry.numbers %}{{ name(number) }}{% if not loop.last %}{{ listing.joint }}{% endif %}
-{%- endfor %}{% if entry.note %} <span class="note">{{ entry.note | visible }}</span>{% endif %}</li>
+{%- endfor %}{% if entry.note %} <span class="note">{{ entry.note }}</span>{% endif %}</li>
 {% endfor %}
 </ul>
 {% else %}
@@ -220,16 +145,15 @@ del { color: var(--dim); text-decoration: line-through; }
 <article id="row-{{ row.number }}">
 <h3>Row {{ row.number }}, {{ row.split }}</h3>
 {% if row.problems %}
-<ul class="problems">{% for problem in row.problems %}<li>{{ problem | visible }}</li>{% endfor %}</ul>
+<ul class="problems">{% for problem in row.problems %}<li>{{ problem }}</li>{% endfor %}</ul>
 {% endif %}
 <div class="text">{% for s in row.segments -%}
-{% if not s.kept %}<del>{{ s.text | visible }}</del>
-{%- elif s.trained %}<mark>{{ s.text | visible }}</mark>
-{%- else %}<span class="{{ s.role }}">{{ s.text | visible }}</span>
+{% if not s.kept %}<del>{{ s.text }}</del>
+{%- elif s.trained %}<mark>{{ s.text }}</mark>
+{%- else %}<span class="{{ s.role }}">{{ s.text }}</span>
 {%- endif %}
 {%- endfor %}</div>
 </article>
 {% endfor %}
-</body>
-</html>
+{% endblock %}
 """

@@ -24,8 +24,8 @@ from finetune.commands.audit import (
     run_audit,
     segments_of,
 )
-from finetune.commands.audit_page import check_page_path
 from finetune.config import Config, DataConfig, ModelConfig
+from finetune.pages import check_page_path
 from finetune.rows import load_rows
 
 SAMPLE = str(ROOT / "data" / "finance_sample.csv")
