@@ -12,6 +12,8 @@ BEFORE = {
     "verify": ("--config FILE", "the fast paths against the plain ones, on your model and rows"),
 }
 AFTER = {
+    "chat": ("RUN", "talk with what was trained, beside its base; answers the lines of a pipe"),
+    "generate": ("RUN --input ROWS", "answers to the rows of a file, in batches; goes on after a kill"),
     "replay": ("RUN", "repeat the update whose loss or gradient was not finite"),
 }
 COMMANDS = {**BEFORE, **AFTER}
