@@ -4,6 +4,7 @@ Where standard input is no terminal, each of its lines is a question of its own,
 printed.
 """
 
+import re
 import secrets
 import sys
 import time
@@ -12,11 +13,13 @@ from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 from transformers import TextStreamer
 
 from finetune.chat import Message
+from finetune.command import split_arguments
 from finetune.commands.audit_page import visible
 from finetune.generation import (
     Answer,
@@ -28,7 +31,7 @@ from finetune.generation import (
     require_room,
 )
 from finetune.screen import console, say
-from finetune.trained import Trained, TrainedModel, load_trained, parse_trained, trained_parser
+from finetune.trained import Trained, TrainedModel, find_trained, load_trained, trained_parser
 
 AT_A_TERMINAL, IN_A_PIPE = 0.7, 0.0  # the temperature that is not asked for
 
@@ -63,11 +66,29 @@ class _Screen(TextStreamer):  # type: ignore[misc]
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.text = ""
+        self._column, self._space = 0, ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        shown = text if self.text else text.lstrip()
-        self.text += shown
-        console.print(Text(visible(shown)), end="\n" if stream_end else "", soft_wrap=True)
+        new = text if self.text else text.lstrip()
+        self.text += new
+        shown = self._folded(visible(new).replace("\t", "    ")) + ("\n" if stream_end else "")
+        console.print(Text(shown), end="", soft_wrap=True)
+
+    def _folded(self, text: str) -> str:
+        """The text with line ends before the words that would not fit into the line."""
+        folded = ""
+        for piece in re.findall(r"\n|[^\S\n]+|\S+", text):
+            if piece == "\n":
+                folded, self._column, self._space = folded + piece, 0, ""
+            elif piece.isspace():
+                self._space += piece  # written with the word behind it, if that does not begin a line
+            else:
+                width = cell_len(self._space + piece)
+                fits = self._column == 0 or self._column + width <= console.width
+                folded += (self._space if fits else "\n") + piece
+                self._column = self._column + width if fits else cell_len(piece)
+                self._space = ""
+        return folded
 
 
 def command(argv: Sequence[str]) -> None:
@@ -86,18 +107,18 @@ def command(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--temperature",
         type=float,
-        help=f"0 takes the likeliest token, above it draws (default {AT_A_TERMINAL:g}, in a pipe {IN_A_PIPE:g})",
+        help=f"0 takes the likeliest token (default {AT_A_TERMINAL:g}; {IN_A_PIPE:g} in a pipe)",
     )
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (default 256)")
+    arguments, settings = split_arguments(parser, argv)
     at_a_terminal = sys.stdin is not None and sys.stdin.isatty()
-    with (
-        nullcontext() if at_a_terminal else redirect_stdout(sys.stderr)
-    ):  # there, answers are all that is said
-        arguments, trained = parse_trained(parser, argv)
-        temperature = arguments.temperature
-        if temperature is None:
-            temperature = AT_A_TERMINAL if at_a_terminal else IN_A_PIPE
-        check_limits(temperature, arguments.max_new_tokens)
+    temperature = arguments.temperature
+    if temperature is None:
+        temperature = AT_A_TERMINAL if at_a_terminal else IN_A_PIPE
+    check_limits(temperature, arguments.max_new_tokens)
+    # Of a pipe the answers are all that is printed.
+    with nullcontext() if at_a_terminal else redirect_stdout(sys.stderr):
+        trained = find_trained(arguments.trained, settings)
         model = load_trained(trained)
         dequantise_on_cpu(model.model, model.precision.got)
     system_prompt = arguments.system_prompt
@@ -127,8 +148,11 @@ def _greet(trained: Trained) -> None:
 
 def _talk(chat: Chat) -> None:
     """Answer what is typed until the user leaves."""
-    with suppress(ImportError):
-        import readline  # noqa: F401  input() then edits lines, and takes one that is pasted whole
+    with suppress(ImportError):  # with it, input() lets lines be edited and remembers them
+        import readline
+
+        # Several lines that are pasted are one question then; Python switches it off.
+        readline.parse_and_bind("set enable-bracketed-paste on")
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     while True:
         try:
