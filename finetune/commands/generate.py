@@ -130,10 +130,10 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _rows_in_words(numbers: Sequence[int]) -> str:
+    if len(numbers) == 1:
+        return f"row {numbers[0]}"
     more = f" and {len(numbers) - ROWS_NAMED:,} more" if len(numbers) > ROWS_NAMED else ""
-    return (
-        f"rows {', '.join(map(str, numbers[:ROWS_NAMED]))}{more}" if len(numbers) > 1 else f"row {numbers[0]}"
-    )
+    return f"rows {', '.join(map(str, numbers[:ROWS_NAMED]))}{more}"
 
 
 def _settings(arguments: argparse.Namespace, trained: Trained) -> Record:
@@ -165,13 +165,9 @@ def _read_partial(path: Path, settings: Record) -> dict[int, Record]:
     if not path.exists():
         return {}
     whole, _, torn = path.read_bytes().rpartition(b"\n")
-    if torn:
-        os.truncate(path, path.stat().st_size - len(torn))
     try:
-        lines = [json.loads(line) for line in whole.split(b"\n") if line]
-        if not lines:
-            return {}
-        before, records = lines[0]["settings"], {record["row_number"]: record for record in lines[1:]}
+        lines = [json.loads(line) for line in whole.split(b"\n")]
+        before, records = dict(lines[0]["settings"]), {record["row_number"]: record for record in lines[1:]}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} is no record of a generation; delete it, or choose another --output"
@@ -184,6 +180,7 @@ def _read_partial(path: Path, settings: Record) -> dict[int, Record]:
             f"{path} holds answers that were made otherwise ({'; '.join(differing)}); delete it, or choose "
             "another --output"
         )
+    os.truncate(path, path.stat().st_size - len(torn))
     return records
 
 
@@ -218,12 +215,12 @@ def _answer_rows(
     """By row number, the answers to these questions, each batch of which is kept in `partial` at once."""
     records: dict[int, Record] = {}
     bar = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    if not partial.exists():
+        write_whole(partial, json.dumps({"settings": settings}) + "\n")
     with (
         partial.open("a", encoding="utf-8") as file,
         Progress(*bar, console=console, disable=not console.is_terminal) as progress,
     ):
-        if file.tell() == 0:
-            file.write(json.dumps({"settings": settings}) + "\n")
         task = progress.add_task("", total=len(questions))
         for first in range(0, len(questions), arguments.batch_size):
             batch = questions[first : first + arguments.batch_size]

@@ -237,9 +237,11 @@ def test_an_answer_begun_otherwise_is_not_gone_on_with(
     questions.write_text("prompt\nHi\n", encoding="utf-8")
     ask(expect=2)
     assert "the rows were another" in capsys.readouterr().err
-    partial.write_text("[]\n", encoding="utf-8")
-    ask(expect=2)
-    assert "is no record of a generation" in capsys.readouterr().err
+    for other in ("[]\n", "[1]\nmine", "mine", ""):
+        partial.write_text(other, encoding="utf-8")
+        ask(expect=2)
+        assert "is no record of a generation" in capsys.readouterr().err
+        assert partial.read_text(encoding="utf-8") == other
 
 
 def test_what_is_wrong_is_said_before_a_model_is_loaded(ask, tmp_path, monkeypatch, capsys):
