@@ -15,6 +15,8 @@ BEFORE = {
 AFTER = {
     "report": ("RUN", "its report: curves, before and after, answers, settings, as one page"),
     "compare": ("RUN RUN ...", "runs side by side, and what they differ by on the same eval rows"),
+    "chat": ("RUN", "talk with what was trained, beside its base; answers the lines of a pipe"),
+    "generate": ("RUN --input ROWS", "answers to the rows of a file, in batches; goes on after a kill"),
     "replay": ("RUN", "repeat the update whose loss or gradient was not finite"),
 }
 COMMANDS = {**BEFORE, **AFTER}

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,23 @@ def read_rows(path: str | list[str]) -> Dataset:
                 )
         table = concatenate_datasets(tables)
     return table.add_column("row_number", list(range(1, len(table) + 1)))
+
+
+def read_questions(file: str) -> tuple[Dataset, dict[str, list[int]]]:
+    """The rows of a file that ask something, as `read_rows` gives them, and the numbers of the others, by
+    reason. They may have an answer or lack it, and its column too.
+
+    Raises:
+        ValueError: as `load_rows`.
+    """
+    frame = _read_file(file)
+    if not any(set(required) <= set(frame.columns) for required, _ in FORMATS.values()):
+        for question, answer in (("instruction", "output"), ("prompt", "completion")):
+            if question in frame.columns:
+                frame[answer] = ""
+                break
+    table = _to_table(frame, file)
+    return _sort_out(table.add_column("row_number", list(range(1, len(table) + 1))), _reason_to_ask_nothing)
 
 
 def _to_table(frame: pd.DataFrame, file: str) -> Dataset:
@@ -232,10 +249,17 @@ def _format_columns(found: list[str], source: str) -> list[str]:
 
 def clean_rows(table: Dataset) -> tuple[Dataset, dict[str, list[int]]]:
     """The rows with something to learn from, and the numbers of the others, by reason."""
+    return _sort_out(table, _reason_to_drop)
+
+
+def _sort_out(
+    table: Dataset, reason_to_drop: Callable[[Mapping[str, Any]], str | None]
+) -> tuple[Dataset, dict[str, list[int]]]:
+    """The rows without a reason to drop them, and the numbers of the others, by reason."""
     kept: list[int] = []
     dropped: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(table):
-        if reason := _reason_to_drop(row):
+        if reason := reason_to_drop(row):
             dropped[reason].append(row["row_number"])
         else:
             kept.append(index)
@@ -272,6 +296,27 @@ def _reason_to_drop_messages(row: Mapping[str, Any]) -> str | None:
     if not answers or any(not (message["content"] or "").strip() for message in answers):
         return "without text in an assistant turn"
     return None
+
+
+def _reason_to_ask_nothing(row: Mapping[str, Any]) -> str | None:
+    """As `_reason_to_drop`, whatever the row's last answer is."""
+    if "messages" not in row:
+        return _reason_to_drop({**row, "output" if "output" in row else "completion": "an answer"})
+    turns = row["messages"]
+    if not turns or not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return _reason_to_drop(row)
+    asked = turns_asked(turns)
+    if all(turn.get("role") == "system" for turn in asked):
+        return "without a question"
+    return _reason_to_drop({**row, "messages": [*asked, {"role": "assistant", "content": "an answer"}]})
+
+
+def turns_asked(turns: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The messages up to the last answer, or all of them where the last one is the user's."""
+    if not turns or turns[-1].get("role") == "user":
+        return turns
+    last = max((i for i, turn in enumerate(turns) if turn.get("role") == "assistant"), default=len(turns))
+    return turns[:last]
 
 
 def _require_text(cell: Any, place: str) -> None:

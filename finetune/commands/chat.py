@@ -1,0 +1,271 @@
+"""`python -m finetune chat RUN`: talk with what was trained in the terminal, and hear its base beside it.
+
+Where standard input is no terminal, each of its lines is a question of its own, and the answers alone are
+printed.
+"""
+
+import re
+import secrets
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
+from transformers import TextStreamer
+
+from finetune.chat import Message
+from finetune.command import split_arguments
+from finetune.commands.audit_page import visible
+from finetune.generation import (
+    Answer,
+    Sampler,
+    answer_prompts,
+    check_limits,
+    dequantise_on_cpu,
+    encode_prompt,
+    require_room,
+)
+from finetune.screen import console, say
+from finetune.trained import Trained, TrainedModel, find_trained, load_trained, trained_parser
+
+AT_A_TERMINAL, IN_A_PIPE = 0.7, 0.0  # the temperature that is not asked for
+
+HELP = {
+    "/base": "the base's answer to the last question, without the adapter",
+    "/temperature X": "0 takes the likeliest token; above it draws, the freer the higher",
+    "/length N": "the longest answer, in tokens",
+    "/system TEXT": "another system prompt, from the next answer on",
+    "/clear": "forget the conversation",
+    "/undo": "forget the last question and its answer",
+    "/help": "these lines",
+    "/quit": "leave, as do Ctrl-D and Ctrl-C; during an answer Ctrl-C stops it",
+}
+
+
+@dataclass
+class Chat:
+    """A conversation, and how it is answered."""
+
+    model: TrainedModel
+    system_prompt: str | None
+    temperature: float
+    max_new_tokens: int
+    turns: list[Message] = field(default_factory=list)
+    """The user's and the assistant's, alternately"""
+
+
+class _Screen(TextStreamer):  # type: ignore[misc]
+    """Writes an answer to the terminal as it comes, and keeps it. Nothing in it is taken for a control
+    sequence or markup."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.text = ""
+        self._column, self._space = 0, ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        new = text if self.text else text.lstrip()
+        self.text += new
+        shown = self._folded(visible(new).replace("\t", "    ")) + ("\n" if stream_end else "")
+        console.print(Text(shown), end="", soft_wrap=True)
+
+    def _folded(self, text: str) -> str:
+        """The text with line ends before the words that would not fit into the line."""
+        folded = ""
+        for piece in re.findall(r"\n|[^\S\n]+|\S+", text):
+            if piece == "\n":
+                folded, self._column, self._space = folded + piece, 0, ""
+            elif piece.isspace():
+                self._space += piece  # written with the word behind it, if that does not begin a line
+            else:
+                width = cell_len(self._space + piece)
+                fits = self._column == 0 or self._column + width <= console.width
+                folded += (self._space if fits else "\n") + piece
+                self._column = self._column + width if fits else cell_len(piece)
+                self._space = ""
+        return folded
+
+
+def command(argv: Sequence[str]) -> None:
+    """Talk until the user leaves, or answer the lines of a pipe.
+
+    Raises:
+        ValueError: arguments, a run or a model that cannot be used; in a pipe, a line that leaves no room for
+            its answer.
+    """
+    parser = trained_parser(
+        "chat",
+        "[options]",
+        "Talk with what was trained, beside its base. Lines from a pipe are each answered alone.",
+    )
+    parser.add_argument("--system_prompt", help="instead of the run's")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        help=f"0 takes the likeliest token (default {AT_A_TERMINAL:g}; {IN_A_PIPE:g} in a pipe)",
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (default 256)")
+    arguments, settings = split_arguments(parser, argv)
+    at_a_terminal = sys.stdin is not None and sys.stdin.isatty()
+    temperature = arguments.temperature
+    if temperature is None:
+        temperature = AT_A_TERMINAL if at_a_terminal else IN_A_PIPE
+    check_limits(temperature, arguments.max_new_tokens)
+    # Of a pipe the answers are all that is printed.
+    with nullcontext() if at_a_terminal else redirect_stdout(sys.stderr):
+        trained = find_trained(arguments.trained, settings)
+        model = load_trained(trained)
+        dequantise_on_cpu(model.model, model.precision.got)
+    system_prompt = arguments.system_prompt
+    if system_prompt is None:
+        system_prompt = trained.config.data.system_prompt
+    chat = Chat(model, system_prompt, temperature, arguments.max_new_tokens)
+    if at_a_terminal:
+        _greet(trained)
+        with suppress(KeyboardInterrupt):
+            _talk(chat)
+    elif sys.stdin is not None:
+        _answer_lines(chat)
+
+
+def _answer_lines(chat: Chat) -> None:
+    """Print the answer to each line of standard input, as if nothing had been asked before."""
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    for line in sys.stdin:
+        if line.strip() and not console.quiet:  # it is when nobody reads any more
+            say(visible(_answer(chat, [{"role": "user", "content": line.strip()}]).text))
+
+
+def _greet(trained: Trained) -> None:
+    model = trained.config.model
+    say(f"{trained.adapter} on {model.name_or_path} ({model.quantization}). /help lists what else there is.")
+
+
+def _talk(chat: Chat) -> None:
+    """Answer what is typed until the user leaves."""
+    with suppress(ImportError):  # with it, input() lets lines be edited and remembers them
+        import readline
+
+        # Several lines that are pasted are one question then; Python switches it off.
+        readline.parse_and_bind("set enable-bracketed-paste on")
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            console.print()
+            return
+        except KeyboardInterrupt:
+            console.print()
+            raise
+        try:
+            if line.strip() == "/quit":
+                return
+            if line.startswith("/"):
+                _obey(chat, line)
+            elif line.strip():
+                _ask(chat, line.strip())
+        except ValueError as error:
+            say(str(error))
+
+
+def _ask(chat: Chat, question: str) -> None:
+    """Answer a question on screen; both join the conversation, also where the answer was stopped."""
+    turns = [*chat.turns, {"role": "user", "content": question}]
+    if answer := _show_answer(chat, turns):
+        chat.turns = [*turns, {"role": "assistant", "content": answer}]
+
+
+def _obey(chat: Chat, line: str) -> None:
+    """Do what a line that begins with / says.
+
+    Raises:
+        ValueError: there is no such command, its value is wrong, or there is nothing to do it to.
+    """
+    name, _, value = line.strip().partition(" ")
+    value = value.strip()
+    match name:
+        case "/base":
+            if not chat.turns:
+                raise ValueError("There is no question yet.")
+            console.print(Text("without the adapter:", style="dim"))
+            with chat.model.model.disable_adapter():
+                _show_answer(chat, chat.turns[:-1])
+        case "/temperature":
+            if value:
+                temperature = _number(value, float)
+                check_limits(temperature, chat.max_new_tokens)
+                chat.temperature = temperature
+            say(f"The temperature is {chat.temperature:g}.")
+        case "/length":
+            if value:
+                length = _number(value, int)
+                check_limits(chat.temperature, length)
+                chat.max_new_tokens = length
+            say(f"An answer has {chat.max_new_tokens} tokens at most.")
+        case "/system":
+            chat.system_prompt = value or chat.system_prompt
+            say(f"The system prompt is: {visible(chat.system_prompt or '(what the chat template brings)')}")
+        case "/clear":
+            chat.turns = []
+            say("The conversation begins anew.")
+        case "/undo":
+            if not chat.turns:
+                raise ValueError("There is nothing to take back.")
+            say(f"Taken back: {visible(chat.turns[-2]['content'])}")
+            chat.turns = chat.turns[:-2]
+        case "/help":
+            table = Table.grid(padding=(0, 2))
+            for command_line, what in HELP.items():
+                table.add_row(command_line, what)
+            console.print(table)
+        case _:
+            raise ValueError(f"{visible(name)} is no command; /help lists them.")
+
+
+def _number(text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{visible(text)} is no {'whole ' if kind is int else ''}number.") from None
+
+
+def _show_answer(chat: Chat, turns: list[Message]) -> str:
+    """Write the answer to the last of these turns as it comes; returns it, or as much as there is when Ctrl-C
+    stops it."""
+    screen = _Screen(chat.model.tokenizer)
+    start = time.perf_counter()
+    try:
+        answer = _answer(chat, turns, screen)
+    except KeyboardInterrupt:
+        screen.end()
+        console.print(Text("stopped", style="dim"))
+    else:
+        speed = answer.num_tokens / (time.perf_counter() - start)
+        cut = "" if answer.ended else "; cut there, /length N allows more"
+        console.print(Text(f"{answer.num_tokens} tokens, {speed:.1f} a second{cut}", style="dim"))
+    return screen.text.strip()
+
+
+def _answer(chat: Chat, turns: list[Message], streamer: Any = None) -> Answer:
+    """The answer to the last of these turns.
+
+    Raises:
+        ValueError: the chat template refuses them, or they leave no room for an answer.
+    """
+    system = [] if chat.system_prompt is None else [{"role": "system", "content": chat.system_prompt}]
+    accelerator, tokenizer, model = chat.model.accelerator, chat.model.tokenizer, chat.model.model
+    prompt = encode_prompt(tokenizer, [*system, *turns])
+    require_room(model, len(prompt), chat.max_new_tokens)
+    sampler = None
+    if chat.temperature > 0:
+        sampler = Sampler(chat.temperature, [secrets.randbits(63)], accelerator.device)
+    (answer,) = answer_prompts(
+        accelerator, model, tokenizer, [prompt], chat.max_new_tokens, sampler, streamer
+    )
+    return answer
