@@ -20,7 +20,6 @@ from transformers import TextStreamer
 
 from finetune.chat import Message
 from finetune.command import split_arguments
-from finetune.commands.audit_page import visible
 from finetune.generation import (
     Answer,
     Sampler,
@@ -30,6 +29,7 @@ from finetune.generation import (
     encode_prompt,
     require_room,
 )
+from finetune.pages import visible
 from finetune.screen import console, say
 from finetune.trained import Trained, TrainedModel, find_trained, load_trained, trained_parser
 
