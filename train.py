@@ -12,6 +12,7 @@ from pathlib import Path
 from finetune import machine, run_folder, screen
 from finetune.bad_update import examine_update, write_bad_update
 from finetune.batching import Plan, iterate_updates, make_plan, plan_evaluation
+from finetune.card import model_card
 from finetune.chat import tokenize_splits
 from finetune.checkpoint import (
     TrainState,
@@ -92,6 +93,7 @@ def train(config: Config) -> int:
     def open_run() -> None:
         facts = {**machine.environment(accelerator), "base": state.base, "int8": paths.int8.got}
         size = estimate_bytes(model, optimizer_choice.got)
+        facts["rows"] = run_folder.count_rows(rows, train_set, eval_set, len(leaks))
         run_folder.start_run(config, facts, plan, train_set, eval_set, checkpoint, state.step, size)
         run_folder.keep_lines_until(run_dir, state.step)
         described = screen.describe(config, model, rows, train_set, eval_set, leaks, flop_per_second)
@@ -181,7 +183,7 @@ def train(config: Config) -> int:
     if is_main and stop.exit_code:
         screen.show_stop(config, accelerator, state.step)
     elif is_main:
-        save_result(run_dir / "adapter", model, tokenizer, config)
+        save_result(run_dir / "adapter", model, tokenizer, config, model_card(run_dir, config))
         screen.show_end(run_folder.read_evaluations(run_dir), run_dir)
     return stop.exit_code
 
