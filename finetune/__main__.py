@@ -12,7 +12,7 @@ BEFORE = {
     "verify": ("--config FILE", "the fast paths against the plain ones, on your model and rows"),
 }
 AFTER = {
-    "export": ("RUN --output DIR", "a GGUF file of the merged model, and a Modelfile: for llama.cpp and Ollama"),
+    "export": ("RUN --output DIR", "a GGUF file of the merged model, for llama.cpp and Ollama"),
     "push": ("RUN --repo OWNER/NAME", "upload the adapter and its card to the Hugging Face Hub"),
     "replay": ("RUN", "repeat the update whose loss or gradient was not finite"),
 }

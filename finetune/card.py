@@ -39,12 +39,12 @@ TEMPLATE = """\
 
 # LoRA adapter for {{ base.name | code }}
 
-A LoRA adapter (r={{ config.lora.r }}) that fine-tunes the chat model {{ base.name | code }} on instructions, trained
-by a loop on Hugging Face Accelerate and PEFT.
+A LoRA adapter (r={{ config.lora.r }}) that fine-tunes the chat model {{ base.name | code }} on instructions,
+trained by a loop on Hugging Face Accelerate and PEFT.
 {%- if base.is_starter %}
 
-The weights it was trained on are a 4-bit version of that model (GGUF, Q4_1), dequantised. With the model's own weights,
-which the code below loads, its figures were not measured.
+The weights it was trained on are a 4-bit version of that model (GGUF, Q4_1), dequantised. With the model's
+own weights, which the code below loads, its figures were not measured.
 {%- endif %}
 
 ## Results
@@ -123,14 +123,15 @@ print(tokenizer.decode(answer, skip_special_tokens=True))
 ```
 {% if base.on_hub and not config.lora.use_dora and vllm_rank %}
 ```
-vllm serve {{ base.name }} --enable-lora --lora-modules adapter={{ repo or "." }} --max-lora-rank {{ vllm_rank }}
+vllm serve {{ base.name }} --enable-lora --max-lora-rank {{ vllm_rank }} \\
+    --lora-modules adapter={{ repo or "." }}
 ```
 {% endif %}
 ## Limits
 
 {% if figures -%}
-- Measured on {{ num_eval }} examples of the same kind as those it was trained on, by loss and token accuracy alone.
-  How it does on other questions, and how good its answers are to a reader, was not measured.
+- Measured on {{ num_eval }} examples of the same kind as those it was trained on, by loss and token accuracy
+  alone. How it does on other questions, and how good its answers are to a reader, was not measured.
 {% else -%}
 - Nothing about its answers was measured.
 {% endif -%}
@@ -201,20 +202,20 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
         "settings": [(key, value) for key, value in settings.items() if not key.startswith(NO_SETTINGS)],
         "vllm_rank": next((rank for rank in VLLM_RANKS if rank >= config.lora.r), None),
     }
-    # Nothing is escaped as HTML: what comes from a user stands in code spans, where Markdown shows it as it is.
+    # No HTML escapes: what comes from a user stands in code spans, where Markdown shows it as it is.
     markdown = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
     markdown.filters |= {"code": _code, "literal": _literal}
     return re.sub(r"\n{3,}", "\n\n", markdown.from_string(TEMPLATE).render(values))
 
 
 def without_folder(path: str) -> str:
-    """A path without the folder it has on this machine: `/home/me/rows.csv` is `rows.csv`; a relative path and
-    a hub name are as they were."""
+    """A path without the folder it has on this machine: `/home/me/rows.csv` becomes `rows.csv`; a relative
+    path and a hub name stay."""
     return PurePath(path).name or path if path.startswith(("/", "~", "..")) else path
 
 
 def measured(run_dir: Path, evaluations: Sequence[dict[str, Any]]) -> list[Figure]:
-    """Loss and token accuracy of the first evaluation, if it was made before training, and of the last one."""
+    """Loss and token accuracy of the last evaluation, and of the first if it was made before training."""
     if not evaluations:
         return []
     first, last = evaluations[0], evaluations[-1]
@@ -289,8 +290,8 @@ def _describe_base(config: ModelConfig) -> Base:
         arguments.append(f"revision={_literal(config.revision)}")
     if config.trust_remote_code:
         arguments.append("trust_remote_code=True")
-    comment = "" if on_hub else "  # its folder"
-    return Base(name, on_hub is not None, config.name_or_path == "starter", gguf, ", ".join(arguments), comment)
+    is_starter, comment = config.name_or_path == "starter", "" if on_hub else "  # its folder"
+    return Base(name, on_hub is not None, is_starter, gguf, ", ".join(arguments), comment)
 
 
 def _paths(config: Config) -> list[str]:

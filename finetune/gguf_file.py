@@ -155,7 +155,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, vocab_size: int) -> 
 
 
 def _pre_tokenizer(tokenizer: Any) -> str | None:
-    """llama.cpp's name for how the tokenizer splits text before its merges; None where it is none of these."""
+    """llama.cpp's name for how the tokenizer splits text before it merges; None where it is none of these."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     if backend["model"]["type"] != "BPE" or backend["model"].get("ignore_merges"):
         return None

@@ -14,7 +14,7 @@ import bitsandbytes as bnb
 import peft
 import torch
 from accelerate.utils import set_seed
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 from transformers.utils.logging import disable_progress_bar
 
 from finetune.config import Config, LoraConfig, ModelConfig
@@ -37,6 +37,16 @@ def load_tokenizer(config: ModelConfig) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_architecture(config: ModelConfig) -> Any:
+    """What transformers knows of the model without its weights: its own configuration.
+
+    Raises:
+        ValueError: as `load_base`.
+    """
+    source, arguments = _locate(config)
+    return _from_pretrained(AutoConfig, config, source, arguments)
 
 
 def load_model(config: Config, precision: str, device: torch.device) -> peft.PeftModel:

@@ -41,14 +41,14 @@ def modelfile(gguf_name: str, tokenizer: Any, system_prompt: str | None) -> tupl
     default = chatml_default(tokenizer)
     if default is None:
         left_out.append(
-            "TEMPLATE: the chat template is not ChatML; Ollama takes one that it knows, or none: check the answers"
+            "TEMPLATE: the chat template is not ChatML; Ollama guesses one, or takes none: add the right one"
         )
     else:
         lines.append(f'TEMPLATE """{CHATML_IN_GO}"""')
         lines += [f'PARAMETER stop "{stop}"' for stop in STOPS]
     system = system_prompt if system_prompt is not None else default
     if system and not _can_be_quoted(system):
-        left_out.append("SYSTEM: Ollama cannot read this system prompt in a Modelfile; send it with each request")
+        left_out.append("SYSTEM: a Modelfile cannot hold this system prompt; send it with each request")
     elif system:
         lines.append(f'SYSTEM """{system}"""')
     return "\n".join(lines) + "\n", left_out

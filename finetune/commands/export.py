@@ -1,4 +1,4 @@
-"""`python -m finetune export RUN --output DIR`: a GGUF file of the merged model, and a Modelfile for Ollama."""
+"""`python -m finetune export RUN --output DIR`: a GGUF file of the merged model, for llama.cpp and Ollama."""
 
 import os
 import re
@@ -7,14 +7,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from finetune.card import VLLM_RANKS, without_folder
+from finetune.card import VLLM_RANKS
 from finetune.command import CommandParser
 from finetune.config import Config
-from finetune.model import hub_name
+from finetune.model import load_architecture, load_tokenizer
 from finetune.modelfile import modelfile
 from finetune.screen import say
+from finetune.starter import starter_model_dir
 from finetune.trained import Trained, TrainedModel, load_trained, parse_trained, trained_parser
 
 CONVERTER = "python llama.cpp/convert_hf_to_gguf.py"
@@ -35,13 +35,14 @@ def command(argv: Sequence[str]) -> None:
         from finetune.gguf_file import unsupported, write_gguf
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed: pip install {error.name}") from error
-    merged = merge(trained)
-    if reason := unsupported(merged.model.config, merged.tokenizer):
+    base = trained.config.model
+    if reason := unsupported(load_architecture(base), load_tokenizer(base)):
         raise ValueError(
-            f"there is no rule here to write {trained.config.model.name_or_path} as GGUF ({reason}): write it with "
-            f"llama.cpp's converter: python -m finetune merge {shlex.quote(str(arguments.trained))} --output merged "
-            f"&& {CONVERTER} merged --outtype {arguments.format} --outfile merged.gguf"
+            f"{base.name_or_path} cannot be written as GGUF here ({reason}), but by llama.cpp: "
+            f"python -m finetune merge {shlex.quote(str(arguments.trained))} --output merged && "
+            f"{CONVERTER} merged --outtype {arguments.format} --outfile merged.gguf"
         )
+    merged = merge(trained)
     name = _name(trained)
     gguf_name = f"{name}-{arguments.format.upper()}.gguf"
     text, left_out = modelfile(gguf_name, merged.tokenizer, trained.config.data.system_prompt)
@@ -98,9 +99,11 @@ def show(trained: Trained, output: Path, gguf_name: str, left_out: Sequence[str]
 
 
 def _vllm(config: Config, name: str, adapter: Path) -> str:
-    base = hub_name(config.model)
+    # The starter's weights are not quite the hub's: it is served from the folder it was trained from.
+    named = config.model.name_or_path
+    base = str(starter_model_dir()) if named == "starter" else named
     rank = next((rank for rank in VLLM_RANKS if rank >= config.lora.r), None)
-    if config.lora.use_dora or rank is None or base is None:
+    if config.lora.use_dora or rank is None or base.endswith(".gguf"):
         return "vllm serve MERGED, with the folder that `python -m finetune merge` writes"
     modules = shlex.quote(f"{name}={adapter}")
-    return f"vllm serve {base} --enable-lora --lora-modules {modules} --max-lora-rank {rank}"
+    return f"vllm serve {shlex.quote(base)} --enable-lora --lora-modules {modules} --max-lora-rank {rank}"

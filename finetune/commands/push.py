@@ -1,4 +1,4 @@
-"""`python -m finetune push RUN --repo OWNER/NAME`: upload the adapter and its card to the Hugging Face Hub."""
+"""`python -m finetune push RUN --repo OWNER/NAME`: upload an adapter and its card to the Hugging Face Hub."""
 
 import json
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ def command(argv: Any) -> None:
     if huggingface_hub.constants.is_offline_mode():
         raise ValueError("HF_HUB_OFFLINE is set: nothing is uploaded; unset it to push")
     if huggingface_hub.get_token() is None:
-        raise ValueError("you are not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN")
+        raise ValueError("there is no login for the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN")
     trained = find_trained(arguments.trained)
     if (trained.adapter / MANIFEST).exists():
         raise ValueError(f"{trained.adapter} is a checkpoint: let the run finish, and push its result")
@@ -66,9 +66,9 @@ def files_to_upload(trained: Trained, repo: str) -> dict[str, Path | bytes]:
     the paths of the configuration lose the folders that they have on this machine.
     """
     folder = trained.adapter
-    paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    paths = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
     contents: dict[str, Path | bytes] = {
-        name: path for name, path in paths.items() if not any(part.startswith(".") for part in Path(name).parts)
+        name: path for name, path in paths.items() if not name.startswith(".")
     }
     own_card = CARD in paths and MADE_HERE not in paths[CARD].read_text(encoding="utf-8")
     if trained.run_dir is not None and not own_card:
@@ -82,7 +82,8 @@ def files_to_upload(trained: Trained, repo: str) -> dict[str, Path | bytes]:
         config = yaml.safe_load(paths[TRAINING_CONFIG].read_text(encoding="utf-8"))
         shortened = _without_folders(config)
         if shortened != config:
-            contents[TRAINING_CONFIG] = yaml.safe_dump(shortened, sort_keys=False, allow_unicode=True).encode()
+            text = yaml.safe_dump(shortened, sort_keys=False, allow_unicode=True)
+            contents[TRAINING_CONFIG] = text.encode()
     return contents
 
 
