@@ -28,8 +28,10 @@ MADE_HERE = "<!-- Made from the record of the run. Without this line, `push` lea
 # What vLLM takes for --max-lora-rank (docs.vllm.ai, vllm.config.lora, MaxLoRARanks).
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Keys that the card's other parts show, or that decide nothing about the weights.
-NO_SETTINGS = ("output_dir", "resume", "strict", "log.", "checkpoint.", "eval.", "data.path")
-NO_SETTINGS += ("data.system_prompt", "model.name_or_path")
+NO_SETTINGS = (
+    *("output_dir", "resume", "strict", "log.", "checkpoint.", "eval."),
+    *("data.path", "data.system_prompt", "model.name_or_path"),
+)
 
 TEMPLATE = """\
 ---
@@ -229,9 +231,13 @@ def measured(run_dir: Path, evaluations: Sequence[dict[str, Any]]) -> list[Figur
     counts = frames[-1]["num_target_tokens"].to_numpy(float)
     for name, column in (("loss, nats per target token", "nll"), ("token accuracy", "correct")):
         sums = [frame[column].to_numpy(float) for frame in frames]
-        *before, after = [_with_interval(mean_interval(values, counts)) for values in sums]
-        change = _with_interval(difference_interval(*sums, counts), sign="+") if before else ""
-        figures.append(Figure(name, "".join(before), after, change))
+        after = _with_interval(mean_interval(sums[-1], counts))
+        if len(sums) == 1:
+            figures.append(Figure(name, "", after, ""))
+            continue
+        before = _with_interval(mean_interval(sums[0], counts))
+        change = _with_interval(difference_interval(sums[0], sums[1], counts), sign="+")
+        figures.append(Figure(name, before, after, change))
     return figures
 
 

@@ -34,6 +34,8 @@ def unsupported(config: Any, tokenizer: Any) -> str | None:
         return f"its activation is {config.hidden_act}"
     if getattr(config, "use_sliding_window", False):
         return "its attention slides"
+    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
+        return "its linear layers have biases that the architecture has not by itself"
     if _pre_tokenizer(tokenizer) is None:
         return "its tokenizer splits words in another way than GPT-2's, SmolLM's or Qwen2's"
     return None
@@ -113,17 +115,17 @@ def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             continue
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert gguf_name is not None, name
-        if config.model_type == "llama" and name.endswith(("q_proj.weight", "q_proj.bias")):
+        if config.model_type == "llama" and name.endswith("q_proj.weight"):
             tensor = _interleave(tensor, config.num_attention_heads)
-        if config.model_type == "llama" and name.endswith(("k_proj.weight", "k_proj.bias")):
+        if config.model_type == "llama" and name.endswith("k_proj.weight"):
             tensor = _interleave(tensor, config.num_key_value_heads)
         yield gguf_name, tensor
 
 
 def _interleave(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Rows of each head in the order that llama.cpp's rotation of a llama takes: pairs of neighbours turn
-    together, where transformers turns the two halves of a head. tensor [heads * head_dim, ...]"""
-    halves = tensor.reshape(num_heads, 2, tensor.shape[0] // num_heads // 2, *tensor.shape[1:])
+    together, where transformers turns the two halves of a head. tensor [heads * head_dim, hidden_size]"""
+    halves = tensor.reshape(num_heads, 2, tensor.shape[0] // num_heads // 2, -1)
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
@@ -158,6 +160,8 @@ def _pre_tokenizer(tokenizer: Any) -> str | None:
     """llama.cpp's name for how the tokenizer splits text before it merges; None where it is none of these."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     if backend["model"]["type"] != "BPE" or backend["model"].get("ignore_merges"):
+        return None
+    if (backend["normalizer"] or {"type": "NFC"})["type"] != "NFC":  # llama.cpp passes over Qwen2's NFC
         return None
     splits = backend["pre_tokenizer"] or {}
     match splits.get("pretokenizers", [splits]):

@@ -64,6 +64,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--format", choices=("q8_0", "f16"), default="q8_0", help="how matrices are stored (default: q8_0)"
     )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

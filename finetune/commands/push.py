@@ -7,7 +7,7 @@ from typing import Any
 
 import huggingface_hub
 import yaml
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils._validators import validate_repo_id
 from rich.table import Table
 from rich.text import Text
 
