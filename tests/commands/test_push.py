@@ -61,7 +61,8 @@ class _Handler(BaseHTTPRequestHandler):
         hub, path = self.server, self.path.partition("?")[0]
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         hub.requests.append((self.command, path))
-        if not path.startswith("/blob/"):
+        # Neither takes a login: a signed address of the storage; a list the library asks for its own ends.
+        if not path.startswith(("/blob/", "/api/agent-harnesses")):
             hub.tokens.add(self.headers.get("Authorization"))
         if hub.refusal is not None:
             status, message = hub.refusal
@@ -69,7 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/api/repos/create":
             hub.repo = json.loads(body)
             if hub.exists_publicly:
-                self.answer({"error": "You already created this model repo"}, 409)
+                self.answer({"error": "You already created this model repo", "url": f"{hub.url}/me/it"}, 409)
             else:
                 self.answer({"url": f"{hub.url}/me/it", "id": "1"})
         elif path == "/api/validate-yaml":  # of the card's metadata
