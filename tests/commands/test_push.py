@@ -162,7 +162,7 @@ def test_what_arrives_is_the_adapter_with_its_card_and_no_folder_of_this_machine
     }
 
     shown = capsys.readouterr().out
-    sizes = {row[0]: int(row[1].replace(",", "")) for row in re.findall(r"│ (\S+) +│ +([\d,]+) │", shown)}
+    sizes = {row[0]: int(row[1].replace(",", "")) for row in re.findall(r"│ (\S+) +│ +([\d,]+) +│", shown)}
     assert sizes == {name: len(content) for name, content in hub.files.items()}
     assert f"{hub.url}/me/it" in shown.replace("\n", "")
 
