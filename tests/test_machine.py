@@ -90,6 +90,7 @@ def test_the_record_of_a_run_says_what_it_ran_on_and_with(run_train, tmp_path, r
         "global_batch_size",
         "started_from",
         "data",
+        "base",
         "rows",
     }
     assert record["packages"].keys() == set(PACKAGES)

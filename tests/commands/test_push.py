@@ -137,6 +137,7 @@ def test_what_arrives_is_the_adapter_with_its_card_and_no_folder_of_this_machine
     adapter = run_dir / "adapter"
     (adapter / ".cache").write_text("of an editor")
     before = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    capsys.readouterr()
     push(run_dir)
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
     assert hub.tokens == {f"Bearer {TOKEN}"}
