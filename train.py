@@ -13,6 +13,7 @@ from pathlib import Path
 from finetune import machine, run_folder, screen
 from finetune.bad_update import examine_update, write_bad_update
 from finetune.batching import Plan, iterate_updates, make_plan, plan_evaluation
+from finetune.card import model_card
 from finetune.chat import tokenize_splits
 from finetune.checkpoint import (
     TrainState,
@@ -98,6 +99,7 @@ def train(config: Config) -> int:
         facts = {**machine.environment(accelerator), "base": state.base, "int8": paths.int8.got}
         facts |= {"described": described, "settings": [asdict(setting) for setting in settings]}
         size = estimate_bytes(model, optimizer_choice.got)
+        facts["rows"] = run_folder.count_rows(rows, train_set, eval_set, len(leaks))
         run_folder.start_run(config, facts, plan, train_set, eval_set, checkpoint, state.step, size)
         run_folder.keep_lines_until(run_dir, state.step)
         screen.show_start(config, settings, described)
@@ -198,7 +200,8 @@ def train(config: Config) -> int:
     elif is_main:
         remarks = load_best(run_dir, evaluations, state, model) if config.checkpoint.keep_best else []
         run_folder.record_adapter_step(run_dir, state.step)
-        save_result(run_dir / "adapter", model, tokenizer, run_folder.training_config(config))
+        training_config, card = run_folder.training_config(config), model_card(run_dir, config)
+        save_result(run_dir / "adapter", model, tokenizer, training_config, card)
         screen.show_end(config, plan, evaluations, state.step, remarks)
         leave_report(run_dir)
     return stop.exit_code

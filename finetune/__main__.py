@@ -17,6 +17,8 @@ AFTER = {
     "compare": ("RUN RUN ...", "runs side by side, and what they differ by on the same eval rows"),
     "chat": ("RUN", "talk with what was trained, beside its base; answers the lines of a pipe"),
     "generate": ("RUN --input ROWS", "answers to the rows of a file, in batches; goes on after a kill"),
+    "export": ("RUN --output DIR", "a GGUF file of the merged model, for llama.cpp and Ollama"),
+    "push": ("RUN --repo OWNER/NAME", "upload the adapter and its card to the Hugging Face Hub"),
     "replay": ("RUN", "repeat the update whose loss or gradient was not finite"),
 }
 COMMANDS = {**BEFORE, **AFTER}

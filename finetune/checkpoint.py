@@ -31,6 +31,8 @@ ADAPTER, ADAPTER_CONFIG, OPTIMIZER, STATE, MANIFEST = (
 )
 TRAINING_CONFIG = "training_config.yaml"  # beside a result: the configuration of its run
 
+CARD = "README.md"  # and what it is, as the Hugging Face Hub shows it
+
 SMALL_FILES_BYTES = 2**20  # beside the tensors: JSON, the tokenizer's few files
 GO_ON = "earlier checkpoints are as they were: mend that, and the same command goes on from the newest"
 
@@ -134,9 +136,9 @@ def write_checkpoint(
         _write_json(staging / MANIFEST, files)
 
 
-def save_result(folder: Path, model: PeftModel, tokenizer: Any, training_config: str) -> None:
+def save_result(folder: Path, model: PeftModel, tokenizer: Any, training_config: str, card: str) -> None:
     """Write the result of a run, whole or not at all: it loads with PeftModel and AutoTokenizer, and says how
-    it was trained (YAML).
+    it was trained (YAML); `card` is its README.md.
 
     Raises:
         ValueError: the disk is full.
@@ -145,6 +147,7 @@ def save_result(folder: Path, model: PeftModel, tokenizer: Any, training_config:
         save_adapter(model, staging)
         tokenizer.save_pretrained(staging)
         (staging / TRAINING_CONFIG).write_text(training_config, encoding="utf-8")
+        (staging / CARD).write_text(card, encoding="utf-8")
 
 
 @contextmanager
@@ -196,7 +199,7 @@ def _num_bytes(tensors: Iterable[Tensor]) -> int:
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write adapter_model.safetensors and adapter_config.json, as `PeftModel.from_pretrained` reads them."""
     model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink()  # a form to be filled in; nothing in it is known yet
+    (folder / CARD).unlink()  # a form to be filled in; a run's result has one of its own
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:

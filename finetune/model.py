@@ -14,12 +14,12 @@ import bitsandbytes as bnb
 import peft
 import torch
 from accelerate.utils import set_seed
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 from transformers.utils.logging import disable_progress_bar
 
 from finetune.config import Config, LoraConfig, ModelConfig
 from finetune.machine import DTYPES, Setting
-from finetune.starter import starter_model_dir
+from finetune.starter import HUB_NAME, starter_model_dir
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -37,6 +37,16 @@ def load_tokenizer(config: ModelConfig) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_architecture(config: ModelConfig) -> Any:
+    """What transformers knows of the model without its weights: its own configuration.
+
+    Raises:
+        ValueError: as `load_base`.
+    """
+    source, arguments = _locate(config)
+    return _from_pretrained(AutoConfig, config, source, arguments)
 
 
 def load_model(config: Config, precision: str, device: torch.device) -> peft.PeftModel:
@@ -107,6 +117,8 @@ def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
         raise ValueError(
             f"model.name_or_path {config.name_or_path} lacks {len(missing)} weights, such as {missing[0]}"
         )
+    if config.name_or_path == "starter":
+        base.name_or_path = HUB_NAME  # peft writes it into the adapter: not a folder in this user's cache
     for module in base.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             # On some CPUs it packs its weights when called in evaluation, and has no gradient from then on.
@@ -206,6 +218,17 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
         total += size
         trainable += size if parameter.requires_grad else 0
     return trainable, total
+
+
+def hub_name(config: ModelConfig) -> str | None:
+    """The name of the base on the Hugging Face Hub; None where it is a folder or a file."""
+    if config.name_or_path == "starter":
+        return HUB_NAME
+    try:
+        source, _ = _locate(config)
+    except ValueError:  # a folder that is gone by now
+        return None
+    return None if Path(source).is_dir() else source
 
 
 def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:

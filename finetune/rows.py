@@ -74,7 +74,7 @@ def load_rows(config: DataConfig) -> Rows:
 
 def read_rows(path: str | list[str]) -> Dataset:
     """All rows of the files or the hub data set, with the columns of one of FORMATS and `row_number`."""
-    if isinstance(path, str) and not _is_local(path):
+    if isinstance(path, str) and not is_local(path):
         table = _keep_format(_read_hub(path), path)
     else:
         files = [path] if isinstance(path, str) else path
@@ -133,7 +133,8 @@ def _role_and_content(messages: Any) -> Any:
     ]
 
 
-def _is_local(path: str) -> bool:
+def is_local(path: str) -> bool:
+    """Whether `data.path` names a file, not a data set of the hub."""
     return Path(path).exists() or path.lower().endswith(FILE_SUFFIXES)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from finetune.batching import Plan
 from finetune.chat import Examples
 from finetune.checkpoint import checkpoints_dir, fault_of, list_checkpoints, require_room
 from finetune.config import Config, config_to_dict, config_to_yaml, flatten
+from finetune.rows import Rows
 
 CONFIG, ENVIRONMENT, ADAPTER = "config.yaml", "environment.json", "adapter"
 METRICS, ANSWERS, EVALUATIONS = "metrics.jsonl", "answers.jsonl", "evaluations"
@@ -207,6 +209,20 @@ def data_of(train_set: Examples, eval_set: Examples) -> dict[str, Any]:
         "train_examples": len(train_set.dataset),
         "eval_examples": len(eval_set.dataset),
         "fingerprint": f"{train_set.fingerprint}-{eval_set.fingerprint}",
+    }
+
+
+def count_rows(rows: Rows, train_set: Examples, eval_set: Examples, num_leaks: int) -> dict[str, Any]:
+    """What became of the rows that were read, for the record."""
+    dropped: Counter[str] = Counter()
+    for source in (rows, train_set, eval_set):
+        dropped.update({reason: len(numbers) for reason, numbers in source.dropped.items()})
+    return {
+        "read": rows.num_read,
+        "usable": rows.num_kept,
+        "dropped": dict(dropped),
+        "cut": len(train_set.truncated) + len(eval_set.truncated),
+        "leaks": num_leaks,
     }
 
 

@@ -88,6 +88,7 @@ def test_a_run_leaves_its_record_its_checkpoints_and_the_adapter(run_train):
             "state.json",
         }
     assert {path.name for path in (run_dir / "adapter").iterdir()} == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "chat_template.jinja",

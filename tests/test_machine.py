@@ -91,6 +91,7 @@ def test_the_record_of_a_run_says_what_it_ran_on_and_with(run_train, tmp_path, r
         "base",
         "started_from",
         "data",
+        "rows",
     }
     assert record["packages"].keys() == set(PACKAGES)
     assert record["packages"]["accelerate"] == accelerate.__version__

@@ -1,0 +1,110 @@
+"""`python -m finetune export RUN --output DIR`: a GGUF file of the merged model, for llama.cpp and Ollama."""
+
+import os
+import re
+import shlex
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from finetune.card import VLLM_RANKS
+from finetune.command import CommandParser
+from finetune.config import Config
+from finetune.model import load_architecture, load_tokenizer
+from finetune.modelfile import modelfile
+from finetune.screen import say
+from finetune.starter import starter_model_dir
+from finetune.trained import Trained, TrainedModel, load_trained, parse_trained, trained_parser
+
+CONVERTER = "python llama.cpp/convert_hf_to_gguf.py"
+
+
+def command(argv: Sequence[str]) -> None:
+    """Write OUTPUT with the GGUF file and the Modelfile, whole or not at all.
+
+    Raises:
+        ValueError: OUTPUT holds something, the base cannot be loaded, or it is a model that only llama.cpp's
+            converter has rules for.
+    """
+    arguments, trained = parse_trained(_parser(), argv)
+    output: Path = arguments.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output {output} exists already: name a folder that is new or empty")
+    try:
+        from finetune.gguf_file import unsupported, write_gguf
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed: pip install {error.name}") from error
+    base = trained.config.model
+    if reason := unsupported(load_architecture(base), load_tokenizer(base)):
+        raise ValueError(
+            f"{base.name_or_path} cannot be written as GGUF here ({reason}), but by llama.cpp: "
+            f"python -m finetune merge {shlex.quote(str(arguments.trained))} --output merged && "
+            f"{CONVERTER} merged --outtype {arguments.format} --outfile merged.gguf"
+        )
+    merged = merge(trained)
+    name = _name(trained)
+    gguf_name = f"{name}-{arguments.format.upper()}.gguf"
+    text, left_out = modelfile(gguf_name, merged.tokenizer, trained.config.data.system_prompt)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
+        staging = Path(folder) / "whole"
+        staging.mkdir()
+        write_gguf(staging / gguf_name, merged.model, merged.tokenizer, name, arguments.format)
+        (staging / "Modelfile").write_text(text, encoding="utf-8")
+        os.replace(staging, output)
+    show(trained, output, gguf_name, left_out)
+
+
+def _parser() -> CommandParser:
+    parser = trained_parser("export", "--output DIR [--format q8_0|f16]", __doc__ or "")
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, required=True, help="a folder to make, for both files"
+    )
+    parser.add_argument(
+        "--format", choices=("q8_0", "f16"), default="q8_0", help="how matrices are stored (default: q8_0)"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def merge(trained: Trained) -> TrainedModel:
+    """The base in fp32, not quantised, with the adapter added to its weights."""
+    config = trained.config
+    plain = replace(
+        config,
+        model=replace(config.model, quantization="none"),
+        train=replace(config.train, mixed_precision="no"),
+    )
+    loaded = load_trained(replace(trained, config=plain))
+    return replace(loaded, model=loaded.model.merge_and_unload(safe_merge=True))
+
+
+def _name(trained: Trained) -> str:
+    """What to call the model: as the run's folder, of the letters that Ollama takes."""
+    folder = trained.run_dir or trained.adapter
+    return re.sub(r"[^a-z0-9._-]+", "-", folder.resolve().name.lower()).strip("-._") or "model"
+
+
+def show(trained: Trained, output: Path, gguf_name: str, left_out: Sequence[str]) -> None:
+    """Print what was written, and the commands that serve it."""
+    size = (output / gguf_name).stat().st_size
+    say(f"gguf         {output / gguf_name} ({size / 2**20:,.0f} MiB)")
+    say(f"Modelfile    {output / 'Modelfile'}")
+    for remark in left_out:
+        say(f"             without {remark}")
+    name, modelfile_path = _name(trained), shlex.quote(str(output / "Modelfile"))
+    say(f"llama.cpp    llama-cli -m {shlex.quote(str(output / gguf_name))}")
+    say(f"Ollama       ollama create {name} -f {modelfile_path} && ollama run {name}")
+    say(f"vLLM         {_vllm(trained.config, name, trained.adapter)}")
+
+
+def _vllm(config: Config, name: str, adapter: Path) -> str:
+    # The starter's weights are not quite the hub's: it is served from the folder it was trained from.
+    named = config.model.name_or_path
+    base = str(starter_model_dir()) if named == "starter" else named
+    rank = next((rank for rank in VLLM_RANKS if rank >= config.lora.r), None)
+    if config.lora.use_dora or rank is None or base.endswith(".gguf"):
+        return "vllm serve MERGED, with the folder that `python -m finetune merge` writes"
+    modules = shlex.quote(f"{name}={adapter}")
+    return f"vllm serve {shlex.quote(base)} --enable-lora --lora-modules {modules} --max-lora-rank {rank}"

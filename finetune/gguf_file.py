@@ -1,0 +1,180 @@
+"""A model and its tokenizer as one GGUF file, as llama.cpp's own converter would write it.
+
+Keys and names of tensors are the library `gguf`'s, which llama.cpp's converter is built on too. What that
+converter does beyond them is here, for the architectures llama and qwen2 with a byte-level BPE tokenizer.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_REGEX
+
+ARCHITECTURES = ("llama", "qwen2")
+FORMATS = ("q8_0", "f16")
+BLOCK = 32  # weights that share a scale in Q8_0
+
+
+def unsupported(config: Any, tokenizer: Any) -> str | None:
+    """What of a model `write_gguf` has no rule for, in words; None where it has all.
+
+    `config` is the model's, of transformers.
+    """
+    if config.model_type not in ARCHITECTURES:
+        return f"its architecture is {config.model_type}"
+    if (rope := config.rope_parameters["rope_type"]) != "default":
+        return f"its positions are scaled ({rope})"
+    if config.hidden_act != "silu":
+        return f"its activation is {config.hidden_act}"
+    if getattr(config, "use_sliding_window", False):
+        return "its attention slides"
+    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
+        return "its linear layers have biases that the architecture has not by itself"
+    if _pre_tokenizer(tokenizer) is None:
+        return "its tokenizer splits words in another way than GPT-2's, SmolLM's or Qwen2's"
+    return None
+
+
+def write_gguf(path: Path, model: Any, tokenizer: Any, name: str, number_format: str) -> None:
+    """Write a causal language model that `unsupported` has nothing against.
+
+    `number_format` is one of FORMATS; vectors stay in fp32, and a matrix whose rows are no whole number of
+    Q8_0's blocks becomes f16.
+    """
+    config = model.config
+    writer = gguf.GGUFWriter(path, config.model_type)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    mostly = {"q8_0": gguf.LlamaFileType.MOSTLY_Q8_0, "f16": gguf.LlamaFileType.MOSTLY_F16}
+    writer.add_file_type(mostly[number_format])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_architecture(writer, config)
+    _add_tokenizer(writer, tokenizer, config.vocab_size)
+    kinds = {}
+    for tensor_name, tensor in _tensors(model):
+        kinds[tensor_name] = kind = _kind(tensor.shape, number_format)
+        block, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+        dtype = {"F32": np.float32, "F16": np.float16, "Q8_0": np.uint8}[kind.name]
+        shape = tensor.shape if dtype is not np.uint8 else gguf.quant_shape_to_byte_shape(tensor.shape, kind)
+        size = tensor.numel() // block * num_bytes
+        writer.add_tensor_info(tensor_name, shape, np.dtype(dtype), size, kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor_name, tensor in _tensors(model):  # one at a time: the copies of all would double the model
+            writer.write_tensor_data(gguf.quantize(_array(tensor), kinds[tensor_name]))
+    finally:
+        writer.close()
+
+
+def _kind(shape: torch.Size, number_format: str) -> Any:
+    if len(shape) == 1:
+        return gguf.GGMLQuantizationType.F32
+    whole_blocks = shape[-1] % BLOCK == 0
+    return gguf.GGMLQuantizationType["Q8_0" if number_format == "q8_0" and whole_blocks else "F16"]
+
+
+def _array(tensor: torch.Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = tensor.detach().float().cpu().contiguous().numpy()
+    return array
+
+
+def _add_architecture(writer: gguf.GGUFWriter, config: Any) -> None:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights under llama.cpp's names. A head that shares its weights with the embeddings is left out:
+    llama.cpp takes them for both."""
+    config = model.config
+    architecture = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == config.model_type)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    head = model.get_output_embeddings().weight
+    tied = head is model.get_input_embeddings().weight
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tied and name == "lm_head.weight":
+            continue
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert gguf_name is not None, name
+        if config.model_type == "llama" and name.endswith("q_proj.weight"):
+            tensor = _interleave(tensor, config.num_attention_heads)
+        if config.model_type == "llama" and name.endswith("k_proj.weight"):
+            tensor = _interleave(tensor, config.num_key_value_heads)
+        yield gguf_name, tensor
+
+
+def _interleave(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Rows of each head in the order that llama.cpp's rotation of a llama takes: pairs of neighbours turn
+    together, where transformers turns the two halves of a head. tensor [heads * head_dim, hidden_size]"""
+    halves = tensor.reshape(num_heads, 2, tensor.shape[0] // num_heads // 2, -1)
+    return halves.transpose(1, 2).reshape(tensor.shape)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, vocab_size: int) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_pre_tokenizer(tokenizer))
+    tokens = {number: token for token, number in tokenizer.get_vocab().items()}
+    added = tokenizer.added_tokens_decoder
+    types = []
+    for number in range(vocab_size):
+        if number not in tokens:  # embeddings beyond the tokenizer's last token
+            tokens[number] = f"[PAD{number}]"
+            types.append(gguf.TokenType.UNUSED)
+        elif number in added:
+            special = added[number].special
+            types.append(gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED)
+        else:
+            types.append(gguf.TokenType.NORMAL)
+    writer.add_token_list([tokens[number] for number in range(vocab_size)])
+    writer.add_token_types(types)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        vocab = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
+    # Asked, not looked up: it is the tokenizer's post-processor that decides, in one of several ways.
+    ids = tokenizer("a")["input_ids"]
+    vocab.add_special_token["bos"] = ids[0] == tokenizer.bos_token_id
+    vocab.add_special_token["eos"] = ids[-1] == tokenizer.eos_token_id
+    vocab.add_to_gguf(writer, quiet=True)
+
+
+def _pre_tokenizer(tokenizer: Any) -> str | None:
+    """llama.cpp's name for how the tokenizer splits text before it merges; None where it is none of these."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    if backend["model"]["type"] != "BPE" or backend["model"].get("ignore_merges"):
+        return None
+    if (backend["normalizer"] or {"type": "NFC"})["type"] != "NFC":  # llama.cpp passes over Qwen2's NFC
+        return None
+    splits = backend["pre_tokenizer"] or {}
+    match splits.get("pretokenizers", [splits]):
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            return "gpt-2"
+        case [
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        ]:
+            return "smollm"
+        case [
+            {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        ] if regex == QWEN2_REGEX:
+            return "qwen2"
+    return None
