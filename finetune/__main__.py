@@ -12,6 +12,8 @@ BEFORE = {
     "verify": ("--config FILE", "the fast paths against the plain ones, on your model and rows"),
 }
 AFTER = {
+    "evaluate": ("RUN", "loss, accuracy, answers, base against tuned, with intervals; slices of the rows"),
+    "merge": ("RUN --output DIR", "a model folder without PEFT, compared with what was trained"),
     "replay": ("RUN", "repeat the update whose loss or gradient was not finite"),
 }
 COMMANDS = {**BEFORE, **AFTER}
