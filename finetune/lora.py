@@ -52,7 +52,9 @@ def _is_plain_lora(layer: Any) -> bool:
 def _fast_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """x [..., in] -> [..., out]."""
     names = layer.active_adapters
-    is_usual = len(names) == 1 and names[0] in layer.lora_A and not (layer.disable_adapters or layer.merged)
+    is_usual = len(names) == 1 and names[0] in layer.lora_A and not layer.merged
+    if layer.disable_adapters and torch.is_grad_enabled():
+        is_usual = False
     if not is_usual or args or kwargs:
         plain: Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return plain
@@ -61,6 +63,10 @@ def _fast_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     share = dropout.p if isinstance(dropout, nn.Dropout) and layer.training else 0.0
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if layer.disable_adapters:  # the base alone, on the same path as with its adapter
+        with torch.autocast(kind, enabled=False):
+            own = multiply(x.reshape(-1, x.shape[-1]).to(dtype), layer.base_layer, layer.int8_matmul)
+        return own.view(*x.shape[:-1], -1)
     with torch.autocast(kind, enabled=False):
         y: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
             x.reshape(-1, x.shape[-1]).to(dtype),

@@ -218,23 +218,24 @@ def _compare_all(
     bases = bases if arguments.which is None else [arguments.which]
     half = "fp16" if opened.precision.got == "fp16" else "bf16"
     dtypes = ["fp32", half] if arguments.dtype is None else [arguments.dtype]
+    return [candidate for base in bases for candidate in _compare(trained, opened, comparison, base, dtypes)]
+
+
+def _compare(
+    trained: Trained, opened: TrainedModel, comparison: Comparison, base: str, dtypes: Sequence[str]
+) -> list[Candidate]:
+    """The merge into one base, rounded to one type after the other; computed in fp32, as the trained one."""
     candidates = []
-    for base in bases:
-        with console.status(f"comparing the {_in_words(base)} merge"):
-            model = merge(load_unmerged(trained, opened, base))
-            for name in dtypes:
-                round_weights(model, DTYPES[name])
-                got = predict(
-                    TokenLoss(model),
-                    comparison.batches,
-                    comparison.examples,
-                    comparison.packing,
-                    nullcontext(),
-                )
-                against = (comparison.trained, comparison.as_run)
-                to_trained, to_run = (difference(p, got, comparison.target_ids) for p in against)
-                size = model_bytes(model, DTYPES[name])
-                candidates.append(Candidate(base, name, size, to_trained, to_run.agreement))
+    with console.status(f"comparing the {_in_words(base)} merge"):
+        model = merge(load_unmerged(trained, opened, base))
+        batches, packing = comparison.batches, comparison.packing
+        for name in dtypes:
+            round_weights(model, DTYPES[name])
+            got = predict(TokenLoss(model), batches, comparison.examples, packing, nullcontext())
+            against = (comparison.trained, comparison.as_run)
+            to_trained, to_run = (difference(p, got, comparison.target_ids) for p in against)
+            size = model_bytes(model, DTYPES[name])
+            candidates.append(Candidate(base, name, size, to_trained, to_run.agreement))
     return candidates
 
 
