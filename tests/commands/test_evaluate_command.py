@@ -162,7 +162,7 @@ def test_the_harness_gets_the_base_and_the_tuned_model(run_dir, figures, monkeyp
 
     def simple_evaluate(model: Any, tasks: list[str]) -> dict[str, Any]:
         inputs = model.model.get_input_embeddings().weight.new_tensor([[1, 2, 3]]).long()
-        calls.append((tasks, float(model.model(input_ids=inputs).logits[0, -1, 5])))
+        calls.append((tasks, float(model.model(input_ids=inputs).logits[0, -1, 5].detach())))
         return {"results": {"arc": {"alias": "arc", "acc,none": 0.25, "acc_stderr,none": 0.01}}}
 
     harness, models, huggingface = (
