@@ -19,6 +19,8 @@ AFTER = {
     "generate": ("RUN --input ROWS", "answers to the rows of a file, in batches; goes on after a kill"),
     "export": ("RUN --output DIR", "a GGUF file of the merged model, for llama.cpp and Ollama"),
     "push": ("RUN --repo OWNER/NAME", "upload the adapter and its card to the Hugging Face Hub"),
+    "evaluate": ("RUN", "loss, accuracy, answers, base against tuned, with intervals; slices of the rows"),
+    "merge": ("RUN --output DIR", "a model folder without PEFT, compared with what was trained"),
     "replay": ("RUN", "repeat the update whose loss or gradient was not finite"),
 }
 COMMANDS = {**BEFORE, **AFTER}

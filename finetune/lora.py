@@ -52,6 +52,9 @@ def _is_plain_lora(layer: Any) -> bool:
 
 def _fast_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """x [..., in] -> [..., out]."""
+    is_off = layer.disable_adapters and not (layer.merged or args or kwargs or torch.is_grad_enabled())
+    if is_off:
+        return _base_alone(layer, x)
     if args or kwargs or not _is_usual(layer):
         plain: Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return plain
@@ -87,13 +90,25 @@ def _dropout_of(layer: Any) -> float:
     return float(dropout.p) if isinstance(dropout, nn.Dropout) and layer.training else 0.0
 
 
+def _dtype_of(x: Tensor) -> torch.dtype:
+    """What a layer multiplies x in."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _base_alone(layer: Any, x: Tensor) -> Tensor:
+    """The frozen layer without its adapter, multiplied as with it."""
+    rows = x.reshape(-1, x.shape[-1]).to(_dtype_of(x))
+    with torch.autocast(x.device.type, enabled=False):
+        return multiply(rows, layer.base_layer, layer.int8_matmul).view(*x.shape[:-1], -1)
+
+
 def _compute(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
     names = [layer.active_adapters[0] for layer in layers]
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    with torch.autocast(kind, enabled=False):
+    rows = x.reshape(-1, x.shape[-1]).to(_dtype_of(x))
+    with torch.autocast(x.device.type, enabled=False):
         ys = _LoraLinears.apply(  # type: ignore[no-untyped-call]
-            x.reshape(-1, x.shape[-1]).to(dtype),
+            rows,
             [layer.base_layer for layer in layers],
             [layer.scaling[name] for layer, name in zip(layers, names, strict=True)],
             _dropout_of(layers[0]),

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import re
 import textwrap
+import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -123,7 +124,17 @@ def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
         if isinstance(module, bnb.nn.Linear4bit):
             # On some CPUs it packs its weights when called in evaluation, and has no gradient from then on.
             module.support_avx512bf16_for_cpu = False
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            module.init_8bit_state = types.MethodType(_init_8bit_state, module)
     return base.requires_grad_(False)
+
+
+def _init_8bit_state(layer: Any) -> None:
+    """bitsandbytes' own, with the scales kept: on a CPU PEFT's DoRA moves the weight to where it is, and then
+    it has its codes again, but not the scales that went with them."""
+    if layer.weight.SCB is None:
+        layer.weight.SCB = layer.state.SCB
+    type(layer).init_8bit_state(layer)
 
 
 def add_adapter(base: Any, config: LoraConfig) -> peft.PeftModel:

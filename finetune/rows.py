@@ -105,6 +105,24 @@ def read_questions(file: str) -> tuple[Dataset, dict[str, list[int]]]:
     return _sort_out(table.add_column("row_number", list(range(1, len(table) + 1))), _reason_to_ask_nothing)
 
 
+def read_column(path: str | list[str], column: str) -> list[str]:
+    """Any column of the files or the hub data set as text, missing cells as "": that of row n at n - 1.
+
+    Raises:
+        ValueError: as `read_rows`, or there is no such column.
+    """
+    if isinstance(path, str) and not _is_local(path):
+        tables = {path: _read_hub(path).to_pandas()}
+    else:
+        tables = {file: _read_file(file) for file in ([path] if isinstance(path, str) else path)}
+    for file, table in tables.items():
+        if column not in table.columns:
+            names = ", ".join(map(str, table.columns))
+            raise ValueError(f"{file} has no column {column!r}; there are {names}")
+    cells = pd.concat([table[column].astype(object) for table in tables.values()])
+    return ["" if cell is None or cell is pd.NA or cell != cell else str(cell).strip() for cell in cells]
+
+
 def _to_table(frame: pd.DataFrame, file: str) -> Dataset:
     """The frame's rows with the columns of its format; the other columns may hold anything."""
     columns = _format_columns(list(frame.columns), file)
