@@ -111,7 +111,7 @@ def read_column(path: str | list[str], column: str) -> list[str]:
     Raises:
         ValueError: as `read_rows`, or there is no such column.
     """
-    if isinstance(path, str) and not _is_local(path):
+    if isinstance(path, str) and not is_local(path):
         tables = {path: _read_hub(path).to_pandas()}
     else:
         tables = {file: _read_file(file) for file in ([path] if isinstance(path, str) else path)}

@@ -91,7 +91,6 @@ def test_the_record_of_a_run_says_what_it_ran_on_and_with(run_train, tmp_path, r
         "described",
         "settings",
         "global_batch_size",
-        "base",
         "started_from",
         "data",
         "rows",
