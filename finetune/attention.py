@@ -21,8 +21,10 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from finetune.batching import Boundaries
 
 PACKED = "packed"
-STEP = 16
 BLOCK = 64  # queries at a time: few enough that little is computed for keys they may not see
+STEP = 32  # keys: the numbers of them that blocks see are rounded up to whole steps
+ALIKE = 2  # blocks of which one sees this many times the keys of another are multiplied together
+MOST_SCORES = 2**21  # of a head at a time: 8 MiB
 
 # What models tell every attention function, and what changes nothing here.
 HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states"}
@@ -154,11 +156,12 @@ def _rows_of(lengths: tuple[int, ...], prefix: int, device: torch.device) -> _Ro
 
 
 class _BlockAttention(torch.autograd.Function):
-    """Causal attention on a CPU, one block of queries after another, each with the keys that it may see.
+    """Causal attention on a CPU, in blocks of queries, each with the keys that it may see.
 
-    Scores and their softmax are fp32, all else is in the precision of the inputs; the backward pass computes
-    the probabilities again. More exact than torch's own kernel in bf16, and two to three times faster, since
-    all of its products are matrix multiplications of the library that is fastest at them.
+    Blocks that see about as many keys are multiplied together: of short examples, calling the library takes
+    longer than what it computes. Scores and their softmax are fp32, all else is in the precision of the
+    inputs; the backward pass computes the probabilities again. More exact than torch's own kernel in bf16,
+    and faster, since its products are matrix multiplications of the library that is fastest at them.
     """
 
     @staticmethod
@@ -171,114 +174,170 @@ class _BlockAttention(torch.autograd.Function):
         prefix: int,
         scale: float,
     ) -> Tensor:
-        queries, keys, values = _by_key_head(query, key, value)
-        num_keys, group, num_tokens, size = queries.shape
-        output = queries.new_empty(num_tokens, num_keys, group, size)
-        queries32, keys32 = queries.float(), keys.float().transpose(1, 2)
-        for block in _blocks(lengths, prefix, group):
-            probabilities = _probabilities(queries32, keys32, block, scale, queries.dtype).to(values.dtype)
-            result = torch.bmm(probabilities, _seen(values, block))
-            # [K, G * n, D] -> [n, K, G, D]
-            output[block.rows] = result.view(num_keys, group, -1, size).permute(2, 0, 1, 3)
+        queries, keys, values = _in_blocks(query), key[0].contiguous(), value[0].contiguous()
+        group = query.shape[1] // len(keys)
+        output = torch.empty_like(queries)
+        for part in _groups(lengths, prefix, group):
+            own = _by_key_head(queries, part, group)
+            result = torch.empty_like(own)
+            for head, rows in enumerate(own):
+                probabilities = _probabilities(rows, _seen(keys[head], part), part, scale).to(values.dtype)
+                torch.bmm(probabilities, _seen(values[head], part), out=result[head])
+            output[part.blocks] = _by_token(result, group)
         ctx.save_for_backward(query, key, value)
         ctx.settings = lengths, prefix, scale
-        return output.view(1, num_tokens, num_keys * group, size)
+        return _by_places(output, query)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         lengths, prefix, scale = ctx.settings
         query, key, value = ctx.saved_tensors
-        queries, keys, values = _by_key_head(query, key, value)
-        num_keys, group, _, size = queries.shape
-        grads = grad_output[0].transpose(0, 1).reshape(queries.shape)
-        grad_query = torch.empty_like(queries)
-        grad_key, grad_value = torch.zeros_like(keys), torch.zeros_like(values)
-        queries32, keys32 = queries.float(), keys.float().transpose(1, 2)
-        values_t = values.transpose(1, 2)
-        for block in _blocks(lengths, prefix, group):
-            probabilities = _probabilities(queries32, keys32, block, scale, queries.dtype)
-            grad = grads[:, :, block.rows].flatten(1, 2)
-            _add_seen(grad_value, block, torch.bmm(probabilities.to(grad.dtype).transpose(1, 2), grad))
-            # In fp32: of probabilities near 1, bf16 would lose how far from 1 they are, on which all hangs.
-            grad_probabilities = torch.bmm(grad, _seen(values_t, block, 2)).float()
-            grad_scores = torch.ops.aten._softmax_backward_data(
-                grad_probabilities, probabilities, -1, torch.float32
-            ).to(grad.dtype)
-            grad_block = torch.bmm(grad_scores, _seen(keys, block))
-            grad_query[:, :, block.rows] = grad_block.view(num_keys, group, -1, size)
-            block_queries = queries[:, :, block.rows].flatten(1, 2)
-            _add_seen(grad_key, block, torch.bmm(grad_scores.transpose(1, 2), block_queries))
+        queries, keys, values = _in_blocks(query), key[0].contiguous(), value[0].contiguous()
+        group = query.shape[1] // len(keys)
+        grads = _in_blocks(grad_output.transpose(1, 2))
+        grad_queries = torch.empty_like(queries)
+        grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
+        for part in _groups(lengths, prefix, group):
+            own, own_grads = _by_key_head(queries, part, group), _by_key_head(grads, part, group)
+            grad_own = torch.empty_like(own)
+            grad_seen = keys.new_empty(2, len(keys), *part.seen.shape, keys.shape[-1])
+            for head, (rows, grad) in enumerate(zip(own, own_grads, strict=True)):
+                seen = _seen(keys[head], part)
+                probabilities = _probabilities(rows, seen, part, scale)
+                torch.bmm(probabilities.to(grad.dtype).transpose(1, 2), grad, out=grad_seen[1, head])
+                # In fp32: of probabilities near 1 bf16 would lose how far from 1 they are: all hangs on it.
+                grad_probabilities = torch.bmm(grad, _seen(values[head], part).transpose(1, 2)).float()
+                grad_scores = torch.ops.aten._softmax_backward_data(
+                    grad_probabilities, probabilities, -1, torch.float32
+                ).to(grad.dtype)
+                torch.bmm(grad_scores, seen, out=grad_own[head])
+                torch.bmm(grad_scores.transpose(1, 2), rows, out=grad_seen[0, head])
+            grad_queries[part.blocks] = _by_token(grad_own, group)
+            for grad_of_all, grad_of_seen in zip((grad_keys, grad_values), grad_seen, strict=True):
+                _add_seen(grad_of_all, grad_of_seen, part)
         return (
-            grad_query.mul_(scale).view(query.shape),
-            grad_key.mul_(scale).view(key.shape),
-            grad_value.view(value.shape),
+            _by_places(grad_queries, query).transpose(1, 2).mul_(scale),
+            grad_keys.mul_(scale).view(key.shape),
+            grad_values.view(value.shape),
             None,
             None,
             None,
         )
 
 
-class _Block(NamedTuple):
-    """n queries side by side, which may be of several examples."""
+class _Part(NamedTuple):
+    """N blocks of BLOCK queries that see at most S keys each."""
 
-    rows: slice
-    """Their places"""
-    shared: int
-    """How many of the row's first keys they see too, apart from those in `seen`"""
-    seen: slice
-    """The places of the keys from the first of their own that any of them may see to the last"""
+    blocks: Tensor
+    """[N]: which of the row's blocks"""
+    seen: Tensor
+    """[N, S]: the places of the keys that any of a block's queries may see, and filling"""
+    runs: list[list[tuple[int, int, int]]]
+    """Of each block, where stretches of neighbouring keys lie: (first place, first of S, how many)"""
     bias: Tensor
-    """[G * n, S] fp32, of the S keys of both: 0 where a query may see a key, for each of the G queries of a
-    key; else -infinity"""
+    """[N, G * BLOCK, S] fp32: 0 where a query may see a key, for each of the G queries of a key; else
+    -infinity"""
 
 
 @lru_cache(maxsize=2)
-def _blocks(lengths: tuple[int, ...], prefix: int, group: int) -> list[_Block]:
-    """A packed row cut into blocks: made once, and used by all layers."""
+def _groups(lengths: tuple[int, ...], prefix: int, group: int) -> list[_Part]:
+    """A packed row cut into blocks, put together: made once, and used by all layers."""
     counts = torch.tensor([prefix, *lengths])
     first_seen = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    places = torch.arange(len(first_seen))
-    blocks = []
-    # In steps of STEP and BLOCK: of each shape that it multiplies, torch's library keeps a program.
-    reach = -(-prefix // STEP) * STEP
-    for first in range(0, len(places), BLOCK):
-        rows = slice(first, min(first + BLOCK, len(places)))
-        begin = int(first_seen[first]) // BLOCK * BLOCK
-        shared, begin = (reach, begin) if begin > reach else (0, 0)
-        keys = torch.cat([places[:shared], places[begin : rows.stop]])
-        seen = (keys <= places[rows, None]) & ((keys >= first_seen[rows, None]) | (keys < prefix))
-        bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
-        blocks.append(_Block(rows, shared, slice(begin, rows.stop), bias.repeat(group, 1)))
-    return blocks
+    num_tokens = len(first_seen)
+    runs = []
+    for first in range(0, num_tokens, BLOCK):
+        stop, begin = min(first + BLOCK, num_tokens), int(first_seen[first])
+        if begin > prefix:
+            shared = [(0, 0, prefix)] if prefix > 0 else []
+            runs.append([*shared, (begin, prefix, stop - begin)])
+        else:
+            runs.append([(0, 0, stop)])
+    sizes = [sum(count for *_, count in stretches) for stretches in runs]
+    parts, left = [], sorted(range(len(runs)), key=lambda number: sizes[number])
+    while left:
+        # In steps of STEP: of each shape that it multiplies, torch's library keeps a program.
+        limit = -(-int(ALIKE * sizes[left[0]]) // STEP) * STEP
+        chosen = [number for number in left if sizes[number] <= limit]
+        width = -(-sizes[chosen[-1]] // STEP) * STEP
+        chosen = chosen[: max(1, MOST_SCORES // (group * BLOCK * width))]
+        left = left[len(chosen) :]
+        stretches = [runs[number] for number in chosen]
+        parts.append(_part(chosen, stretches, width, first_seen, prefix, group))
+    return parts
 
 
-def _seen(tensor: Tensor, block: _Block, dim: int = 1) -> Tensor:
-    """The keys, or values, that a block sees, of all along `dim`."""
-    own = tensor.narrow(dim, block.seen.start, block.seen.stop - block.seen.start)
-    return own if block.shared == 0 else torch.cat([tensor.narrow(dim, 0, block.shared), own], dim)
+def _part(
+    blocks: list[int],
+    runs: list[list[tuple[int, int, int]]],
+    width: int,
+    first_seen: Tensor,
+    prefix: int,
+    group: int,
+) -> _Part:
+    places = torch.full((len(blocks), width), len(first_seen))  # behind all: filling
+    for row, stretches in zip(places, runs, strict=True):
+        for first, at, count in stretches:
+            row[at : at + count] = torch.arange(first, first + count)
+    queries = torch.tensor(blocks)[:, None] * BLOCK + torch.arange(BLOCK)
+    is_filling = queries >= len(first_seen)
+    own_from = first_seen[queries.clamp(max=len(first_seen) - 1)]
+    sees = (places[:, None] <= queries[..., None]) & (
+        (places[:, None] >= own_from[..., None]) | (places[:, None] < prefix)
+    )
+    sees |= is_filling[..., None]  # of which nothing is used; with no key at all they would be NaN
+    bias = torch.zeros(sees.shape).masked_fill_(~sees, -torch.inf)
+    filled = places.clamp(max=len(first_seen) - 1)
+    return _Part(torch.tensor(blocks), filled, runs, bias.repeat(1, group, 1))
 
 
-def _add_seen(grad: Tensor, block: _Block, part: Tensor) -> None:
-    """Add a block's part [K, S, D] to the gradient [K, T, D] of all keys, or values."""
-    if block.shared > 0:
-        grad[:, : block.shared] += part[:, : block.shared]
-    grad[:, block.seen] += part[:, block.shared :]
+def _in_blocks(tensor: Tensor) -> Tensor:
+    """[1, H, T, D] -> [blocks, BLOCK, H, D], filled up with zeros."""
+    tokens = tensor[0].transpose(0, 1)
+    blocks = -(-len(tokens) // BLOCK)
+    filled = tokens.new_zeros(blocks * BLOCK, *tokens.shape[1:])
+    filled[: len(tokens)] = tokens
+    return filled.view(blocks, BLOCK, *tokens.shape[1:])
 
 
-def _by_key_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """query [K, G, T, D], where G queries share a key; key and value [K, T, D]."""
-    num_keys = key.shape[1]
-    return query[0].reshape(num_keys, -1, *query.shape[2:]), key[0].contiguous(), value[0].contiguous()
+def _by_places(blocks: Tensor, query: Tensor) -> Tensor:
+    """[blocks, BLOCK, H, D] -> [1, T, H, D] of query [1, H, T, D]."""
+    return blocks.flatten(0, 1)[None, : query.shape[2]]
 
 
-def _probabilities(queries: Tensor, keys: Tensor, block: _Block, scale: float, dtype: torch.dtype) -> Tensor:
-    """[K, G * n, S] fp32: the softmax of a block of queries [K, G, T, D] over the keys [K, D, T] it sees.
+def _by_key_head(blocks: Tensor, part: _Part, group: int) -> Tensor:
+    """[blocks, BLOCK, H, D] -> [K, N, G * BLOCK, D] of a part, where G queries share a key."""
+    chosen = blocks[part.blocks]
+    heads = chosen.view(*chosen.shape[:2], -1, group, chosen.shape[-1]).permute(2, 0, 3, 1, 4)
+    return heads.reshape(*heads.shape[:2], group * BLOCK, -1)
 
-    Both are fp32; where they came from bf16, `dtype`, nothing is lost by multiplying them as such.
+
+def _by_token(heads: Tensor, group: int) -> Tensor:
+    """The inverse: [K, N, G * BLOCK, D] -> [N, BLOCK, H, D]."""
+    num_keys, num_blocks, _, size = heads.shape
+    tokens = heads.view(num_keys, num_blocks, group, BLOCK, size).permute(1, 3, 0, 2, 4)
+    return tokens.reshape(num_blocks, BLOCK, num_keys * group, size)
+
+
+def _seen(head: Tensor, part: _Part) -> Tensor:
+    """[N, S, D]: of a head's keys or values [T, D], those that each block sees."""
+    return head.index_select(0, part.seen.flatten()).view(*part.seen.shape, -1)
+
+
+def _add_seen(grads: Tensor, parts: Tensor, part: _Part) -> None:
+    """Add the gradients of what blocks saw [K, N, S, D] to those of all keys, or values [K, T, D]."""
+    for number, stretches in enumerate(part.runs):
+        for first, at, count in stretches:
+            grads[:, first : first + count] += parts[:, number, at : at + count]
+
+
+def _probabilities(rows: Tensor, keys: Tensor, part: _Part, scale: float) -> Tensor:
+    """[N, G * BLOCK, S] fp32: the softmax of the scores of rows [N, G * BLOCK, D] and keys [N, S, D].
+
+    In fp32; where they came in bf16, nothing is lost by multiplying them as such.
     """
-    rows = queries[:, :, block.rows].flatten(1, 2)
-    with _bf16_products() if dtype == torch.bfloat16 else nullcontext():
-        scores = torch.baddbmm(block.bias, rows, _seen(keys, block, 2), alpha=scale)
+    with _bf16_products() if rows.dtype == torch.bfloat16 else nullcontext():
+        scores = torch.baddbmm(part.bias, rows.float(), keys.float().transpose(1, 2), alpha=scale)
     return scores.softmax(-1)
 
 

@@ -218,21 +218,14 @@ def scale_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         attention,
         "_probabilities",
-        lambda q, k, block, scale, dtype: real(q, k, block, 1.05 * scale, dtype),
+        lambda rows, keys, part, scale: real(rows, keys, part, 1.05 * scale),
     )
 
 
 def leak_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = attention._blocks
+    real = attention._groups
     monkeypatch.setattr(
-        attention, "_blocks", lambda lengths, prefix, group: real((sum(lengths),), prefix, group)
-    )
-
-
-def leave_out_what_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = attention._blocks
-    monkeypatch.setattr(
-        attention, "_blocks", lambda lengths, prefix, group: real((prefix, *lengths), 0, group)
+        attention, "_groups", lambda lengths, prefix, group: real((sum(lengths),), prefix, group)
     )
 
 
