@@ -24,11 +24,12 @@ from finetune.checkpoint import fault_of
 from finetune.evaluate import is_out_of_patience
 from finetune.tracking import Tracker
 
-# A learning rate at which the eval loss falls, rises and falls again: of eight updates the third is the best
+# With these the eval loss falls, rises and falls again: of eight updates the third is by far the best
 # of the first six, and none of the three after it is better.
 SETTINGS = {
     "optim__name": "adamw",
-    "optim__learning_rate": 0.1,
+    "optim__learning_rate": 0.07,
+    "train__seed": 44,
     "optim__schedule": "constant",
     "lora__lora_dropout": 0.1,
     "train__num_epochs": 4,
