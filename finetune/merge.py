@@ -21,7 +21,7 @@ from torch import nn
 from finetune.lora import frozen_weight
 from finetune.machine import DTYPES
 from finetune.model import load_base
-from finetune.trained import Trained, TrainedModel
+from finetune.trained import Trained, TrainedModel, load_trained
 
 SMALL_FILES_BYTES = 2**26  # beside the weights: the tokenizer's files, with room
 FULL_PRECISION, DEQUANTISED = "full_precision", "dequantised"
@@ -75,6 +75,22 @@ def merge(unmerged: peft.PeftModel) -> Any:
         ValueError: a merged weight is not a finite number.
     """
     return unmerged.merge_and_unload(safe_merge=True)
+
+
+def load_merged(trained: Trained) -> TrainedModel:
+    """The adapter merged into the base as it lies on disk, in fp32, with its tokenizer.
+
+    Raises:
+        ValueError: as `load_trained` and `merge`.
+    """
+    config = trained.config
+    plain = replace(
+        config,
+        model=replace(config.model, quantization="none"),
+        train=replace(config.train, mixed_precision="no"),
+    )
+    loaded = load_trained(replace(trained, config=plain))
+    return replace(loaded, model=merge(loaded.model))
 
 
 def save_merged(model: Any, tokenizer: Any, dtype: torch.dtype, folder: Path) -> None:

@@ -62,7 +62,6 @@ def command(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--page", metavar="FILE", type=Path, default=Path("compare.html"), help="where the page is written"
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parse_arguments(parser, argv)
     if len(arguments.runs) < 2:
         raise ValueError("name two runs or more; `python -m finetune report RUN` shows one")

@@ -136,10 +136,9 @@ def _parser() -> Any:
         default=20,
         help="answers to the first N rows (default 20; 0: none)",
     )
-    add("--max-new-tokens", metavar="N", type=int, default=128, help="longest answer in tokens (default 128)")
+    add("--max_new_tokens", metavar="N", type=int, default=128, help="longest answer in tokens (default 128)")
     add("--lm-eval", metavar="TASKS", help="tasks of lm-evaluation-harness, with commas between them")
     add("--output", metavar="FILE", type=Path, help="write all figures into this JSON file")
-    add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
@@ -147,7 +146,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.generate < 0:
         raise ValueError(f"--generate must be at least 0, not {arguments.generate}")
     if arguments.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens must be at least 1, not {arguments.max_new_tokens}")
+        raise ValueError(f"--max_new_tokens must be at least 1, not {arguments.max_new_tokens}")
     output = arguments.output
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise ValueError(f"--output {output}: name a file in a folder that exists")

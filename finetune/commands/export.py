@@ -5,17 +5,17 @@ import re
 import shlex
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from finetune.card import VLLM_RANKS
 from finetune.command import CommandParser
 from finetune.config import Config
+from finetune.merge import load_merged
 from finetune.model import load_architecture, load_tokenizer
 from finetune.modelfile import modelfile
 from finetune.screen import say
 from finetune.starter import starter_model_dir
-from finetune.trained import Trained, TrainedModel, load_trained, parse_trained, trained_parser
+from finetune.trained import Trained, parse_trained, trained_parser
 
 CONVERTER = "python llama.cpp/convert_hf_to_gguf.py"
 
@@ -42,7 +42,7 @@ def command(argv: Sequence[str]) -> None:
             f"python -m finetune merge {shlex.quote(str(arguments.trained))} --output merged && "
             f"{CONVERTER} merged --outtype {arguments.format} --outfile merged.gguf"
         )
-    merged = merge(trained)
+    merged = load_merged(trained)
     name = _name(trained)
     gguf_name = f"{name}-{arguments.format.upper()}.gguf"
     text, left_out = modelfile(gguf_name, merged.tokenizer, trained.config.data.system_prompt)
@@ -64,20 +64,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--format", choices=("q8_0", "f16"), default="q8_0", help="how matrices are stored (default: q8_0)"
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
-
-
-def merge(trained: Trained) -> TrainedModel:
-    """The base in fp32, not quantised, with the adapter added to its weights."""
-    config = trained.config
-    plain = replace(
-        config,
-        model=replace(config.model, quantization="none"),
-        train=replace(config.train, mixed_precision="no"),
-    )
-    loaded = load_trained(replace(trained, config=plain))
-    return replace(loaded, model=loaded.model.merge_and_unload(safe_merge=True))
 
 
 def _name(trained: Trained) -> str:

@@ -118,7 +118,6 @@ def _parser() -> Any:
     parser.add_argument(
         "--rows", metavar="N", type=int, default=40, help="eval rows to compare on (default 40)"
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

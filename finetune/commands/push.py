@@ -32,7 +32,6 @@ def command(argv: Any) -> None:
     parser.add_argument("trained", metavar="RUN", type=Path, help="a finished run's folder, or an adapter")
     parser.add_argument("--repo", metavar="OWNER/NAME", required=True, help="made where it is not there yet")
     parser.add_argument("--private", action="store_true", help="make the repository a private one")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)
     repo: str = arguments.repo
     _check_repo_name(repo)
@@ -95,7 +94,6 @@ def _without_folders(config: dict[str, Any]) -> dict[str, Any]:
         **config,
         "data": {**data, "path": shown},
         "model": {**model, "name_or_path": without_folder(model["name_or_path"])},
-        "output_dir": without_folder(config["output_dir"]),
     }
 
 

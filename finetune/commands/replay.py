@@ -27,7 +27,6 @@ def command(argv: Sequence[str]) -> int:
     """
     parser = CommandParser(prog="python -m finetune replay", description=__doc__)
     parser.add_argument("run", type=Path, help="the run's folder, which holds bad_update.json")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     run_dir: Path = parser.parse_args(argv).run
     recorded = read_record(run_dir)
     repeated = repeat_bad_update(run_dir, recorded)

@@ -14,7 +14,6 @@ def command(argv: Sequence[str]) -> None:
     parser = CommandParser(prog="python -m finetune report", description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
     parser.add_argument("--page", metavar="FILE", type=Path, help=f"where it is written (RUN/{PAGE})")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parse_arguments(parser, argv)
     if arguments.page is not None:
         check_page_path(arguments.page)

@@ -125,7 +125,7 @@ def test_other_rows_than_the_runs_are_said_to_be_others(run_dir, rows_file, figu
 
 
 def test_answers_of_both_models_are_compared_with_the_references(run_dir, figures):
-    found, printed = figures(run_dir, "--generate", 3, "--max-new-tokens", 6)
+    found, printed = figures(run_dir, "--generate", 3, "--max_new_tokens", 6)
     answers = found["answers"]
     assert [len(answers["rows"]), answers["max_new_tokens"]] == [3, 6]
     for row in answers["rows"]:
@@ -183,7 +183,7 @@ def test_the_harness_gets_the_base_and_the_tuned_model(run_dir, figures, monkeyp
     [
         (["--lm-eval", "arc"], "pip install lm_eval"),
         (["--generate", "-1"], "--generate must be at least 0"),
-        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        (["--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),
         (["--by", "colour"], "has no column 'colour'; there are instruction, input, output"),
         (["--data", "nowhere.csv"], "nowhere.csv"),
         (["--output", "no/such/folder/figures.json"], "name a file in a folder that exists"),
@@ -233,6 +233,6 @@ def test_help_comes_without_a_run(capsys):
 def test_one_example_has_figures_and_no_intervals(run_dir, rows_file, tmp_path, figures):
     file = tmp_path / "one.csv"
     pd.read_json(rows_file, lines=True).head(1).to_csv(file, index=False)
-    found, _ = figures(run_dir, "--data", file, "--generate", 1, "--max-new-tokens", 2)
+    found, _ = figures(run_dir, "--data", file, "--generate", 1, "--max_new_tokens", 2)
     assert found["all"]["loss"]["tuned"]["low"] is None
     assert math.isfinite(found["all"]["loss"]["tuned"]["value"])

@@ -11,8 +11,8 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
 
 from finetune.__main__ import main
-from finetune.commands.export import merge
 from finetune.gguf_file import _pre_tokenizer, unsupported
+from finetune.merge import load_merged
 from finetune.modelfile import modelfile
 from finetune.trained import find_trained
 
@@ -86,7 +86,7 @@ def log_probs(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def test_the_file_read_back_is_the_merged_model(run_train, tmp_path, llama_dir, architecture):
     base = {"model__name_or_path": llama_dir} if architecture == "llama" else {}
     run_dir = run_train(**SHORT, **base)
-    merged = merge(find_trained(run_dir))
+    merged = load_merged(find_trained(run_dir))
     exact, tokenizer = read_back(export(run_dir, tmp_path / "f16", "--format", "f16"))
     rounded, _ = read_back(export(run_dir, tmp_path / "q8"))
 
@@ -213,7 +213,7 @@ def test_another_architecture_is_refused_with_the_command_that_can(
     for key, value in change.items():
         setattr(config, key, value)
     config.save_pretrained(llama_dir)
-    monkeypatch.setattr("finetune.commands.export.merge", None)  # no weights are loaded for this
+    monkeypatch.setattr("finetune.commands.export.load_merged", None)  # no weights are loaded for this
     assert main(["export", str(run_dir), "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert words in error

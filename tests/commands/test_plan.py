@@ -183,7 +183,7 @@ def test_fast_paths_and_gradient_checkpointing_keep_less_of_a_token(predicted, q
 
 
 def test_what_is_kept_of_a_token_grows_no_faster_than_in_a_straight_line(predicted):
-    """It is counted on rows of 32 and 64 tokens, and holds for longer ones."""
+    """It is counted on short rows, and holds for longer ones."""
     prediction, parts = predicted(*IN_BF16)
 
     def kept(num_tokens: int) -> int:
