@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from finetune.__main__ import main
 from finetune.head import HeadSums
-from finetune.loss import TokenSums, sum_over_tokens
+from finetune.loss import TokenLoss, TokenSums, sum_over_tokens
 
 # Weights that a huge step makes so large that the next forward pass overflows.
 DIVERGING = {"optim__name": "sgd", "optim__learning_rate": 1e30, "optim__max_grad_norm": 0}
@@ -140,13 +140,8 @@ def test_a_full_disk_does_not_hide_the_bad_number(run_train, monkeypatch, capfd)
 
 def test_an_evaluation_that_is_not_finite_ends_the_run_without_an_adapter(run_train, monkeypatch, capfd):
     """The weights are finite, and so is the loss of what was trained on: one eval row is too much."""
-    from finetune.metrics import SumWindow
-
-    class Overflowing(SumWindow):
-        def total(self, accelerator):
-            return super().total(accelerator) * float("inf")
-
-    monkeypatch.setattr("finetune.evaluate.SumWindow", Overflowing)
+    real = TokenLoss.token_values
+    monkeypatch.setattr(TokenLoss, "token_values", lambda *arguments: real(*arguments) * float("inf"))
     run_dir = run_train(expect=1, eval__at_start=False)
     assert "stopped: the loss of the evaluation is not a finite number" in capfd.readouterr().err
     assert "Infinity" not in (run_dir / "metrics.jsonl").read_text()

@@ -86,6 +86,7 @@ def test_the_record_of_a_run_says_what_it_ran_on_and_with(run_train, tmp_path, r
         "memory_gib",
         "cuda",
         "num_processes",
+        "adapter_step",
         "base",
         "int8",
         "described",
