@@ -54,11 +54,14 @@ def packed_attention(
         return result, None
     _refuse_others(boundaries, dropout, others)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    grouped = query.shape[1] != key.shape[1]
-    if query.device.type == "cpu":
-        attended: Tensor = _BlockAttention.apply(  # type: ignore[no-untyped-call]
-            query, key, value, boundaries.lengths, boundaries.prefix, scale
-        )
+    grouped, kind = query.shape[1] != key.shape[1], query.device.type
+    if torch.is_autocast_enabled(kind):  # torch's own function casts too: positions may have made fp32
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    if kind == "cpu":
+        with torch.autocast(kind, enabled=False):
+            attended: Tensor = _BlockAttention.apply(  # type: ignore[no-untyped-call]
+                query, key, value, boundaries.lengths, boundaries.prefix, scale
+            )
         return attended, None
     rows = _rows_of(boundaries.lengths, boundaries.prefix, query.device)
     # Each example with keys and values of its own for what all begin with.

@@ -190,8 +190,9 @@ def show_end(
     losses = [entry["loss"] for entry in evaluations]
     if len(losses) > 1 and evaluations[0]["step"] == 0 and losses[0] <= min(losses[1:]):
         say(f"No evaluation after training had a lower loss than the untrained model's {losses[0]:.4f}.")
-    best = ", of the lowest eval loss" if config.checkpoint.keep_best and of_adapter else ""
-    say(f"adapter      {run_dir / 'adapter'}, after update {adapter_step}{best}")
+    if config.checkpoint.keep_best and of_adapter:
+        say(f"The adapter is that after update {adapter_step}, of the lowest eval loss.")
+    say(f"adapter      {run_dir / 'adapter'}")
     say(f"metrics      {run_dir / METRICS}")
     say(f"to see it    tensorboard --logdir {run_dir}")
 
