@@ -23,8 +23,8 @@ from finetune.machine import Setting
 from finetune.model import dropout_off
 from finetune.signals import largest
 
-# Of a token's logits, relative to their spread: single tokens differ by up to 0.4 in bf16 by the order of sums
-# alone, and by more than 2 where examples are not kept apart, or positions are wrong.
+# Of a token's logits, relative to their spread: the order of sums alone changes single tokens by up to 0.4 in
+# bf16; where examples are not kept apart, or positions are wrong, some change by more than 2.
 MOST_ROUNDING = 0.7
 # How many times faster int8 activations must be than dequantised weights, which are more exact.
 WORTH_ROUNDING = 1.2
