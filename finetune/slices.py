@@ -1,5 +1,6 @@
 """Groups of examples whose figures are looked at apart: by length, by input, by any column of the data."""
 
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -46,7 +47,8 @@ def by_value(column: str, values: Sequence[str], examples: Examples) -> list[Sli
     """The most frequent values of a column, most frequent first; values[n - 1] is that of row n."""
     own = np.array([values[number - 1] for number in examples.dataset["row_number"]], dtype=object)
     frequent = [value for value, _ in Counter(own.tolist()).most_common(MOST_VALUES)]
-    slices = [Slice(f"{column} = {value or '(empty)'}", own == value) for value in frequent]
+    names = [textwrap.shorten(value, 40, placeholder=" ...") or "(empty)" for value in frequent]
+    slices = [Slice(f"{column} = {name}", own == value) for name, value in zip(names, frequent, strict=True)]
     others = ~np.isin(own, frequent)
     num_values = len(set(own[others].tolist()))
     return [*slices, Slice(f"{num_values} other values", others)]
