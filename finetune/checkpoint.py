@@ -49,6 +49,12 @@ class TrainState:
     """TokenSums since the last log line, over all processes"""
 
 
+def adapter_weights(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter alone. Left to itself PEFT asks the hub at every save whether the vocabulary has grown."""
+    weights: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return weights
+
+
 def checkpoints_dir(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
@@ -73,7 +79,7 @@ def save_checkpoint(
         ValueError: the disk is full; what was there before is as it was.
         FloatingPointError: a weight is not a finite number.
     """
-    adapter = get_peft_model_state_dict(model)
+    adapter = adapter_weights(model)
     if not all(bool(tensor.isfinite().all()) for tensor in adapter.values()):
         raise FloatingPointError(
             f"after update {state.step} a weight is not a finite number; it was not saved"
@@ -118,9 +124,7 @@ def write_checkpoint(
     It is written beside its place, flushed to disk and then renamed, so one that has its name is whole.
     """
     tensors, values = _split_tensors(optimizer.state_dict()["state"])
-    with _staging(
-        folder, _num_bytes([*get_peft_model_state_dict(model).values(), *tensors.values()])
-    ) as staging:
+    with _staging(folder, _num_bytes([*adapter_weights(model).values(), *tensors.values()])) as staging:
         save_adapter(model, staging)
         save_file(tensors, staging / OPTIMIZER)
         loop = asdict(state)
@@ -143,7 +147,7 @@ def save_result(folder: Path, model: PeftModel, tokenizer: Any, training_config:
     Raises:
         ValueError: the disk is full.
     """
-    with _staging(folder, _num_bytes(get_peft_model_state_dict(model).values())) as staging:
+    with _staging(folder, _num_bytes(adapter_weights(model).values())) as staging:
         save_adapter(model, staging)
         tokenizer.save_pretrained(staging)
         (staging / TRAINING_CONFIG).write_text(training_config, encoding="utf-8")
@@ -189,7 +193,7 @@ def require_room(folder: Path, num_bytes: int, name: str) -> None:
 def estimate_bytes(model: PeftModel, optimizer_name: str) -> int:
     """About what a checkpoint takes: fp32 weights, and two values of the optimizer for each."""
     state_bytes = 0 if optimizer_name == "sgd" else 2 if optimizer_name.endswith("8bit") else 8
-    return _num_bytes(get_peft_model_state_dict(model).values()) // 4 * (4 + state_bytes)
+    return _num_bytes(adapter_weights(model).values()) // 4 * (4 + state_bytes)
 
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:
@@ -281,7 +285,7 @@ def load_adapter(folder: Path, model: PeftModel) -> None:
         if saved.get(key) != now:
             raise ValueError(f"checkpoint {folder} holds an adapter with {key} {saved.get(key)}, not {now}")
     adapter = load_file(folder / ADAPTER)
-    expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
+    expected = {name: tensor.shape for name, tensor in adapter_weights(model).items()}
     if {name: tensor.shape for name, tensor in adapter.items()} != expected:
         raise ValueError(f"checkpoint {folder} holds an adapter of another rank or for other modules")
     set_peft_model_state_dict(model, adapter)

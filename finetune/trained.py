@@ -18,6 +18,7 @@ from finetune.checkpoint import (
     MANIFEST,
     STATE,
     TRAINING_CONFIG,
+    adapter_weights,
     fault_of,
     list_checkpoints,
 )
@@ -195,7 +196,7 @@ def _check_all_loaded(trained: Trained, model: peft.PeftModel) -> None:
     """PEFT is content with an adapter for more layers than the base has, or for fewer."""
     with safe_open(trained.adapter / ADAPTER, "pt") as file:
         saved = _layers(file.keys())
-    if differing := saved ^ _layers(peft.get_peft_model_state_dict(model, save_embedding_layers=False)):
+    if differing := saved ^ _layers(adapter_weights(model)):
         raise ValueError(
             f"the adapter in {trained.adapter} is for other layers than those of "
             f"{trained.config.model.name_or_path}, such as {min(differing).removesuffix('.lora_A.weight')}"

@@ -20,11 +20,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.plugin_event_accumulator import (
     EventAccumulator as PluginEventAccumulator,
 )
+from test_loss import with_adapter
 from torch import Tensor
 from transformers import AutoTokenizer
 
 import train
-from finetune.checkpoint import CARD, TRAINING_CONFIG, TrainState, fault_of, load_checkpoint, save_checkpoint
+from finetune.checkpoint import (
+    CARD,
+    TRAINING_CONFIG,
+    TrainState,
+    adapter_weights,
+    fault_of,
+    load_checkpoint,
+    save_checkpoint,
+)
 from finetune.config import CheckpointConfig, LoraConfig, OptimConfig
 from finetune.model import add_adapter
 from finetune.optim import create_optimizer
@@ -693,3 +702,13 @@ def test_adapter_optimizer_and_state_survive_a_round_trip(tmp_path, name):
                 assert value == theirs[key], key
         update(model, optimizer, seed)
         update(other_model, other_optimizer, seed)
+
+
+def test_what_is_saved_is_found_without_asking_the_hub(monkeypatch):
+    """PEFT would ask it, at every save, for the configuration of a base with a hub name."""
+    model = with_adapter(tiny_model(40))
+    model.peft_config["default"].base_model_name_or_path = "owner/name"
+    monkeypatch.setattr(
+        "peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *_: pytest.fail("the hub was asked")
+    )
+    assert all(".lora_" in name for name in adapter_weights(model))
