@@ -96,10 +96,15 @@ def train(config: Config) -> int:
     def open_run() -> None:
         described = screen.describe(config, model, rows, train_set, eval_set, leaks, flop_per_second)
         described += screen.batch_arithmetic(config, plan)
-        facts = {**machine.environment(accelerator), "base": state.base, "int8": paths.int8.got}
-        facts |= {"described": described, "settings": [asdict(setting) for setting in settings]}
+        facts = {  # what environment.json records
+            **machine.environment(accelerator),
+            "base": state.base,
+            "int8": paths.int8.got,
+            "described": described,
+            "settings": [asdict(setting) for setting in settings],
+            "rows": run_folder.count_rows(rows, train_set, eval_set, len(leaks)),
+        }
         size = estimate_bytes(model, optimizer_choice.got)
-        facts["rows"] = run_folder.count_rows(rows, train_set, eval_set, len(leaks))
         run_folder.start_run(config, facts, plan, train_set, eval_set, checkpoint, state.step, size)
         run_folder.keep_lines_until(run_dir, state.step)
         screen.show_start(config, settings, described)
@@ -120,7 +125,7 @@ def train(config: Config) -> int:
                 answers = generate_answers(accelerator, model, tokenizer, conversations)
                 tracker.log_answers(state.step, conversations, answers)
 
-        def report() -> None:
+        def evaluate_and_answer() -> None:
             """The evaluation and the answers that are due now, but for those made before a kill."""
             first = state.step == 0
             due = config.eval.at_start if first else is_due(config.eval.every, state.step, plan)
@@ -149,7 +154,7 @@ def train(config: Config) -> int:
             record = examine_update(accelerator, token_loss, plan, state.step, examples, tokenizer)
             screen.say(write_bad_update(run_dir, record, state, model, optimizer, accelerator.scaler))
 
-        report()
+        evaluate_and_answer()
         stopwatch = Stopwatch(training_flop(model), flop_per_second)
         for update, micro_batches in iterate_updates(plan, train_set.dataset, state.step, device):
             if stop.agreed() or is_over():
@@ -190,7 +195,7 @@ def train(config: Config) -> int:
             with stopwatch.paused():
                 if is_due(config.checkpoint.every_steps, state.step, plan):
                     save()
-                report()
+                evaluate_and_answer()
 
         stop.agreed()  # one that came since the last update, too
         save()

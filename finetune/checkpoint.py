@@ -164,10 +164,10 @@ def _staging(folder: Path, num_bytes: int) -> Iterator[Path]:
         staging.mkdir(parents=True)
         yield staging
         for path in [*staging.iterdir(), staging]:
-            _flush_to_disk(path)
+            flush_to_disk(path)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(staging, folder)
-        _flush_to_disk(folder.parent)
+        flush_to_disk(folder.parent)
     except (OSError, SafetensorError) as error:  # safetensors has its own kind for a full disk
         shutil.rmtree(staging, ignore_errors=True)
         raise ValueError(cannot_write(folder, error)) from error
@@ -354,7 +354,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush_to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Have a file's content, or a folder's names, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
 
+from finetune.checkpoint import flush_to_disk
 from finetune.lora import frozen_weight
 from finetune.machine import DTYPES
 from finetune.model import load_base
@@ -131,17 +132,9 @@ def _whole_folder(folder: Path, num_bytes: int) -> Iterator[Path]:
         staging.mkdir()
         yield staging
         for path in [*staging.iterdir(), staging]:
-            _flush_to_disk(path)
+            flush_to_disk(path)
         os.replace(staging, folder)  # an empty folder of that name gives way
     except SafetensorError as error:  # its own kind for a full disk
         raise ValueError(f"{folder} could not be written ({error})") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

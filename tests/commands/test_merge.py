@@ -124,7 +124,7 @@ def test_a_write_that_fails_leaves_nothing(run_train, tmp_path, monkeypatch, cap
         assert list(path.parent.parent.glob(".merged.partial/model.safetensors"))
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(finetune.merge, "_flush_to_disk", fail)
+    monkeypatch.setattr(finetune.merge, "flush_to_disk", fail)
     capsys.readouterr()
     assert main(["merge", str(run_dir), "--output", str(output)]) == 2
     assert "No space left on device" in capsys.readouterr().err
