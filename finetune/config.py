@@ -117,6 +117,8 @@ class FastConfig:
     """LoRA layers of one input as one function; false: PEFT's own. Their dropout noise differs"""
     elementwise: bool = True
     """Norms, rotary positions, gated activations keep their inputs alone; false: all that autograd would"""
+    kernels: bool = True
+    """On a CPU, the fast paths in C++, compiled on this machine; false: in torch's operations"""
     int8_matmul: Literal["auto", "dequantise", "int8"] = "auto"
     """How int8 weights are multiplied: dequantised first, by activations in int8 (outliers apart), or by the
     faster of the two on this machine"""

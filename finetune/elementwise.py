@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from finetune import lora
+from finetune import kernels, lora
 from finetune.model import dropout_off
 
 
@@ -160,6 +160,8 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    if kernels.can_compute(x, cos, sin):
+        return kernels.rotate(x, cos, sin, direction)
     y = x * cos[:, :, None]
     half = x.shape[-1] // 2
     sin = sin[:, :, None, :half]
@@ -173,15 +175,20 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x32 = x.float()
-        scale = torch.linalg.vecdot(x32, x32).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+        if kernels.can_compute(x, weight):
+            y, scale = kernels.norm_forward(x, weight, eps)
+        else:
+            x32 = x.float()
+            scale = torch.linalg.vecdot(x32, x32).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+            y = weight * (x32 * scale).to(x.dtype)
         ctx.save_for_backward(x, weight, scale)
-        y: Tensor = weight * (x32 * scale).to(x.dtype)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
+        if kernels.can_compute(x, weight, dy):
+            return kernels.norm_backward(x, weight, scale, dy), None, None
         normed = x.float().mul_(scale) if x.dtype != torch.float32 else x * scale
         dnormed = (dy * weight).float()
         share = torch.linalg.vecdot(dnormed, normed).div_(x.shape[-1]).unsqueeze(-1)
@@ -196,11 +203,13 @@ class _GatedSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return kernels.silu_forward(gate, up) if kernels.can_compute(gate, up) else F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
+        if kernels.can_compute(gate, up, dy):
+            return kernels.silu_backward(gate, up, dy)
         return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune import kernels
+
 ROWS = 16  # tokens at a time in the passes over the vocabulary: they still lie in a core's cache
 
 
@@ -34,19 +36,10 @@ class HeadSums(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target_ids: Tensor, chunk: int) -> Tensor:
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         sums = torch.zeros(3, dtype=torch.float32, device=hidden.device)
-        rows = chunk if hidden.is_cuda else ROWS
-        buffers = torch.empty(2, min(rows, len(hidden)), len(weight), device=hidden.device)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = hidden[part] @ weight.t()
-            for some_logits, ids in zip(
-                torch.split(logits, rows), torch.split(target_ids[part], rows), strict=True
-            ):
-                log_p, p = buffers[:, : len(ids)]
-                sums += _values_of(some_logits, ids[:, None], log_p, p).sum(0)
-                if gradient is not None:
-                    p.scatter_add_(-1, ids[:, None], p.new_full((len(ids), 1), -1))
-                    some_logits.copy_(p)
+            sums += _values_of(logits, target_ids[part], gradient is not None).sum(0)
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[part])
         ctx.save_for_backward(gradient)
@@ -61,28 +54,26 @@ class HeadSums(torch.autograd.Function):
 def token_values(hidden: Tensor, weight: Tensor, target_ids: Tensor, chunk: int) -> Tensor:
     """[N, 3] fp32: what HeadSums adds up, of each target token. It has no gradient."""
     values = torch.empty(len(hidden), 3, device=hidden.device)
-    rows = chunk if hidden.is_cuda else ROWS
-    buffers = torch.empty(2, min(rows, len(hidden)), len(weight), device=hidden.device)
     for start in range(0, len(hidden), chunk):
-        logits = hidden[start : start + chunk] @ weight.t()
-        for first in range(0, len(logits), rows):
-            part = slice(start + first, start + min(first + rows, len(logits)))
-            log_p, p = buffers[:, : part.stop - part.start]
-            values[part] = _values_of(logits[first : first + rows], target_ids[part, None], log_p, p)
+        part = slice(start, start + chunk)
+        values[part] = _values_of(hidden[part] @ weight.t(), target_ids[part], with_gradient=False)
     return values
 
 
-def _values_of(logits: Tensor, ids: Tensor, log_p: Tensor, p: Tensor) -> Tensor:
-    """[n, 3] of logits [n, V] and ids [n, 1]; log_p and p [n, V] fp32 are filled with the distributions."""
-    log_p.copy_(logits)
-    likeliest = log_p.argmax(-1, keepdim=True)
-    torch.log_softmax(log_p, -1, out=log_p)
-    torch.exp(log_p, out=p)
-    return torch.stack(
-        [
-            -log_p.gather(-1, ids).squeeze(-1),
-            -torch.linalg.vecdot(p, log_p),
-            (likeliest == ids).squeeze(-1).float(),
-        ],
-        dim=1,
-    )
+def _values_of(logits: Tensor, target_ids: Tensor, with_gradient: bool) -> Tensor:
+    """[n, 3] of logits [n, V] and target_ids [n]; with the gradient, the logits become that of their nll."""
+    if kernels.can_compute(logits):
+        return kernels.token_values(logits, target_ids, with_gradient)
+    rows = len(logits) if logits.is_cuda else ROWS
+    values = []
+    for some_logits, ids in zip(
+        torch.split(logits, rows), torch.split(target_ids[:, None], rows), strict=True
+    ):
+        likeliest = some_logits.argmax(-1, keepdim=True)
+        log_p = torch.log_softmax(some_logits.float(), -1)
+        p = log_p.exp()
+        columns = [-log_p.gather(-1, ids), -torch.linalg.vecdot(p, log_p)[:, None], likeliest == ids]
+        values.append(torch.cat(columns, dim=1))
+        if with_gradient:
+            some_logits.copy_(p.scatter_add_(-1, ids, p.new_full(ids.shape, -1)))
+    return torch.cat(values)

@@ -16,10 +16,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from finetune import kernels
+
 # Dropout: 16-bit numbers, drawn anew for each update, of which each layer takes a stretch at a random place.
 # Drawing fresh noise for each layer costs as much as the layer's multiplication.
 POOL_SIZE = 2**22
-CACHED = 2**18  # numbers in fp32 that a core's cache holds with room
 LEVELS = 2**16
 INTEGERS = {2: torch.int16, 4: torch.int32}  # by bytes
 
@@ -181,24 +182,16 @@ def frozen_weight(base: Any, dtype: torch.dtype) -> Tensor:
     """[out, in]: the weight of a frozen linear layer, dequantised, rounded as bitsandbytes rounds it."""
     if isinstance(base, bnb.nn.Linear8bitLt):
         codes, largest = _int8_state(base)
-        return _scale_rows(codes, largest / 127, dtype)
+        scales = largest / 127
+        if kernels.can_compute(scales):
+            return kernels.scale_rows(codes, scales, dtype)
+        return (codes * scales[:, None]).to(dtype)
     if isinstance(base, bnb.nn.Linear4bit):
         assert not getattr(base.weight.quant_state, "packing_format_for_cpu", False), "load_base forbids it"
         dequantised: Tensor = bnb.functional.dequantize_4bit(base.weight, base.weight.quant_state)
         return dequantised.to(dtype)
     plain: Tensor = base.weight
     return plain.to(dtype)
-
-
-def _scale_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """codes [out, in] by scales [out] fp32, rounded once, to `dtype`. On a CPU some rows at a time: torch
-    makes the product in fp32 first, and that is to stay in a core's cache."""
-    rows = len(codes) if codes.is_cuda else max(1, CACHED // codes.shape[1])
-    weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    for first in range(0, len(codes), rows):
-        part = slice(first, first + rows)
-        torch.mul(codes[part], scales[part, None], out=weight[part])
-    return weight
 
 
 def _int8_state(base: Any) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from finetune import elementwise, lora
+from finetune import elementwise, kernels, lora
 from finetune.attention import PACKED, describe_kernel
 from finetune.batching import MicroBatch, pack, pad
 from finetune.chat import IGNORE, Examples
@@ -39,6 +39,7 @@ class Paths(NamedTuple):
     lora: Setting
     elementwise: Setting
     int8: Setting
+    kernels: Setting
 
 
 def choose_paths(
@@ -51,12 +52,13 @@ def choose_paths(
     use_plain_paths(token_loss)
     trial = _Trial(accelerator, token_loss, train_set)
     expected = trial.logits(trial.alone)
+    kernels_setting = _choose_kernels(config, accelerator.device)
     int8_setting = _choose_int8(config, accelerator, token_loss.model, train_set, int8)
     lora_setting = _choose_lora(config, token_loss.model, int8_setting, trial, expected)
     elementwise_setting = _choose_elementwise(config, token_loss.model, trial, expected)
     layout, attention = _choose_layout(config, token_loss, trial, expected)
     loss = _choose_head(config, token_loss, trial)
-    return Paths(layout, attention, loss, lora_setting, elementwise_setting, int8_setting)
+    return Paths(layout, attention, loss, lora_setting, elementwise_setting, int8_setting, kernels_setting)
 
 
 def use_plain_paths(token_loss: TokenLoss) -> None:
@@ -64,6 +66,7 @@ def use_plain_paths(token_loss: TokenLoss) -> None:
     token_loss.masks_packed_rows, token_loss.head_mib = True, None
     lora.slow_down(token_loss.model)
     elementwise.slow_down(token_loss.model)
+    kernels.switch_off()
     if token_loss.base.config._attn_implementation == PACKED:
         token_loss.base.set_attn_implementation("sdpa")
 
@@ -103,6 +106,20 @@ class _Trial:
         # By token, since a convolution would carry over to the first ones alone.
         difference = ((logits - expected).square().mean(-1) / expected.var(-1)).sqrt().max()
         return None if float(difference) < MOST_ROUNDING else "other results"
+
+
+def _choose_kernels(config: Config, device: torch.device) -> Setting:
+    """On a CPU, what the fast paths compute besides large matrix multiplications."""
+    name, compiled, plain = "CPU kernels", "compiled", "torch's operations"
+    if device.type != "cpu":
+        return Setting(name, "none", "none")
+    if not config.fast.kernels:
+        return Setting(name, plain, plain)
+    try:
+        kernels.switch_on()
+    except OSError as error:
+        return Setting(name, compiled, plain, str(error))
+    return Setting(name, compiled, compiled)
 
 
 def _choose_layout(

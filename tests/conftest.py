@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import train
+from finetune import kernels
 from finetune.starter import starter_model_dir
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +50,20 @@ def _fresh_accelerate_state() -> Iterator[None]:
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def _kernels_off() -> Iterator[None]:
+    """What one test lets the kernels compute, the next one does not."""
+    yield
+    kernels.switch_off()
+
+
+@pytest.fixture(params=["compiled", "torch's"])
+def cpu_kernels(request: pytest.FixtureRequest) -> None:
+    """The test runs with the kernels, and again without them."""
+    if request.param == "compiled":
+        kernels.switch_on()
 
 
 @pytest.fixture(autouse=True)

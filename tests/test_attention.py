@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from finetune.attention import BLOCK, _rows_of, packed_attention
+from finetune import kernels
+from finetune.attention import _rows_of, packed_attention
 from finetune.batching import Boundaries
 
+BLOCK = 32  # queries that the kernels take at a time
 any_row = settings(deadline=None, max_examples=25)
 fp32_and_bf16 = pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
@@ -22,6 +24,11 @@ heads = st.sampled_from([2, 4, 6]).flatmap(
     )
 )
 lists_of_lengths = st.lists(st.integers(1, 300) | st.integers(1, 20), min_size=1, max_size=5)
+
+
+@pytest.fixture(autouse=True)
+def _with_and_without_kernels(cpu_kernels: None) -> None:
+    pass
 
 
 def make_boundaries(lengths: list[int], prefix: int = 0) -> Boundaries:
@@ -87,6 +94,7 @@ def test_output_and_gradients_are_those_of_each_example_alone(dtype, tolerance, 
     gradients = torch.autograd.grad(output, inputs, grad)
     expected_gradients = torch.autograd.grad(expected, exact, grad.double())
     least = 1e-2 * max(gradient.norm() for gradient in expected_gradients)
+    tolerance *= 1 if kernels.can_compute(*inputs) else 4  # torch's own, of probabilities near 1
     for got, right in zip(gradients, expected_gradients, strict=True):
         assert (got.dtype, got.shape) == (dtype, right.shape)
         assert (got.double() - right).norm() < tolerance * max(right.norm(), least)
@@ -122,6 +130,7 @@ def test_what_examples_begin_with_counts_as_if_each_had_its_own(
     gradients = torch.autograd.grad(output, inputs, grad)
     expected_gradients = torch.autograd.grad(expected, exact, grad.double())
     least = 1e-2 * max(gradient.norm() for gradient in expected_gradients)
+    tolerance *= 1 if kernels.can_compute(*inputs) else 4  # torch's own, of probabilities near 1
     for got, right in zip(gradients, expected_gradients, strict=True):
         assert (got.double() - right).norm() < tolerance * max(right.norm(), least)
 
@@ -219,39 +228,3 @@ def test_without_boundaries_it_is_transformers_own():
         expected, _ = sdpa_attention_forward(module, *inputs, given_mask, scaling=0.3)
         output, _ = packed_attention(module, *inputs, given_mask, scaling=0.3)
         assert torch.equal(output, expected)
-
-
-def test_products_in_bf16_are_set_while_it_computes_alone(monkeypatch):
-    setting = torch.backends.mkldnn.matmul
-    before, inputs, during = setting.fp32_precision, random_inputs(10, 2, 1, 8, torch.bfloat16), []
-    real = torch.baddbmm
-
-    def watched(*arguments: Any, **keywords: Any) -> Tensor:
-        during.append(setting.fp32_precision)
-        return real(*arguments, **keywords)
-
-    monkeypatch.setattr("torch.baddbmm", watched)
-    attend(inputs, [3, 7]).sum().backward()
-    assert during == ["bf16", "bf16"]  # forward and backward
-    assert setting.fp32_precision == before != "bf16"
-
-    def broken(*arguments: Any, **keywords: Any) -> Tensor:
-        raise MemoryError
-
-    monkeypatch.setattr("torch.baddbmm", broken)
-    with pytest.raises(MemoryError):
-        attend(inputs, [3, 7])
-    assert setting.fp32_precision == before
-
-
-def test_fp32_is_multiplied_as_fp32(monkeypatch):
-    during, real = [], torch.baddbmm
-
-    def watched(*arguments: Any, **keywords: Any) -> Tensor:
-        during.append(torch.backends.mkldnn.matmul.fp32_precision)
-        return real(*arguments, **keywords)
-
-    monkeypatch.setattr("torch.baddbmm", watched)
-    attend(random_inputs(10, 2, 1, 8), [3, 7])
-    assert len(during) == 1
-    assert "bf16" not in during

@@ -22,6 +22,11 @@ SIZES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _with_and_without_kernels(cpu_kernels: None) -> None:
+    pass
+
+
 def built(architecture: str, **settings: Any) -> Any:
     torch.manual_seed(0)
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

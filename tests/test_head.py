@@ -18,6 +18,11 @@ fp32_and_bf16 = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(autouse=True)
+def _with_and_without_kernels(cpu_kernels: None) -> None:
+    pass
+
+
 def random_batch(
     num_tokens: int,
     vocabulary: int,

@@ -12,7 +12,13 @@ from finetune.config import Config, LoraConfig, ModelConfig, OptimConfig
 from finetune.loss import TokenLoss
 from finetune.machine import Setting
 from finetune.model import load_model
-from finetune.optim import choose_optimizer, create_optimizer, learning_rate_at, set_learning_rate
+from finetune.optim import (
+    GroupedAdamW8bit,
+    choose_optimizer,
+    create_optimizer,
+    learning_rate_at,
+    set_learning_rate,
+)
 
 CUDA = torch.device("cuda")
 ALL = ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "sgd"]
@@ -85,14 +91,14 @@ def test_every_other_optimizer_is_the_one_asked_for(asked):
         ("adamw", torch.optim.AdamW, None, None),
         ("adamw_8bit", bnb.optim.AdamW8bit, 8, False),
         ("paged_adamw", bnb.optim.PagedAdamW32bit, 32, True),
-        ("paged_adamw_8bit", bnb.optim.PagedAdamW8bit, 8, True),
+        ("paged_adamw_8bit", bnb.optim.AdamW8bit, 8, True),
         ("sgd", torch.optim.SGD, None, None),
     ],
 )
 def test_each_name_makes_its_optimizer_with_the_settings_of_the_config(name, kind, bits, paged):
     config = OptimConfig(learning_rate=0.01, betas=(0.8, 0.9), eps=1e-5, weight_decay=0.1)
     optimizer = create_optimizer(name, [torch.nn.Parameter(torch.zeros(3))], config)
-    assert type(optimizer) is kind
+    assert isinstance(optimizer, kind)
     (group,) = optimizer.param_groups
     assert (group["lr"], group["weight_decay"]) == (0.01, 0.1)
     if name != "sgd":
@@ -117,6 +123,57 @@ def test_an_update_of_adamw_is_the_one_of_the_formula(name):
     assert torch.allclose(weight, expected, atol=1e-4)
     if name == "adamw_8bit":
         assert optimizer.state[weight]["state1"].dtype == torch.uint8
+
+
+# In whole blocks of 256 numbers or not; with states in 8 bits or (below 4,096 numbers) in fp32; so large that
+# they could be paged.
+SHAPES = [(8, 576), (64, 64), (5, 1000), (8, 32), (400, 256), (16, 512)]
+
+
+def test_small_tensors_in_one_call_get_bitsandbytes_own_updates_to_the_bit():
+    def run(kind: type[torch.optim.Optimizer]) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+        generator = torch.Generator().manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+        optimizer = kind(weights, lr=0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6)
+        for step in range(5):
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=generator)
+            if step == 1:  # from now on it has had one update less than the others
+                weights[0].grad = None
+            if step == 3:  # as a run that goes on
+                again = kind(weights, lr=0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6)
+                again.load_state_dict(optimizer.state_dict())
+                optimizer = again
+            set_learning_rate(optimizer, 0.01 / (1 + step))
+            optimizer.step()
+        return weights, optimizer
+
+    (plain, plain_optimizer), (grouped, optimizer) = run(bnb.optim.AdamW8bit), run(GroupedAdamW8bit)
+    for weight, expected in zip(grouped, plain, strict=True):
+        assert torch.equal(weight, expected)
+        state, expected_state = optimizer.state[weight], plain_optimizer.state[expected]
+        assert state.keys() == expected_state.keys()
+        for key, value in expected_state.items():
+            assert torch.equal(state[key], value) if isinstance(value, torch.Tensor) else state[key] == value
+
+
+def test_small_tensors_take_one_call(monkeypatch):
+    sizes = []
+    real = bnb.functional.optimizer_update_8bit_blockwise
+    monkeypatch.setattr(
+        bnb.functional,
+        "optimizer_update_8bit_blockwise",
+        lambda name, gradient, *others, **more: (
+            sizes.append(gradient.numel()),
+            real(name, gradient, *others, **more),
+        ),
+    )
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    optimizer = create_optimizer("adamw_8bit", weights, OptimConfig())
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    assert sorted(sizes) == sorted([8 * 576 + 64 * 64 + 16 * 512, 5 * 1000, 400 * 256])
 
 
 def test_sgd_is_the_plain_rule():

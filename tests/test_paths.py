@@ -12,7 +12,7 @@ from datasets import Dataset
 from test_loss import NAMES, VOCABULARY, adapter_gradients, fill_adapter, random_examples, with_adapter
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune import lora, paths
+from finetune import kernels, lora, paths
 from finetune.attention import PACKED
 from finetune.batching import collate
 from finetune.chat import Examples
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 LENGTHS = [20, 60, 33]  # the longest has 60 tokens
 SWITCHES = [field.name for field in fields(FastConfig) if field.type is bool]
 PACKED_NAME, CHUNKS, FUSED = (
-    "packed, per example, in blocks",
+    "packed, variable-length kernel",
     "target tokens in chunks of 128 MiB",
     "one function for each input",
 )
@@ -239,13 +239,20 @@ def test_where_some_layers_are_of_another_kind_the_others_are_fast_and_their_num
 # Switched off
 
 
-PARTS = {"attention": "attention", "head": "loss", "lora": "lora", "elementwise": "elementwise"}
-FAST = {"attention": PACKED_NAME, "head": CHUNKS, "lora": FUSED, "elementwise": "keep their inputs"}
+PARTS = {name: {"head": "loss"}.get(name, name) for name in SWITCHES}
+FAST = {
+    "attention": PACKED_NAME,
+    "head": CHUNKS,
+    "lora": FUSED,
+    "elementwise": "keep their inputs",
+    "kernels": "compiled",
+}
 PLAIN = {
     "attention": "sdpa",
     "head": "all logits of target tokens",
     "lora": "PEFT's",
     "elementwise": "the model's",
+    "kernels": "torch's operations",
 }
 
 
@@ -257,7 +264,10 @@ def test_a_path_that_is_switched_off_is_plain_as_asked_and_the_others_are_fast(o
     assert all(is_as_asked(setting) for setting in chosen)
     assert chosen.layout.got == "packed"
     got = {name: getattr(chosen, PARTS[name]).got for name in SWITCHES}
-    assert got == {name: PLAIN[name] if name == off else FAST[name] for name in SWITCHES}
+    expected_names = {name: PLAIN[name] if name == off else FAST[name] for name in SWITCHES}
+    if off == "kernels":
+        expected_names["attention"] = "packed, per example"
+    assert got == expected_names
     assert token_loss.masks_packed_rows == (off == "attention")
     assert token_loss.head_mib == (None if off == "head" else 128)
     assert len(fast_layers(token_loss)) == (0 if off == "lora" else 14)
@@ -355,8 +365,8 @@ def test_a_fast_layer_that_computes_something_else_is_not_used(monkeypatch):
 def test_an_attention_that_computes_something_else_is_not_used(monkeypatch):
     token_loss = TokenLoss(with_adapter(built("qwen2")))
     expected = sums_of(token_loss, packing=True)
-    real = torch.baddbmm
-    monkeypatch.setattr("torch.baddbmm", lambda *arguments, **others: -3 * real(*arguments, **others))
+    real = kernels.attention_forward
+    monkeypatch.setattr(kernels, "attention_forward", lambda *arguments: -3 * real(*arguments))
     chosen = choose(token_loss)
     assert (chosen.attention.asked, chosen.attention.got) == (PACKED_NAME, "sdpa")
     assert "other results" in chosen.attention.reason
@@ -368,7 +378,7 @@ def test_a_path_that_runs_out_of_memory_is_no_path_that_computes_something_else(
     def out_of_memory(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("torch.baddbmm", out_of_memory)
+    monkeypatch.setattr(kernels, "attention_forward", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         choose(TokenLoss(with_adapter(built("qwen2"))))
 

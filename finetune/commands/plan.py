@@ -18,7 +18,6 @@ from rich.table import Table
 from torch import Tensor
 
 from finetune import head
-from finetune.attention import BLOCK
 from finetune.batching import Layout, MicroBatch, Plan, collate, make_plan, plan_evaluation
 from finetune.chat import Examples
 from finetune.command import CommandParser, split_arguments
@@ -137,14 +136,14 @@ def predict(config: Config, parts: Parts, packing: bool) -> Prediction:
 
 
 def _kept_per_token(parts: Parts, packing: bool) -> float:
-    """Bytes that autograd keeps of a token: the slope between rows of one and of two blocks of tokens."""
-    kept = []
-    for length in (BLOCK, 2 * BLOCK):  # the attention fills up blocks
+    """Bytes that autograd keeps of a token: the slope between a row and one of twice its length."""
+    kept, short = [], 64
+    for length in (short, 2 * short):
         ids = [1] * length
         labels = [-100] * (length - 1) + [1]  # one target: the head is counted apart
         batch = collate([{"input_ids": ids, "labels": labels}], packing).to(parts.accelerator.device)
         kept.append(_kept_bytes(parts, batch))
-    return (kept[1] - kept[0]) / BLOCK
+    return (kept[1] - kept[0]) / short
 
 
 def _kept_bytes(parts: Parts, batch: MicroBatch) -> int:
