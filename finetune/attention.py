@@ -52,7 +52,7 @@ def packed_attention(
     grouped, kind = query.shape[1] != key.shape[1], query.device.type
     if torch.is_autocast_enabled(kind):  # torch's own function casts too: positions may have made fp32
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
-    if kernels.can_compute(query, key, value):
+    if kernels.can_compute(query, key, value) and query.shape[-1] == value.shape[-1]:
         attended: Tensor = _KernelAttention.apply(  # type: ignore[no-untyped-call]
             query, key, value, boundaries.lengths, boundaries.prefix, scale
         )
@@ -95,9 +95,9 @@ AttentionMaskInterface.register(PACKED, sdpa_mask)
 def describe_kernel(device: torch.device, dtype: torch.dtype) -> str:
     """What computes packed attention on this device."""
     query = torch.empty(1, 1, 1, 64, dtype=dtype, device=device)
-    return (
-        "variable-length kernel" if kernels.can_compute(query) or _has_varlen_kernel(query) else "per example"
-    )
+    if kernels.can_compute(query):
+        return "compiled kernel"
+    return "variable-length kernel" if _has_varlen_kernel(query) else "per example"
 
 
 def _refuse_others(boundaries: Boundaries, dropout: float, others: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune.config import CheckpointConfig
+from finetune.optim import GroupedAdamW8bit
 
 ADAPTER, ADAPTER_CONFIG, OPTIMIZER, STATE, MANIFEST = (
     "adapter_model.safetensors",
@@ -308,9 +310,10 @@ def load_best(
 
 
 def _kind(optimizer: torch.optim.Optimizer) -> str:
-    """The optimizer's class; a paged one has the state of the unpaged one."""
+    """The optimizer's class; a paged or grouped one has the state of the one that is neither."""
     inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
-    return f"{type(inner).__module__.partition('.')[0]} {type(inner).__name__.removeprefix('Paged')}"
+    kind = bnb.optim.AdamW8bit if isinstance(inner, GroupedAdamW8bit) else type(inner)
+    return f"{kind.__module__.partition('.')[0]} {kind.__name__.removeprefix('Paged')}"
 
 
 def _split_tensors(state: dict[Any, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

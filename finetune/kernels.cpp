@@ -1,10 +1,10 @@
-// What a CPU computes besides its large matrix multiplications: attention within the examples of a packed row,
-// norms, rotary positions, gated activations, the passes over the vocabulary, int8 weights.
+// What a CPU computes besides its large matrix multiplications: attention within the examples of a packed
+// row, norms, rotary positions, gated activations, the passes over the vocabulary, int8 weights.
 //
 // Of short examples, calling a library takes longer than what it computes, and each pass over a tensor costs
-// as much as a multiplication. Here everything is computed once, in fp32, while it lies in a core's cache, and
-// results are rounded once, to the type T of the inputs: fp32 or bf16. `kernels.py` compiles and calls this
-// file. Nothing depends on the number of threads: sums are made in a fixed order.
+// as much as a multiplication. Here everything is computed once, in fp32, while it lies in a core's cache,
+// and results are rounded once, to the type T of the inputs: fp32 or bf16. `kernels.py` compiles and calls
+// this file. Nothing depends on the number of threads: sums are made in a fixed order.
 
 #include <algorithm>
 #include <cmath>
@@ -81,11 +81,25 @@ struct alignas(64) Line {
 
 // A thread's own memory, kept from call to call: at least `count` numbers from the start of a cache line. To
 // have the system hand out fresh pages for each call would cost as much as what is computed.
-enum Purpose { KEY_ROWS, KEY_COLUMNS, VALUE_ROWS, VALUE_COLUMNS, D_KEYS, D_VALUES, QUERIES, GRADS, RESULT, P, D_P, PURPOSES };
+enum Purpose {
+    KEYS,
+    KEY_COLUMNS,
+    VALUES,
+    VALUE_COLUMNS,
+    D_KEYS,
+    D_VALUES,
+    QUERIES,
+    GRADS,
+    RESULT,
+    P,
+    D_P,
+    D_PREFIX,
+    PURPOSES
+};
 
 float *memory(Purpose purpose, int64_t count) {
     thread_local std::vector<Line> kept[PURPOSES];
-    const size_t lines = round_up(count, 16) / 16;
+    const size_t lines = 1 + count / 16;
     if (kept[purpose].size() < lines) {
         kept[purpose].clear();
         kept[purpose].resize(lines);
@@ -99,7 +113,8 @@ struct Strided {
 };
 
 template <int N>
-inline void multiply_tile(Strided a, const float *b, int64_t b_row, float *c, int64_t c_row, int64_t depth, bool add) {
+inline void multiply_tile(Strided a, const float *b, int64_t b_row, float *c, int64_t c_row, int64_t depth,
+                          bool add) {
     Lanes sums[TALL][N];
     for (int i = 0; i < TALL; i++)
         for (int j = 0; j < N; j++)
@@ -120,8 +135,8 @@ inline void multiply_tile(Strided a, const float *b, int64_t b_row, float *c, in
 }
 
 // c [rows, columns] = (or +=) a [rows, depth] b [depth, columns]; rows in whole TALL, columns in whole LANES.
-void multiply(Strided a, const float *b, int64_t b_row, float *c, int64_t c_row, int64_t rows, int64_t columns,
-              int64_t depth, bool add) {
+void multiply(Strided a, const float *b, int64_t b_row, float *c, int64_t c_row, int64_t rows,
+              int64_t columns, int64_t depth, bool add) {
     for (int64_t j = 0; j < columns; j += WIDE * LANES) {
         const int64_t left = std::min<int64_t>(WIDE, (columns - j) / LANES);
         for (int64_t i = 0; i < rows; i += TALL) {
@@ -152,7 +167,7 @@ template <typename T> struct Heads {
 
 // An example, with the `before` tokens of the row's beginning that it sees too; or that beginning itself.
 struct Sequence {
-    int64_t first, count, before, column;
+    int64_t first, count, before;
     int64_t keys() const { return before + count; }
     int64_t width() const { return round_up(keys(), LANES); }
     int64_t token(int64_t key) const { return key < before ? key : first + key - before; }
@@ -161,16 +176,21 @@ struct Sequence {
 std::vector<Sequence> sequences_of(const int64_t *lengths, int64_t count, int64_t prefix) {
     std::vector<Sequence> sequences;
     if (prefix > 0)
-        sequences.push_back({0, prefix, 0, 0});
+        sequences.push_back({0, prefix, 0});
     int64_t first = prefix;
     for (int64_t i = 0; i < count; first += lengths[i++])
-        sequences.push_back({first, lengths[i], prefix, 0});
-    for (size_t i = 1; i < sequences.size(); i++)
-        sequences[i].column = sequences[i - 1].column + sequences[i - 1].width();
+        sequences.push_back({first, lengths[i], prefix});
     return sequences;
 }
 
-// size numbers as fp32, filled up with zeros.
+int64_t widest_of(const std::vector<Sequence> &sequences) {
+    int64_t widest = 0;
+    for (const Sequence &s : sequences)
+        widest = std::max(widest, s.width());
+    return widest;
+}
+
+// `size` numbers as fp32, filled up with zeros.
 template <typename T> inline void load(const T *from, float scale, int64_t size, int64_t padded, float *to) {
     for (int64_t d = 0; d < size; d++)
         to[d] = scale * value(from[d]);
@@ -194,12 +214,19 @@ void transpose(const float *rows, int64_t width, int64_t padded, float *columns)
                 columns[d * width + j + i] = rows[(j + i) * padded + d];
 }
 
-// Of a block, `count` queries or gradients of outputs: fp32 [count, padded], filled up to whole TALL with zeros.
+// Of a block, `count` queries or gradients of outputs: fp32 [count, padded], filled up to whole TALL with
+// zeros.
 template <typename T>
-void load_block(Heads<const T> from, int64_t first, int64_t count, int64_t head, int64_t size, int64_t padded, float scale, float *to) {
+void load_block(Heads<const T> from, int64_t first, int64_t count, int64_t head, int64_t size, int64_t padded,
+                float scale, float *to) {
     for (int64_t i = 0; i < count; i++)
         load(from.at(first + i, head), scale, size, padded, to + i * padded);
     std::fill(to + count * padded, to + round_up(count, TALL) * padded, 0.0f);
+}
+
+template <typename T> inline void store_all(const float *from, float scale, int64_t size, T *to) {
+    for (int64_t d = 0; d < size; d++)
+        store(to[d], scale * from[d]);
 }
 
 // row [width] of scores becomes the softmax of its first `visible`, and zeros.
@@ -232,57 +259,50 @@ void softmax_backward(const float *p, float *d, int64_t width) {
 
 // The probabilities [count, width] of `count` queries [count, padded], of which the first is the sequence's
 // number `start`.
-void probabilities(const Sequence &s, const float *queries, const float *key_columns, int64_t start, int64_t count,
-                   int64_t padded, float *p, int64_t width) {
-    multiply({queries, padded, 1}, key_columns, s.width(), p, width, round_up(count, TALL), width, padded, false);
+void probabilities(const Sequence &s, const float *queries, const float *key_columns, int64_t start,
+                   int64_t count, int64_t padded, float *p, int64_t width) {
+    multiply({queries, padded, 1}, key_columns, s.width(), p, width, round_up(count, TALL), width, padded,
+             false);
     for (int64_t i = 0; i < count; i++)
         softmax(p + i * width, s.before + start + i + 1, width);
 }
 
-// query [tokens, heads, size], key and value [tokens, key_heads, size], of which strides are those of tokens and
-// heads, in this order; lengths [count] of the examples behind the `prefix` tokens that all begin with.
+// q [tokens, heads, size], k and v [tokens, key_heads, size]: `strides` has those of tokens and of heads, of
+// each in turn. `lengths` [count] of the examples behind the `prefix` tokens that all begin with.
 template <typename T>
-void attention_forward(const T *q, const T *k, const T *v, T *out, const int64_t *strides, const int64_t *lengths,
-                       int64_t count, int64_t prefix, int64_t heads, int64_t key_heads, int64_t size, float scale,
-                       int64_t threads) {
+void attention_forward(const T *q, const T *k, const T *v, T *out, const int64_t *strides,
+                       const int64_t *lengths, int64_t count, int64_t prefix, int64_t heads,
+                       int64_t key_heads, int64_t size, float scale, int64_t threads) {
     const Heads<const T> queries{q, strides[0], strides[1]};
     const Heads<const T> keys{k, strides[2], strides[3]}, values{v, strides[4], strides[5]};
     const Heads<T> outputs{out, heads * size, size};
     const auto sequences = sequences_of(lengths, count, prefix);
-    const int64_t num = sequences.size(), padded = round_up(size, LANES), group = heads / key_heads;
-    const int64_t columns = sequences.back().column + sequences.back().width();
-    float *const key_columns = memory(KEY_COLUMNS, key_heads * columns * padded);
-    float *const value_rows = memory(VALUE_ROWS, key_heads * columns * padded);
-    int64_t widest = 0;
-    for (const auto &s : sequences)
-        widest = std::max(widest, s.width());
+    const int64_t num = sequences.size(), widest = widest_of(sequences);
+    const int64_t padded = round_up(size, LANES), group = heads / key_heads;
 #pragma omp parallel num_threads(threads)
     {
-        float *const block = memory(QUERIES, BLOCK * padded), *const p = memory(P, BLOCK * widest);
-        float *const result = memory(RESULT, BLOCK * padded), *const key_rows = memory(D_P, widest * padded);
+        float *const key_rows = memory(KEYS, widest * padded), *const value_rows =
+                                                                   memory(VALUES, widest * padded);
+        float *const key_columns = memory(KEY_COLUMNS, widest * padded), *const p = memory(P, BLOCK * widest);
+        float *const block = memory(QUERIES, BLOCK * padded), *const result = memory(RESULT, BLOCK * padded);
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t n = 0; n < num; n++)
-            for (int64_t h = 0; h < key_heads; h++) {
-                const int64_t at = (h * columns + sequences[n].column) * padded;
-                gather(sequences[n], keys, h, size, padded, key_rows);
-                transpose(key_rows, sequences[n].width(), padded, key_columns + at);
-                gather(sequences[n], values, h, size, padded, value_rows + at);
-            }
-#pragma omp for collapse(2) schedule(dynamic)
-        for (int64_t n = 0; n < num; n++)
-            for (int64_t h = 0; h < heads; h++) {
+            for (int64_t key_head = 0; key_head < key_heads; key_head++) {
                 const Sequence &s = sequences[n];
-                const int64_t at = (h / group * columns + s.column) * padded;
-                for (int64_t start = 0; start < s.count; start += BLOCK) {
-                    const int64_t here = std::min(BLOCK, s.count - start), rows = round_up(here, TALL);
-                    const int64_t seen = s.before + start + here, width = round_up(seen, LANES);
-                    load_block(queries, s.first + start, here, h, size, padded, scale, block);
-                    probabilities(s, block, key_columns + at, start, here, padded, p, width);
-                    multiply({p, width, 1}, value_rows + at, padded, result, padded, rows, padded, seen, false);
-                    for (int64_t i = 0; i < here; i++)
-                        for (int64_t d = 0; d < size; d++)
-                            store(outputs.at(s.first + start + i, h)[d], result[i * padded + d]);
-                }
+                gather(s, keys, key_head, size, padded, key_rows);
+                gather(s, values, key_head, size, padded, value_rows);
+                transpose(key_rows, s.width(), padded, key_columns);
+                for (int64_t h = key_head * group; h < (key_head + 1) * group; h++)
+                    for (int64_t start = 0; start < s.count; start += BLOCK) {
+                        const int64_t here = std::min(BLOCK, s.count - start), rows = round_up(here, TALL);
+                        const int64_t seen = s.before + start + here, width = round_up(seen, LANES);
+                        load_block(queries, s.first + start, here, h, size, padded, scale, block);
+                        probabilities(s, block, key_columns, start, here, padded, p, width);
+                        multiply({p, width, 1}, value_rows, padded, result, padded, rows, padded, seen,
+                                 false);
+                        for (int64_t i = 0; i < here; i++)
+                            store_all(result + i * padded, 1, size, outputs.at(s.first + start + i, h));
+                    }
             }
     }
 }
@@ -291,87 +311,81 @@ void attention_forward(const T *q, const T *k, const T *v, T *out, const int64_t
 // dQ = scale dS K, dK = scale dS' Q. P is computed again. All gradients are contiguous.
 template <typename T>
 void attention_backward(const T *q, const T *k, const T *v, const T *d_out, T *d_q, T *d_k, T *d_v,
-                        const int64_t *strides, const int64_t *lengths, int64_t count, int64_t prefix, int64_t heads,
-                        int64_t key_heads, int64_t size, float scale, int64_t threads) {
+                        const int64_t *strides, const int64_t *lengths, int64_t count, int64_t prefix,
+                        int64_t heads, int64_t key_heads, int64_t size, float scale, int64_t threads) {
     const Heads<const T> queries{q, strides[0], strides[1]}, grads{d_out, heads * size, size};
     const Heads<const T> keys{k, strides[2], strides[3]}, values{v, strides[4], strides[5]};
     const Heads<T> d_queries{d_q, heads * size, size};
+    const Heads<T> d_keys{d_k, key_heads * size, size}, d_values{d_v, key_heads * size, size};
     const auto sequences = sequences_of(lengths, count, prefix);
-    const int64_t num = sequences.size(), padded = round_up(size, LANES), group = heads / key_heads;
-    const int64_t columns = sequences.back().column + sequences.back().width();
-    float *const key_rows = memory(KEY_ROWS, key_heads * columns * padded);
-    float *const key_columns = memory(KEY_COLUMNS, key_heads * columns * padded);
-    float *const value_columns = memory(VALUE_COLUMNS, key_heads * columns * padded);
-    // Of each query head, what each sequence adds to the gradients of the keys and values that it sees.
-    float *const d_keys = memory(D_KEYS, heads * columns * padded);
-    float *const d_values = memory(D_VALUES, heads * columns * padded);
-    int64_t widest = 0;
-    for (const auto &s : sequences)
-        widest = std::max(widest, s.width());
+    const int64_t num = sequences.size(), widest = widest_of(sequences);
+    const int64_t padded = round_up(size, LANES), group = heads / key_heads;
+    // What each sequence adds to the gradients of what all begin with: keys, then values.
+    const int64_t of_prefix = prefix * padded;
+    float *const d_prefix = memory(D_PREFIX, num * key_heads * 2 * of_prefix);
 #pragma omp parallel num_threads(threads)
     {
+        float *const key_rows = memory(KEYS, widest * padded), *const value_rows =
+                                                                   memory(VALUES, widest * padded);
+        float *const key_columns = memory(KEY_COLUMNS, widest * padded);
+        float *const value_columns = memory(VALUE_COLUMNS, widest * padded);
+        float *const d_key_rows = memory(D_KEYS, widest * padded), *const d_value_rows =
+                                                                       memory(D_VALUES, widest * padded);
         float *const block = memory(QUERIES, BLOCK * padded), *const grad = memory(GRADS, BLOCK * padded);
-        float *const result = memory(RESULT, BLOCK * padded), *const value_rows = memory(VALUE_ROWS, widest * padded);
         float *const p = memory(P, BLOCK * widest), *const d_p = memory(D_P, BLOCK * widest);
+        float *const result = memory(RESULT, BLOCK * padded);
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t n = 0; n < num; n++)
-            for (int64_t h = 0; h < key_heads; h++) {
-                const int64_t at = (h * columns + sequences[n].column) * padded, width = sequences[n].width();
-                gather(sequences[n], keys, h, size, padded, key_rows + at);
-                transpose(key_rows + at, width, padded, key_columns + at);
-                gather(sequences[n], values, h, size, padded, value_rows);
-                transpose(value_rows, width, padded, value_columns + at);
-            }
-#pragma omp for collapse(2) schedule(dynamic)
-        for (int64_t n = 0; n < num; n++)
-            for (int64_t h = 0; h < heads; h++) {
+            for (int64_t key_head = 0; key_head < key_heads; key_head++) {
                 const Sequence &s = sequences[n];
-                const int64_t at = (h / group * columns + s.column) * padded;
-                float *const d_key = d_keys + (h * columns + s.column) * padded;
-                float *const d_value = d_values + (h * columns + s.column) * padded;
-                std::fill(d_key, d_key + s.width() * padded, 0.0f);
-                std::fill(d_value, d_value + s.width() * padded, 0.0f);
-                for (int64_t start = 0; start < s.count; start += BLOCK) {
-                    const int64_t here = std::min(BLOCK, s.count - start), rows = round_up(here, TALL);
-                    const int64_t seen = s.before + start + here, width = round_up(seen, LANES);
-                    load_block(queries, s.first + start, here, h, size, padded, scale, block);
-                    load_block(grads, s.first + start, here, h, size, padded, 1, grad);
-                    probabilities(s, block, key_columns + at, start, here, padded, p, width);
-                    multiply({p, 1, width}, grad, padded, d_value, padded, width, padded, here, true);
-                    multiply({grad, padded, 1}, value_columns + at, s.width(), d_p, width, rows, width, padded, false);
-                    for (int64_t i = 0; i < here; i++)
-                        softmax_backward(p + i * width, d_p + i * width, width);
-                    multiply({d_p, 1, width}, block, padded, d_key, padded, width, padded, here, true);
-                    multiply({d_p, width, 1}, key_rows + at, padded, result, padded, rows, padded, seen, false);
-                    for (int64_t i = 0; i < here; i++)
-                        for (int64_t d = 0; d < size; d++)
-                            store(d_queries.at(s.first + start + i, h)[d], scale * result[i * padded + d]);
+                gather(s, keys, key_head, size, padded, key_rows);
+                gather(s, values, key_head, size, padded, value_rows);
+                transpose(key_rows, s.width(), padded, key_columns);
+                transpose(value_rows, s.width(), padded, value_columns);
+                std::fill(d_key_rows, d_key_rows + s.width() * padded, 0.0f);
+                std::fill(d_value_rows, d_value_rows + s.width() * padded, 0.0f);
+                for (int64_t h = key_head * group; h < (key_head + 1) * group; h++)
+                    for (int64_t start = 0; start < s.count; start += BLOCK) {
+                        const int64_t here = std::min(BLOCK, s.count - start), rows = round_up(here, TALL);
+                        const int64_t seen = s.before + start + here, width = round_up(seen, LANES);
+                        load_block(queries, s.first + start, here, h, size, padded, scale, block);
+                        load_block(grads, s.first + start, here, h, size, padded, 1, grad);
+                        probabilities(s, block, key_columns, start, here, padded, p, width);
+                        multiply({p, 1, width}, grad, padded, d_value_rows, padded, width, padded, here,
+                                 true);
+                        multiply({grad, padded, 1}, value_columns, s.width(), d_p, width, rows, width, padded,
+                                 false);
+                        for (int64_t i = 0; i < here; i++)
+                            softmax_backward(p + i * width, d_p + i * width, width);
+                        multiply({d_p, 1, width}, block, padded, d_key_rows, padded, width, padded, here,
+                                 true);
+                        multiply({d_p, width, 1}, key_rows, padded, result, padded, rows, padded, seen,
+                                 false);
+                        for (int64_t i = 0; i < here; i++)
+                            store_all(result + i * padded, scale, size, d_queries.at(s.first + start + i, h));
+                    }
+                float *const shared = d_prefix + (n * key_heads + key_head) * 2 * of_prefix;
+                std::copy(d_key_rows, d_key_rows + of_prefix, shared);
+                std::copy(d_value_rows, d_value_rows + of_prefix, shared + of_prefix);
+                for (int64_t j = prefix; j < s.keys(); j++) { // none of the prefix itself
+                    store_all(d_key_rows + j * padded, 1, size,
+                              d_keys.at(s.token(j), key_head)); // scaled: queries were
+                    store_all(d_value_rows + j * padded, 1, size, d_values.at(s.token(j), key_head));
                 }
             }
-        // Of each key: over the sequences that see it and the query heads that share it.
-        float *const d_key = memory(QUERIES, padded), *const d_value = memory(GRADS, padded);
-#pragma omp for collapse(2) schedule(dynamic)
-        for (int64_t n = 0; n < num; n++)
-            for (int64_t h = 0; h < key_heads; h++) {
-                const Sequence &s = sequences[n];
-                const bool all_see = s.first < prefix;
-                for (int64_t i = 0; i < s.count; i++) {
-                    std::fill(d_key, d_key + padded, 0.0f);
-                    std::fill(d_value, d_value + padded, 0.0f);
-                    for (int64_t other = n; other < (all_see ? num : n + 1); other++)
-                        for (int64_t g = h * group; g < (h + 1) * group; g++) {
-                            const int64_t column = sequences[other].column + s.before + i;
-                            const float *const key = d_keys + (g * columns + column) * padded;
-                            const float *const value = d_values + (g * columns + column) * padded;
-                            for (int64_t d = 0; d < padded; d++)
-                                d_key[d] += key[d], d_value[d] += value[d];
-                        }
-                    const int64_t to = ((s.first + i) * key_heads + h) * size;
-                    for (int64_t d = 0; d < size; d++) {
-                        store(d_k[to + d], d_key[d]); // of queries that were scaled
-                        store(d_v[to + d], d_value[d]);
+#pragma omp for collapse(2)
+        for (int64_t j = 0; j < prefix; j++)
+            for (int64_t key_head = 0; key_head < key_heads; key_head++) {
+                float *const first = d_prefix + key_head * 2 * of_prefix + j * padded;
+                for (int64_t n = 1; n < num; n++) {
+                    const float *const more = first + n * key_heads * 2 * of_prefix;
+                    for (int64_t d = 0; d < padded; d++) {
+                        first[d] += more[d];
+                        first[of_prefix + d] += more[of_prefix + d];
                     }
                 }
+                store_all(first, 1, size, d_keys.at(j, key_head));
+                store_all(first + of_prefix, 1, size, d_values.at(j, key_head));
             }
     }
 }
@@ -380,7 +394,8 @@ void attention_backward(const T *q, const T *k, const T *v, const T *d_out, T *d
 
 // y = w x / sqrt(mean(x^2) + eps) of each row, rounded before w as well, as models do; scales [rows].
 template <typename T>
-void norm_forward(const T *x, const T *weight, T *y, float *scales, int64_t rows, int64_t size, float eps, int64_t threads) {
+void norm_forward(const T *x, const T *weight, T *y, float *scales, int64_t rows, int64_t size, float eps,
+                  int64_t threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < rows; i++) {
         const T *from = x + i * size;
@@ -388,7 +403,8 @@ void norm_forward(const T *x, const T *weight, T *y, float *scales, int64_t rows
 #pragma omp simd reduction(+ : sum)
         for (int64_t d = 0; d < size; d++)
             sum += value(from[d]) * value(from[d]);
-        const float scale = scales[i] = 1 / std::sqrt(sum / size + eps);
+        const float scale = 1 / std::sqrt(sum / size + eps);
+        scales[i] = scale;
         for (int64_t d = 0; d < size; d++)
             store(y[i * size + d], value(weight[d]) * rounded<T>(scale * value(from[d])));
     }
@@ -396,7 +412,8 @@ void norm_forward(const T *x, const T *weight, T *y, float *scales, int64_t rows
 
 // The gradient less its part along x, scaled.
 template <typename T>
-void norm_backward(const T *x, const T *weight, const float *scales, const T *dy, T *dx, int64_t rows, int64_t size, int64_t threads) {
+void norm_backward(const T *x, const T *weight, const float *scales, const T *dy, T *dx, int64_t rows,
+                   int64_t size, int64_t threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < rows; i++) {
         const T *from = x + i * size, *grad = dy + i * size;
@@ -407,15 +424,16 @@ void norm_backward(const T *x, const T *weight, const float *scales, const T *dy
             along += value(weight[d]) * value(grad[d]) * scale * value(from[d]);
         along /= size;
         for (int64_t d = 0; d < size; d++)
-            store(dx[i * size + d], scale * (value(weight[d]) * value(grad[d]) - along * scale * value(from[d])));
+            store(dx[i * size + d],
+                  scale * (value(weight[d]) * value(grad[d]) - along * scale * value(from[d])));
     }
 }
 
 // Halves (a, b) of x's heads become (a cos - b sin, b cos + a sin); direction -1 turns back. x, y
 // [tokens, heads, size]; cos, sin [tokens, size], of which the first halves count.
 template <typename T>
-void rotate(const T *x, const T *cos, const T *sin, T *y, int64_t tokens, int64_t heads, int64_t size, float direction,
-            int64_t threads) {
+void rotate(const T *x, const T *cos, const T *sin, T *y, int64_t tokens, int64_t heads, int64_t size,
+            float direction, int64_t threads) {
     const int64_t half = size / 2;
 #pragma omp parallel for num_threads(threads)
     for (int64_t t = 0; t < tokens; t++)
@@ -431,7 +449,7 @@ void rotate(const T *x, const T *cos, const T *sin, T *y, int64_t tokens, int64_
         }
 }
 
-inline float sigmoid(float x) { return 1 / (1 + exponential(x < -87 ? 87 : -x)); }
+inline float sigmoid(float x) { return x < -87 ? 0 : 1 / (1 + exponential(x < -87 ? 87 : -x)); }
 
 // y = silu(gate) up
 template <typename T> void silu_forward(const T *gate, const T *up, T *y, int64_t count, int64_t threads) {
@@ -441,7 +459,8 @@ template <typename T> void silu_forward(const T *gate, const T *up, T *y, int64_
 }
 
 template <typename T>
-void silu_backward(const T *gate, const T *up, const T *dy, T *d_gate, T *d_up, int64_t count, int64_t threads) {
+void silu_backward(const T *gate, const T *up, const T *dy, T *d_gate, T *d_up, int64_t count,
+                   int64_t threads) {
 #pragma omp parallel for simd num_threads(threads)
     for (int64_t i = 0; i < count; i++) {
         const float x = value(gate[i]), share = sigmoid(x), grad = value(dy[i]);
@@ -455,7 +474,8 @@ void silu_backward(const T *gate, const T *up, const T *dy, T *d_gate, T *d_up, 
 // Of each row of logits and its target: nll and entropy in nats, and 1 where the target is the first of the
 // largest. With `gradient` the logits become what the nll's gradient is: softmax - one_hot(target).
 template <typename T>
-void token_values(T *logits, const int64_t *targets, float *values, int64_t rows, int64_t size, int64_t gradient, int64_t threads) {
+void token_values(T *logits, const int64_t *targets, float *values, int64_t rows, int64_t size,
+                  int64_t gradient, int64_t threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t i = 0; i < rows; i++) {
         T *row = logits + i * size;
@@ -467,7 +487,9 @@ void token_values(T *logits, const int64_t *targets, float *values, int64_t rows
             most = value(row[j]) > most ? value(row[j]) : most;
 #pragma omp simd reduction(+ : sum, mean)
         for (int64_t j = 0; j < size; j++) {
-            const float x = value(row[j]) - most, e = exponential(x);
+            float x = value(row[j]) - most;
+            x = x < -87 ? -87 : x; // so that of -infinity 0 remains
+            const float e = exponential(x);
             sum += e;
             mean += e * x;
         }
@@ -491,7 +513,8 @@ void token_values(T *logits, const int64_t *targets, float *values, int64_t rows
 
 // codes [rows, size] by scales [rows].
 template <typename T>
-void scale_rows(const int8_t *codes, const float *scales, T *weight, int64_t rows, int64_t size, int64_t threads) {
+void scale_rows(const int8_t *codes, const float *scales, T *weight, int64_t rows, int64_t size,
+                int64_t threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < rows; i++)
         for (int64_t d = 0; d < size; d++)
@@ -501,8 +524,7 @@ void scale_rows(const int8_t *codes, const float *scales, T *weight, int64_t row
 } // namespace
 
 // As pointers: of fp32 and of bf16.
-#define EXPORT(name) \
-    extern "C" void *const name##_of[] = {(void *)name<float>, (void *)name<bf16>};
+#define EXPORT(name) extern "C" void *const name##_of[] = {(void *)name<float>, (void *)name<bf16>};
 
 EXPORT(attention_forward)
 EXPORT(attention_backward)

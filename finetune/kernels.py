@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -34,10 +35,10 @@ def switch_on() -> None:
         OSError: there is no compiler, or it failed, or what it made cannot be loaded; the message says which.
     """
     global _library
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("c++") or ""]
+    if compiler == [""]:
         raise OSError("there is no C++ compiler: install g++")
-    version, source = _run([compiler, "--version"]), SOURCE.read_text(encoding="utf-8")
+    version, source = _run([*compiler, "--version"]), SOURCE.read_text(encoding="utf-8")
     key = "\n".join([source, *FLAGS, version, _instruction_set()])
     file = cache_dir() / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not file.exists():
@@ -68,7 +69,9 @@ def _run(command: list[str]) -> str:
         OSError: it cannot be started, or fails, or does not end.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS_TO_COMPILE)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=True, timeout=SECONDS_TO_COMPILE
+        )
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line] or [
             f"exit {error.returncode}"
@@ -79,14 +82,17 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def _compile(compiler: str, file: Path) -> None:
+def _compile(compiler: list[str], file: Path) -> None:
     """In two steps: the linker is told nothing of OpenMP, so that the library takes torch's threads. Of two
     sets of threads, one would wait, busily, while the other computes."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         compiled, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
-        _run([compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)])
-        _run([compiler, "-shared", str(compiled), "-o", str(linked)])
+        _run([*compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)])
+        _run([*compiler, "-shared", str(compiled), "-o", str(linked)])
+        ctypes.CDLL(str(linked))  # what cannot be loaded is not kept
+        with linked.open("rb") as written:
+            os.fsync(written.fileno())  # nor what a power cut would leave of it
         linked.replace(file)
 
 
@@ -137,7 +143,9 @@ def _attention_shapes(
 ) -> list[Tensor | int | float]:
     strides = _integers(tuple(x.stride(dimension) for x in (query, key, value) for dimension in (0, 1)))
     _, heads, size = query.shape
-    return [strides, _integers(lengths), len(lengths), prefix, heads, key.shape[1], size, scale]
+    assert value.shape == key.shape
+    assert prefix + sum(lengths) == len(query) == len(key)
+    return [strides, _integers(lengths), len(lengths), prefix, heads, key.shape[1], size, float(scale)]
 
 
 @lru_cache(maxsize=64)
@@ -149,7 +157,7 @@ def norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]
     """The RMS norm of x [..., d], and what each row was multiplied by: fp32 [..., 1]."""
     x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
     scale = torch.empty(*x.shape[:-1], 1)
-    _call("norm_forward", x.dtype, x, weight, y, scale, scale.numel(), x.shape[-1], eps)
+    _call("norm_forward", x.dtype, x, weight, y, scale, scale.numel(), x.shape[-1], float(eps))
     return y, scale
 
 
@@ -198,15 +206,25 @@ def token_values(logits: Tensor, target_ids: Tensor, with_gradient: bool) -> Ten
     """Of logits [N, V] and target_ids [N]: fp32 [N, 3], nll and entropy in nats, and 1 where the target is
     the likeliest. With the gradient, the logits become the nll's: softmax - one_hot(target)."""
     assert logits.is_contiguous()
+    assert target_ids.dtype == torch.int64
     values = torch.empty(len(logits), 3)
-    _call("token_values", logits.dtype, logits, target_ids, values, *logits.shape, int(with_gradient))
+    _call(
+        "token_values",
+        logits.dtype,
+        logits,
+        target_ids.contiguous(),
+        values,
+        *logits.shape,
+        int(with_gradient),
+    )
     return values
 
 
 def scale_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """codes [out, in] int8 by scales [out] fp32, rounded once."""
+    assert scales.dtype == torch.float32
     weight = torch.empty(codes.shape, dtype=dtype)
-    _call("scale_rows", dtype, codes.contiguous(), scales, weight, *codes.shape)
+    _call("scale_rows", dtype, codes.contiguous(), scales.contiguous(), weight, *codes.shape)
     return weight
 
 

@@ -183,7 +183,7 @@ def frozen_weight(base: Any, dtype: torch.dtype) -> Tensor:
     if isinstance(base, bnb.nn.Linear8bitLt):
         codes, largest = _int8_state(base)
         scales = largest / 127
-        if kernels.can_compute(scales):
+        if kernels.can_compute(scales) and dtype in kernels.DTYPES:
             return kernels.scale_rows(codes, scales, dtype)
         return (codes * scales[:, None]).to(dtype)
     if isinstance(base, bnb.nn.Linear4bit):

@@ -117,7 +117,7 @@ def _choose_kernels(config: Config, device: torch.device) -> Setting:
         return Setting(name, plain, plain)
     try:
         kernels.switch_on()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # no compiler, or no folder to keep what it made
         return Setting(name, compiled, plain, str(error))
     return Setting(name, compiled, compiled)
 

@@ -8,6 +8,7 @@ from test_loss import CPU, VOCABULARY, random_examples, with_adapter
 from transformers import get_scheduler
 
 from finetune.batching import collate
+from finetune.checkpoint import _kind
 from finetune.config import Config, LoraConfig, ModelConfig, OptimConfig
 from finetune.loss import TokenLoss
 from finetune.machine import Setting
@@ -174,6 +175,12 @@ def test_small_tensors_take_one_call(monkeypatch):
         weight.grad = torch.randn_like(weight)
     optimizer.step()
     assert sorted(sizes) == sorted([8 * 576 + 64 * 64 + 16 * 512, 5 * 1000, 400 * 256])
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+def test_a_checkpoint_names_it_as_bitsandbytes_own_whose_state_it_has(name):
+    optimizer = create_optimizer(name, [torch.nn.Parameter(torch.zeros(3))], OptimConfig())
+    assert _kind(optimizer) == "bitsandbytes AdamW8bit"
 
 
 def test_sgd_is_the_plain_rule():

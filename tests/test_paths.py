@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 LENGTHS = [20, 60, 33]  # the longest has 60 tokens
 SWITCHES = [field.name for field in fields(FastConfig) if field.type is bool]
 PACKED_NAME, CHUNKS, FUSED = (
-    "packed, variable-length kernel",
+    "packed, compiled kernel",
     "target tokens in chunks of 128 MiB",
     "one function for each input",
 )
