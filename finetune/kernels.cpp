@@ -281,9 +281,10 @@ void attention_forward(const T *q, const T *k, const T *v, T *out, const int64_t
     const int64_t padded = round_up(size, LANES), group = heads / key_heads;
 #pragma omp parallel num_threads(threads)
     {
-        float *const key_rows = memory(KEYS, widest * padded), *const value_rows =
-                                                                   memory(VALUES, widest * padded);
-        float *const key_columns = memory(KEY_COLUMNS, widest * padded), *const p = memory(P, BLOCK * widest);
+        float *const key_rows = memory(KEYS, widest * padded);
+        float *const value_rows = memory(VALUES, widest * padded);
+        float *const key_columns = memory(KEY_COLUMNS, widest * padded);
+        float *const p = memory(P, BLOCK * widest);
         float *const block = memory(QUERIES, BLOCK * padded), *const result = memory(RESULT, BLOCK * padded);
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t n = 0; n < num; n++)
@@ -320,17 +321,17 @@ void attention_backward(const T *q, const T *k, const T *v, const T *d_out, T *d
     const auto sequences = sequences_of(lengths, count, prefix);
     const int64_t num = sequences.size(), widest = widest_of(sequences);
     const int64_t padded = round_up(size, LANES), group = heads / key_heads;
-    // What each sequence adds to the gradients of what all begin with: keys, then values.
+    // What each sequence adds to the gradients of what all begin with: to its keys, then to its values.
     const int64_t of_prefix = prefix * padded;
     float *const d_prefix = memory(D_PREFIX, num * key_heads * 2 * of_prefix);
 #pragma omp parallel num_threads(threads)
     {
-        float *const key_rows = memory(KEYS, widest * padded), *const value_rows =
-                                                                   memory(VALUES, widest * padded);
+        float *const key_rows = memory(KEYS, widest * padded);
+        float *const value_rows = memory(VALUES, widest * padded);
         float *const key_columns = memory(KEY_COLUMNS, widest * padded);
         float *const value_columns = memory(VALUE_COLUMNS, widest * padded);
-        float *const d_key_rows = memory(D_KEYS, widest * padded), *const d_value_rows =
-                                                                       memory(D_VALUES, widest * padded);
+        float *const d_key_rows = memory(D_KEYS, widest * padded);
+        float *const d_value_rows = memory(D_VALUES, widest * padded);
         float *const block = memory(QUERIES, BLOCK * padded), *const grad = memory(GRADS, BLOCK * padded);
         float *const p = memory(P, BLOCK * widest), *const d_p = memory(D_P, BLOCK * widest);
         float *const result = memory(RESULT, BLOCK * padded);
@@ -367,9 +368,8 @@ void attention_backward(const T *q, const T *k, const T *v, const T *d_out, T *d
                 float *const shared = d_prefix + (n * key_heads + key_head) * 2 * of_prefix;
                 std::copy(d_key_rows, d_key_rows + of_prefix, shared);
                 std::copy(d_value_rows, d_value_rows + of_prefix, shared + of_prefix);
-                for (int64_t j = prefix; j < s.keys(); j++) { // none of the prefix itself
-                    store_all(d_key_rows + j * padded, 1, size,
-                              d_keys.at(s.token(j), key_head)); // scaled: queries were
+                for (int64_t j = prefix; j < s.keys(); j++) { // scaled already, since the queries were
+                    store_all(d_key_rows + j * padded, 1, size, d_keys.at(s.token(j), key_head));
                     store_all(d_value_rows + j * padded, 1, size, d_values.at(s.token(j), key_head));
                 }
             }

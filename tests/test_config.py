@@ -77,6 +77,7 @@ OTHER_VALUES = Config(
         head_mib=64,
         lora=False,
         elementwise=False,
+        kernels=False,
         int8_matmul="int8",
     ),
     optim=OptimConfig(

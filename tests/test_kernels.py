@@ -68,11 +68,11 @@ def test_a_tokens_values_and_gradient_are_those_of_its_logits(dtype, rows, size,
 
 
 @fp32_and_bf16
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.nan])
+@pytest.mark.parametrize("no_number", [torch.nan, torch.inf, -torch.nan])
 @pytest.mark.parametrize("place", [0, 3, 40])
-def test_what_is_no_number_stays_none(dtype, bad, place):
+def test_what_is_no_number_stays_none(dtype, no_number, place):
     logits = torch.randn(2, 41).to(dtype)
-    logits[1, place] = bad
+    logits[1, place] = no_number
     values = kernels.token_values(logits, torch.tensor([5, 5]), with_gradient=True)
     assert values[0].isfinite().all()
     assert logits[0].isfinite().all()
@@ -80,7 +80,7 @@ def test_what_is_no_number_stays_none(dtype, bad, place):
     assert logits[1].isnan().all()
 
     x = torch.randn(1, 41, 1, 16).to(dtype)
-    x[0, place, 0, 3] = bad
+    x[0, place, 0, 3] = no_number
     turned = kernels.rotate(x, torch.ones(1, 41, 16).to(dtype), torch.ones(1, 41, 16).to(dtype), 1)
     assert turned.isfinite().all(-1).sum() == 40
     y, _ = kernels.norm_forward(x, torch.ones(16).to(dtype), 1e-6)

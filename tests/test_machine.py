@@ -186,11 +186,12 @@ def test_every_part_is_in_the_table_of_asked_and_got(run_train, capsys):
         "quantisation": "int8",
         "optimizer": "adamw",
         "layout": "packed",
-        "attention": "packed, per example, in blocks",
+        "attention": "packed, compiled kernel",
         "loss": "target tokens in chunks of 128 MiB",
         "LoRA layers": "one function for each input",
         "norms, rotary, SiLU": "keep their inputs",
         "int8 weights": table["int8 weights"][0],
+        "CPU kernels": "compiled",
     }
     _, int8, measured = table.pop("int8 weights")
     assert int8 in ("int8", "dequantise")
@@ -200,11 +201,11 @@ def test_every_part_is_in_the_table_of_asked_and_got(run_train, capsys):
 
 @pytest.mark.usefixtures("wide_screen")
 def test_paths_that_are_switched_off_are_in_the_table_as_asked(run_train, capsys):
-    off = {f"fast__{path}": False for path in ("attention", "head", "lora", "elementwise")}
+    off = {f"fast__{path}": False for path in ("attention", "head", "lora", "elementwise", "kernels")}
     run_train(**SHORT, **off, optim__name="adamw")
     table = table_of(capsys.readouterr().out)
-    parts = ("attention", "loss", "LoRA layers", "norms, rotary, SiLU", "int8 weights")
-    plain = ["sdpa", "all logits of target tokens", "PEFT's", "the model's", "none"]
+    parts = ("attention", "loss", "LoRA layers", "norms, rotary, SiLU", "int8 weights", "CPU kernels")
+    plain = ["sdpa", "all logits of target tokens", "PEFT's", "the model's", "none", "torch's operations"]
     assert [table[part][0] for part in parts] == plain
     assert all(asked == got and why == "" for asked, got, why in table.values())
 

@@ -14,7 +14,7 @@ from conftest import read_metrics
 from transformers import AutoModelForCausalLM
 
 import finetune.commands.verify
-from finetune import attention, elementwise, lora, loss
+from finetune import elementwise, kernels, lora, loss
 from finetune.__main__ import main
 from finetune.batching import make_plan
 from finetune.commands.verify import compute_update
@@ -113,7 +113,7 @@ def test_the_fast_paths_agree_with_the_plain_ones_in_every_update(verify, quanti
     assert "do NOT" not in printed
     assert "one function for each input" in printed  # they are on, and have something to agree with
     assert "target tokens in chunks" in printed
-    assert "packed, per example, in blocks" in printed
+    assert "packed, compiled kernel" in printed
 
 
 def test_a_difference_of_nothing_but_rounding_is_shown_as_such(verify):
@@ -214,19 +214,20 @@ def scale_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def scale_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = attention._probabilities
-    monkeypatch.setattr(
-        attention,
-        "_probabilities",
-        lambda rows, keys, part, scale: real(rows, keys, part, 1.05 * scale),
-    )
+    change_attention(monkeypatch, lambda lengths, prefix, scale: (lengths, prefix, 1.05 * scale))
 
 
 def leak_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = attention._groups
-    monkeypatch.setattr(
-        attention, "_groups", lambda lengths, prefix, group: real((sum(lengths),), prefix, group)
-    )
+    change_attention(monkeypatch, lambda lengths, prefix, scale: ((sum(lengths),), prefix, scale))
+
+
+def change_attention(monkeypatch: pytest.MonkeyPatch, change: Callable[..., Any]) -> None:
+    """Both passes of it, so that one's gradient is the other's."""
+    for name in ("attention_forward", "attention_backward"):
+        real = getattr(kernels, name)
+        monkeypatch.setattr(
+            kernels, name, lambda *arguments, real=real: real(*arguments[:-3], *change(*arguments[-3:]))
+        )
 
 
 def turn_positions_the_wrong_way(monkeypatch: pytest.MonkeyPatch) -> None:
