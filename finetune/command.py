@@ -35,6 +35,17 @@ def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
         return _end(argv, "stopped", 130)
 
 
+def config_parser(command: str, options: str, description: str) -> CommandParser:
+    """The parser of a command that takes the configuration of train.py; `options` stand in its usage line."""
+    return CommandParser(
+        prog=f"python -m finetune {command}",
+        usage=f"%(prog)s [--config FILE] {options} [--section.key VALUE ...]",
+        description=description,
+        epilog="--config and the keys of the configuration are what train.py takes, such as --data.path FILE "
+        "or --data.max_length 1024; `python train.py --help` lists them. Without --config: the quickstart.",
+    )
+
+
 def split_arguments(parser: CommandParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """A command's own arguments, and the rest: those of the configuration.
 

@@ -58,6 +58,7 @@ class GroupedAdamW8bit(bnb.optim.AdamW8bit):  # type: ignore[misc]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        moves_pages = False
         for group_index, group in enumerate(self.param_groups):
             small: dict[int, list[torch.nn.Parameter]] = {}  # by the number of updates they have had
             for index, parameter in enumerate(group["params"]):
@@ -71,10 +72,11 @@ class GroupedAdamW8bit(bnb.optim.AdamW8bit):  # type: ignore[misc]
                 else:
                     self.prefetch_state(parameter)
                     self.update_step(group, parameter, group_index, index)
+                    moves_pages |= getattr(state["state1"], "is_paged", False)
             for parameters in small.values():
                 self._update_together(group, parameters)
-        if self.is_paged and torch.cuda.is_available():
-            torch.cuda.synchronize()  # pages are moved while the host goes on
+        if moves_pages:  # which the host must not touch meanwhile
+            torch.cuda.synchronize()
 
     def _is_small(self, parameter: torch.nn.Parameter) -> bool:
         """Whether its state is in 8 bits, in whole blocks, and never paged."""

@@ -189,6 +189,24 @@ def run_train(tmp_path: Path, tiny_model_dir: Path, rows_file: Path) -> Callable
     return run
 
 
+@pytest.fixture(scope="module")
+def made_once() -> dict[str, Path]:
+    """What a module's tests make when they first need it, and then only read."""
+    return {}
+
+
+def on_same_rows(
+    run_train: Callable[..., Path], rows_file: Path, made_once: dict[str, Path]
+) -> Callable[..., Path]:
+    """`run_train` with one file of rows for a module's tests: a run is refused to go on with another."""
+    made_once.setdefault("rows", rows_file)
+
+    def run(**settings: Any) -> Path:
+        return run_train(**{"data__path": made_once["rows"], **settings})
+
+    return run
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The objects of a run's metrics.jsonl."""
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

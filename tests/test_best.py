@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import read_metrics
+from conftest import on_same_rows, read_metrics
 from test_resume import (
     StoppedError,
     assert_ended_alike,
@@ -42,20 +42,9 @@ BEST, ENDS_AT, PLANNED = 3, 6, 8
 BOTH = {**SETTINGS, "checkpoint__keep_best": True, "train__early_stopping_patience": ENDS_AT - BEST}
 
 
-@pytest.fixture(scope="module")
-def made_once() -> dict[str, Path]:
-    return {}
-
-
 @pytest.fixture
 def run_train(run_train, rows_file, made_once) -> Callable[..., Path]:
-    """As everywhere, with the same file of rows in all tests: a run is refused to go on with another."""
-    made_once.setdefault("rows", rows_file)
-
-    def run(**settings: Any) -> Path:
-        return run_train(**{"data__path": made_once["rows"], **settings})
-
-    return run
+    return on_same_rows(run_train, rows_file, made_once)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import read_metrics
+from conftest import on_same_rows, read_metrics
 from safetensors.torch import load_file
 
 import train
@@ -39,20 +39,9 @@ def disk(tmp_path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.fixture(scope="module")
-def made_once() -> dict[str, Path]:
-    return {}
-
-
 @pytest.fixture
 def run_train(run_train, rows_file, made_once) -> Callable[..., Path]:
-    """As everywhere, with the same file of rows in all tests: a run is refused to go on with another."""
-    made_once.setdefault("rows", rows_file)
-
-    def run(**settings: Any) -> Path:
-        return run_train(**{"data__path": made_once["rows"], **settings})
-
-    return run
+    return on_same_rows(run_train, rows_file, made_once)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from finetune.chat import IGNORE, ROLES, Examples, dissect, encode, to_messages, tokenize_splits
-from finetune.command import CommandParser, split_arguments
+from finetune.command import config_parser, split_arguments
 from finetune.commands.audit_page import (
     Entry,
     Listing,
@@ -128,13 +128,11 @@ def command(argv: Sequence[str]) -> None:
         ValueError: arguments, rows or a tokenizer that cannot be used, as for train.py; a page that cannot be
             written.
     """
-    parser = CommandParser(
-        prog="python -m finetune audit",
-        usage="%(prog)s [--config FILE] [--page FILE] [--section.key VALUE ...]",
-        description="What would be trained on: tokens by role, cut and dropped rows, duplicates and leaks. "
+    parser = config_parser(
+        "audit",
+        "[--page FILE]",
+        "What would be trained on: tokens by role, cut and dropped rows, duplicates and leaks. "
         "Loads no model but its tokenizer.",
-        epilog="--config and the keys of the configuration are what train.py takes, such as --data.path FILE "
-        "or --data.max_length 1024; `python train.py --help` lists them. Without --config: the quickstart.",
     )
     parser.add_argument("--page", metavar="FILE", default="audit.html", help="where the HTML page is written")
     arguments, settings = split_arguments(parser, argv)

@@ -20,7 +20,7 @@ from torch import Tensor
 from finetune import head
 from finetune.batching import Layout, MicroBatch, Plan, collate, make_plan, plan_evaluation
 from finetune.chat import Examples
-from finetune.command import CommandParser, split_arguments
+from finetune.command import config_parser, split_arguments
 from finetune.config import LARGEST_WHOLE_NUMBER, Config, parse_config
 from finetune.machine import DTYPES, GIB, peak_memory_gib, reseed, reset_peak_memory
 from finetune.metrics import SumWindow
@@ -78,12 +78,11 @@ def command(argv: Sequence[str]) -> int:
     Raises:
         ValueError: arguments, rows or a model that cannot be used, as for train.py.
     """
-    parser = CommandParser(
-        prog="python -m finetune plan",
-        usage="%(prog)s [--config FILE] [--gib N] [--section.key VALUE ...]",
-        description="Memory by part and time of an epoch, predicted and measured, and the largest token "
-        "budget that fits into a number of GiB.",
-        epilog="--config and the keys of the configuration are what train.py takes.",
+    parser = config_parser(
+        "plan",
+        "[--gib N]",
+        "Memory by part and time of an epoch, predicted and measured, and the largest token budget that fits "
+        "into a number of GiB.",
     )
     parser.add_argument("--gib", type=float, help="memory to fit into; without it: what the device has")
     arguments, settings = split_arguments(parser, argv)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.batching import Plan, iterate_batches, make_plan
-from finetune.command import CommandParser, split_arguments
+from finetune.command import config_parser, split_arguments
 from finetune.config import Config, parse_config
 from finetune.machine import peak_memory_gib, reset_peak_memory
 from finetune.parts import Parts, load_parts
@@ -49,12 +49,11 @@ def command(argv: Sequence[str]) -> int:
     Raises:
         ValueError: arguments, rows or a model that cannot be used, as for train.py.
     """
-    parser = CommandParser(
-        prog="python -m finetune verify",
-        usage="%(prog)s [--config FILE] [--updates N] [--section.key VALUE ...]",
-        description="The fast paths against the plain ones, on your model and rows: differences of loss and "
+    parser = config_parser(
+        "verify",
+        "[--updates N]",
+        "The fast paths against the plain ones, on your model and rows: differences of loss and "
         "gradient, speed and memory of each. Exit code 1 where they differ by more than rounding.",
-        epilog="--config and the keys of the configuration are what train.py takes.",
     )
     parser.add_argument("--updates", type=int, default=3, help="how many updates are compared")
     arguments, settings = split_arguments(parser, argv)

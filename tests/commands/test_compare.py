@@ -17,11 +17,6 @@ from finetune.intervals import difference_interval
 MINUS = "\N{MINUS SIGN}"
 
 
-@pytest.fixture(scope="module")
-def made_once() -> dict[str, Path]:
-    return {}
-
-
 @pytest.fixture
 def runs(run_train, rows_file, tmp_path, made_once, monkeypatch) -> Callable[[str, str], Path]:
     """A copy of a run of its own name: of those made once, "slow" and "fast" differ in the learning rate, and

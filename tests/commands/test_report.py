@@ -24,11 +24,6 @@ MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 HOSTILE = "</p><script>alert(1)</script> <img src=x onerror=y> & \x1b[31m \u202eabc\u202c $x_1$ {{ 7 * 7 }}"
 
 
-@pytest.fixture(scope="module")
-def made_once() -> dict[str, Path]:
-    return {}
-
-
 @pytest.fixture
 def finished(run_train, tmp_path, made_once) -> Path:
     """A copy of a finished run of six updates, evaluated three times."""
