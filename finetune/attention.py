@@ -52,11 +52,15 @@ def packed_attention(
     grouped, kind = query.shape[1] != key.shape[1], query.device.type
     if torch.is_autocast_enabled(kind):  # torch's own function casts too: positions may have made fp32
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
-    if kernels.can_compute(query, key, value) and query.shape[-1] == value.shape[-1]:
+    if kernels.can_compute(query, key, value):
+        size = value.shape[-1]
+        if query.shape[-1] != size:  # zeros change no score, and nothing before them in the output
+            largest = max(query.shape[-1], size)
+            query, key, value = (F.pad(x, (0, largest - x.shape[-1])) for x in (query, key, value))
         attended: Tensor = _KernelAttention.apply(  # type: ignore[no-untyped-call]
             query, key, value, boundaries.lengths, boundaries.prefix, scale
         )
-        return attended, None
+        return attended[..., :size], None
     rows = _rows_of(boundaries.lengths, boundaries.prefix, query.device)
     # Each example with keys and values of its own for what all begin with.
     key, value = (x if rows.key_places is None else x[:, :, rows.key_places] for x in (key, value))

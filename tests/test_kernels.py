@@ -158,15 +158,22 @@ def test_heads_may_lie_apart_and_be_of_any_size():
         assert torch.equal(kernels.attention_forward(*turned, lengths, 0, 0.2), expected)
 
 
-def test_values_of_another_size_than_queries_are_left_to_torch():
+@pytest.mark.parametrize("size", [16, 40])
+def test_values_may_be_of_another_size_than_queries(size):
     generator = torch.Generator().manual_seed(0)
-    shapes = [(1, 9, 4, 24), (1, 9, 2, 24), (1, 9, 2, 16)]
-    query, key, value = (torch.randn(shape, generator=generator).transpose(1, 2) for shape in shapes)
-    boundaries = Boundaries((4, 5), torch.tensor([0, 4, 9], dtype=torch.int32), 0)
-    output, _ = packed_attention(None, query, key, value, None, boundaries=boundaries, scaling=1)
+    shapes = [(1, 9, 4, 24), (1, 9, 2, 24), (1, 9, 2, size)]
+    inputs = [torch.randn(shape, generator=generator).transpose(1, 2).requires_grad_() for shape in shapes]
+    boundaries = Boundaries((3, 4), torch.tensor([2, 5, 9], dtype=torch.int32), 2)
+    grad = torch.randn(1, 9, 4, size, generator=generator)
+
+    def computed() -> list[Tensor]:
+        output, _ = packed_attention(None, *inputs, None, boundaries=boundaries, scaling=1)
+        return [output, *torch.autograd.grad(output, inputs, grad)]
+
+    got = computed()
     kernels.switch_off()
-    expected, _ = packed_attention(None, query, key, value, None, boundaries=boundaries, scaling=1)
-    assert torch.equal(output, expected)
+    for new, expected in zip(got, computed(), strict=True):
+        assert torch.allclose(new, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_integer_scale_is_the_number_that_it_is():
