@@ -39,12 +39,13 @@ from common import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune.batching import epoch_order
-from finetune.chat import IGNORE, to_messages
-from finetune.config import Config, ModelConfig, parse_config
-from finetune.model import load_base, load_tokenizer, training_flop
-from finetune.rows import load_rows
-from finetune.starter import starter_model_dir
+from finetune.config import Config, ModelConfig
+from finetune.config_parsing import parse_config
+from finetune.data.plan import epoch_order
+from finetune.data.rows import load_rows
+from finetune.data.tokenize import IGNORE, to_messages
+from finetune.model.load import load_base, load_tokenizer, training_flop
+from finetune.model.starter import starter_model_dir
 
 QUANTIZATION = {"int8": "int8", "bf16": "none"}
 
@@ -156,7 +157,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 runs[name][-1]["matmul_gflop_per_second"] = (rates[-2] + rates[-1]) / 2
                 speed = runs[name][-1]["useful_tokens_per_second"]
                 print(f"{base} {repetition + 1}: {name} {speed:,.0f} tokens/s", file=sys.stderr, flush=True)
-        bases[base] = summarise(runs["ours"], runs["trl"])
+        bases[base] = summarize(runs["ours"], runs["trl"])
     return {
         "examples": len(chosen),
         "useful_tokens": sum(int(lengths[i]) for i in chosen),
@@ -193,7 +194,7 @@ def run_theirs(argv: Sequence[str], folder: Path) -> dict[str, Any]:
     }
 
 
-def summarise(ours: list[dict[str, Any]], trl: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(ours: list[dict[str, Any]], trl: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over the repetitions, and the repetitions."""
     for run in ours:
         flop = run["num_tokens"] * trl[0]["flop_per_token"]

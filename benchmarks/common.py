@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from finetune.batching import Plan, make_plan  # noqa: E402
-from finetune.chat import Examples, tokenize_rows  # noqa: E402
-from finetune.config import parse_config  # noqa: E402
-from finetune.machine import environment  # noqa: E402
-from finetune.model import load_tokenizer  # noqa: E402
-from finetune.rows import load_rows  # noqa: E402
-from finetune.run_folder import METRICS, read_environment, read_lines  # noqa: E402
+from finetune.config_parsing import parse_config  # noqa: E402
+from finetune.data.plan import Plan, make_plan  # noqa: E402
+from finetune.data.rows import load_rows  # noqa: E402
+from finetune.data.tokenize import Examples, tokenize_rows  # noqa: E402
+from finetune.model.load import load_tokenizer  # noqa: E402
+from finetune.run.folder import METRICS, read_environment, read_lines  # noqa: E402
+from finetune.runtime.accelerator import environment  # noqa: E402
 
 CODE = ("train.py", "finetune", "configs", "benchmarks/*.py")
 

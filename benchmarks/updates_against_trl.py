@@ -4,7 +4,7 @@
     python benchmarks/updates_against_trl.py --data ROWS.json --out benchmarks/results/updates.json
 
 Both get the same tokens and labels (ours), the same initial adapter, the same examples in the same order, an
-fp32 base and no dropout. What is left to differ is what this compares: accumulation, normalisation of the
+fp32 base and no dropout. What is left to differ is what this compares: accumulation, normalization of the
 loss, clipping, the optimizer and the schedule. Ours is the real train.py; its packing is on.
 """
 
@@ -20,11 +20,12 @@ from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from finetune.batching import epoch_order
-from finetune.chat import tokenize_rows
-from finetune.config import Config, parse_config
-from finetune.model import load_model, load_tokenizer
-from finetune.rows import load_rows
+from finetune.config import Config
+from finetune.config_parsing import parse_config
+from finetune.data.plan import epoch_order
+from finetune.data.rows import load_rows
+from finetune.data.tokenize import tokenize_rows
+from finetune.model.load import load_model, load_tokenizer
 
 TOLERANCE = 1e-3
 

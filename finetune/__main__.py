@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from finetune.command import run_command
+from finetune.runtime.cli import run_command
 
 BEFORE = {
     "audit": ("--config FILE", "what would be trained on: roles, cut and dropped rows, duplicates, leaks"),

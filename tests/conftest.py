@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import train
-from finetune import kernels
-from finetune.starter import starter_model_dir
+from finetune.model.starter import starter_model_dir
+from finetune.ops import kernels
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -56,19 +56,19 @@ def _fresh_accelerate_state() -> Iterator[None]:
 def _kernels_off() -> Iterator[None]:
     """What one test lets the kernels compute, the next one does not."""
     yield
-    kernels.switch_off()
+    kernels.disable()
 
 
 @pytest.fixture(params=["compiled", "torch's"])
 def cpu_kernels(request: pytest.FixtureRequest) -> None:
     """The test runs with the kernels, and again without them."""
     if request.param == "compiled":
-        kernels.switch_on()
+        kernels.enable()
 
 
 @pytest.fixture(autouse=True)
 def _private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokenised rows are cached where no other test and no user has any."""
+    """Tokenized rows are cached where no other test and no user has any."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
 
 

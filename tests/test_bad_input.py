@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 import train
-from finetune.run_folder import keep_lines_until
+from finetune.run.folder import keep_lines_until
 
 Setup = Callable[[Path, "Given"], None]
 
@@ -369,7 +369,7 @@ CASES = [
     case(
         "strict",
         "strict",
-        "optimizer: asked paged_adamw_8bit, got adamw_8bit",
+        "optimizer: requested paged_adamw_8bit, actual adamw_8bit",
         argv=("--config", "base.yaml", "--optim.name", "paged_adamw_8bit", "--strict"),
     ),
 ]

@@ -26,11 +26,9 @@ from finetune.config import (
     ModelConfig,
     OptimConfig,
     TrainConfig,
-    config_to_dict,
-    config_to_yaml,
     flatten,
-    parse_config,
 )
+from finetune.config_parsing import config_to_dict, config_to_yaml, parse_config
 
 CONFIG_FILES = sorted((ROOT / "configs").glob("*.yaml"))
 

@@ -11,15 +11,15 @@ from conftest import tiny_model
 from datasets import Dataset
 from torch.nn import functional as F
 
-from finetune.attention import packed_attention
-from finetune.batching import Boundaries, collate
-from finetune.chat import IGNORE, Examples
 from finetune.config import Config, FastConfig, LoraConfig
-from finetune.loss import TokenLoss
-from finetune.machine import reseed
-from finetune.metrics import SumWindow
-from finetune.model import add_adapter
-from finetune.paths import choose_paths
+from finetune.data.collate import Boundaries, collate
+from finetune.data.tokenize import IGNORE, Examples
+from finetune.model.fast_paths import choose_fast_paths
+from finetune.model.load import add_adapter
+from finetune.model.loss import TokenLoss
+from finetune.ops.attention import packed_attention
+from finetune.runtime.accelerator import reseed
+from finetune.training.metrics import SumWindow
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -51,7 +51,10 @@ def token_loss(fast: FastConfig, lora_dropout: float = 0.0) -> TokenLoss:
     loss = TokenLoss(model).train()
     train_set = Examples(Dataset.from_list(examples()), truncated=[], dropped={})
     accelerator = Accelerator(mixed_precision="bf16")
-    assert all(setting.asked == setting.got for setting in choose_paths(config, accelerator, loss, train_set))
+    assert all(
+        setting.requested == setting.actual
+        for setting in choose_fast_paths(config, accelerator, loss, train_set)
+    )
     return loss
 
 

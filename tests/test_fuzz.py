@@ -17,18 +17,13 @@ import pytest
 import yaml
 from conftest import tiny_tokenizer
 
-from finetune.chat import IGNORE, tokenize_splits
-from finetune.command import run_command
-from finetune.config import (
-    Config,
-    DataConfig,
-    _parser,
-    check_config,
-    config_to_dict,
-    flatten,
-    parse_config,
-)
-from finetune.rows import load_rows
+from finetune.config import Config, DataConfig, flatten
+from finetune.config_checks import check_config
+from finetune.config_parsing import _parser, config_to_dict, parse_config
+from finetune.data.rows import load_rows
+from finetune.data.splits import tokenize_splits
+from finetune.data.tokenize import IGNORE
+from finetune.runtime.cli import run_command
 
 NUM_FILES, MOST_ROWS_IN_FILE = 500, 8  # 4.5 rows a file: more than 2,000 rows
 NUM_CONFIGS = 500
@@ -250,7 +245,9 @@ def random_yaml(draw: random.Random) -> str:
 
 @pytest.mark.parametrize("kind", ["arguments", "file"])
 def test_random_settings_become_a_config_or_one_line(kind, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("finetune.config._parser", cache(_parser))  # to build it takes longer than to parse
+    monkeypatch.setattr(
+        "finetune.config_parsing._parser", cache(_parser)
+    )  # to build it takes longer than to parse
     num_refused = 0
     for number in range(NUM_CONFIGS // 2):
         draw = random.Random(number)

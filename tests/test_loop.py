@@ -464,7 +464,7 @@ def test_weight_decay_reaches_the_optimizer(run_train, tmp_path):
     assert norms[1] < 0.9 * norms[0]
 
 
-# Precision, quantisation and the whole
+# Precision, quantization and the whole
 
 
 def test_bf16_is_what_the_forward_pass_computes_in(run_train, tmp_path, monkeypatch):
@@ -520,7 +520,7 @@ def test_the_default_optimizer_on_an_int8_base_learns_the_rows_and_leaves_an_ada
     assert float((adapted - plain).abs().max()) > 1.0
 
 
-def test_on_a_quantised_base_the_adapter_is_all_that_trains(run_train, monkeypatch):
+def test_on_a_quantized_base_the_adapter_is_all_that_trains(run_train, monkeypatch):
     seen = {}
     load_model = train.load_model
 
@@ -542,7 +542,7 @@ def test_on_a_quantised_base_the_adapter_is_all_that_trains(run_train, monkeypat
 def test_eval_rows_that_are_trained_on_too_are_reported_and_the_loss_is_given_without_them(
     run_train, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("finetune.screen.console", Console(width=250, highlight=False))
+    monkeypatch.setattr("finetune.runtime.console.console", Console(width=250, highlight=False))
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefghijklmno"), size=7)) for _ in range(70)]
     rows = [{"instruction": " ".join(words[5 * n : 5 * n + 5]), "output": "No."} for n in range(14)]

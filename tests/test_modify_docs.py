@@ -22,11 +22,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 import train
-from finetune.batching import epoch_order, make_plan, pack
-from finetune.checkpoint import fault_of
-from finetune.config import Config, parse_config
-from finetune.model import dropout_off
-from finetune.parts import Parts, load_parts
+from finetune.config import Config
+from finetune.config_parsing import parse_config
+from finetune.data.collate import pack
+from finetune.data.plan import epoch_order, make_plan
+from finetune.ops.quantized import dropout_off
+from finetune.run.checkpoint import fault_of
+from finetune.training.setup import Parts, load_parts
 
 COPIED = ("train.py", "finetune", "configs", "data", "pyproject.toml")
 NOT_THE_TRAINING = ("useful_tokens_per_second", "mfu", "peak_memory_gib")
@@ -144,7 +146,7 @@ def _output_dir(arguments: list[str]) -> str:
 
 def kill_in_update(step: int) -> str:
     return (
-        "import os, signal; from finetune.tracking import Tracker; advance = Tracker.advance\n"
+        "import os, signal; from finetune.run.tracker import Tracker; advance = Tracker.advance\n"
         "def killing_advance(self, step):\n"
         f"    os.kill(os.getpid(), signal.SIGKILL) if step == {step} else advance(self, step)\n"
         "Tracker.advance = killing_advance"

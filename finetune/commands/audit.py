@@ -23,8 +23,6 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from finetune.chat import IGNORE, ROLES, Examples, dissect, encode, to_messages, tokenize_splits
-from finetune.command import config_parser, split_arguments
 from finetune.commands.audit_page import (
     Entry,
     Listing,
@@ -34,10 +32,15 @@ from finetune.commands.audit_page import (
     Table,
     write_audit,
 )
-from finetune.config import Config, DataConfig, parse_config
-from finetune.duplicates import NEAR, most_similar, same_after_normalising
-from finetune.pages import check_page_path, visible
-from finetune.rows import Rows, answer_of, instruction_of, load_rows, prompt_of, read_rows
+from finetune.config import Config, DataConfig
+from finetune.config_parsing import parse_config
+from finetune.data.duplicates import NEAR, most_similar, same_after_normalizing
+from finetune.data.files import read_rows
+from finetune.data.rows import Rows, answer_of, instruction_of, load_rows, prompt_of
+from finetune.data.splits import tokenize_splits
+from finetune.data.tokenize import IGNORE, ROLES, Examples, dissect, encode, to_messages
+from finetune.report.html import check_page_path, visible
+from finetune.runtime.cli import config_parser, split_arguments
 
 FEW_TARGETS = 2  # such an example teaches a word, and to stop
 MOST_SHOWN_ROWS = 200  # on the page
@@ -82,7 +85,7 @@ class Problem(NamedTuple):
 class Likeness(NamedTuple):
     """Row numbers of rows that are alike in one of COMPARED.
 
-    `same`: groups of rows of any split, the same after `normalise`. `near`: for each of SCOPES, row -> the
+    `same`: groups of rows of any split, the same after `normalize`. `near`: for each of SCOPES, row -> the
     most similar row and how similar (at least NEAR), of the rows that have no same one there.
     """
 
@@ -140,7 +143,7 @@ def command(argv: Sequence[str]) -> None:
     page = Path(arguments.page)
     check_page_path(page)
 
-    from finetune.model import load_tokenizer  # brings seconds of libraries
+    from finetune.model.load import load_tokenizer
 
     with console.status("reading the rows"):
         tokenizer = load_tokenizer(config.model)
@@ -162,7 +165,7 @@ def command(argv: Sequence[str]) -> None:
 
 
 def run_audit(config: Config, tokenizer: Any) -> Audit:
-    """Read, tokenise and compare the rows that train.py would take.
+    """Read, tokenize and compare the rows that train.py would take.
 
     Raises:
         ValueError: as `load_rows` and `tokenize_splits`.
@@ -224,7 +227,7 @@ def compare_rows(rows: Rows, text_of: Callable[[Mapping[str, Any]], str]) -> Lik
     texts = {name: [text_of(row) for row in split] for name, split in splits.items()}
     numbers = {name: list(split["row_number"]) for name, split in splits.items()}
     every = [*numbers["train"], *numbers["eval"]]
-    groups = same_after_normalising([*texts["train"], *texts["eval"]])
+    groups = same_after_normalizing([*texts["train"], *texts["eval"]])
     near: dict[str, dict[int, tuple[int, float]]] = {}
     for scope, of, among in (("train", "train", None), ("eval", "eval", None), ("leak", "eval", "train")):
         matches = most_similar(texts[of], texts[among] if among else None)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from finetune.pages import write_page
+from finetune.report.html import write_page
 
 LONG = 12  # a list of more entries is folded
 

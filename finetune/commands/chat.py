@@ -18,20 +18,20 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TextStreamer
 
-from finetune.chat import Message
-from finetune.command import split_arguments
-from finetune.generation import (
+from finetune.data.tokenize import Message
+from finetune.model.generate import (
     Answer,
     Sampler,
     answer_prompts,
     check_limits,
-    dequantise_on_cpu,
+    dequantize_on_cpu,
     encode_prompt,
     require_room,
 )
-from finetune.pages import visible
-from finetune.screen import console, say
-from finetune.trained import Trained, TrainedModel, find_trained, load_trained, trained_parser
+from finetune.report.html import visible
+from finetune.run.adapter import Trained, TrainedModel, find_trained, load_trained, trained_parser
+from finetune.runtime.cli import split_arguments
+from finetune.runtime.console import console, say
 
 AT_A_TERMINAL, IN_A_PIPE = 0.7, 0.0  # the temperature that is not asked for
 
@@ -120,7 +120,7 @@ def command(argv: Sequence[str]) -> None:
     with nullcontext() if at_a_terminal else redirect_stdout(sys.stderr):
         trained = find_trained(arguments.trained, settings)
         model = load_trained(trained)
-        dequantise_on_cpu(model.model, model.precision.got)
+        dequantize_on_cpu(model.model, model.precision.actual)
     system_prompt = arguments.system_prompt
     if system_prompt is None:
         system_prompt = trained.config.data.system_prompt

@@ -12,11 +12,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from finetune.charts import NUM_COLOURS, STYLE, Chart, draw
-from finetune.command import CommandParser, parse_arguments
-from finetune.config import config_to_dict, flatten
-from finetune.pages import check_page_path, visible, write_page
-from finetune.records import (
+from finetune.config import flatten
+from finetune.config_parsing import config_to_dict
+from finetune.report.charts import NUM_COLOURS, STYLE, Chart, draw
+from finetune.report.html import check_page_path, visible, write_page
+from finetune.report.page import between, line_of, signed
+from finetune.report.records import (
     Record,
     changes,
     difference,
@@ -25,8 +26,8 @@ from finetune.records import (
     peak_memory_gib,
     read_record,
 )
-from finetune.report import between, line_of, signed
-from finetune.screen import console, say
+from finetune.runtime.cli import CommandParser, parse_arguments
+from finetune.runtime.console import console, say
 
 # Keys that say where a run lies and what it keeps, not what it is.
 LEFT_OUT = ("output_dir", "resume", "strict", "log.", "checkpoint.")

@@ -17,21 +17,24 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from finetune import slices
-from finetune.batching import make_plan, plan_evaluation
-from finetune.chat import Examples, Message, tokenize_rows
-from finetune.checkpoint import TRAINING_CONFIG
 from finetune.config import DataConfig
-from finetune.evaluate import evaluate, pick_conversations
-from finetune.generation import Answer, generate_answers
-from finetune.intervals import Interval, difference_interval, mean_interval
-from finetune.loss import TokenLoss
-from finetune.model import dropout_off
-from finetune.paths import choose_paths
-from finetune.rows import Rows, answer_of, find_leaks, load_rows, read_column
-from finetune.run_folder import ADAPTER, data_of, read_environment, read_evaluations, write_whole
-from finetune.screen import console, say
-from finetune.trained import Trained, TrainedModel, load_trained, parse_trained, trained_parser
+from finetune.data import slices
+from finetune.data.files import read_column
+from finetune.data.plan import make_plan, plan_evaluation
+from finetune.data.rows import Rows, answer_of, find_leaks, load_rows
+from finetune.data.splits import fingerprint_of
+from finetune.data.tokenize import Examples, Message, tokenize_rows
+from finetune.model.fast_paths import choose_fast_paths
+from finetune.model.generate import Answer, generate_answers
+from finetune.model.loss import TokenLoss
+from finetune.ops.quantized import dropout_off
+from finetune.report.intervals import Interval, difference_interval, mean_interval
+from finetune.run.adapter import Trained, TrainedModel, load_trained, parse_trained, trained_parser
+from finetune.run.checkpoint import TRAINING_CONFIG
+from finetune.run.folder import RESULT, read_environment, read_evaluations
+from finetune.runtime.console import console, say
+from finetune.runtime.files import write_atomically
+from finetune.training.evaluate import evaluate, pick_conversations
 
 ANSWERS_AT_A_TIME = 10
 Values = NDArray[np.float64]
@@ -115,7 +118,7 @@ def command(argv: Sequence[str]) -> None:
     if harness is not None:
         figures["lm_eval"] = _run_harness(harness, opened, arguments.lm_eval.split(","))
     if arguments.output is not None:
-        write_whole(arguments.output, json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False))
+        write_atomically(arguments.output, json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False))
         say(f"All figures are in {arguments.output}.")
 
 
@@ -184,11 +187,11 @@ def _evaluate_both(
     if trained.run_dir is not None:
         environment = read_environment(trained.run_dir)
         int8 = str(environment["int8"])
-        if is_own and environment["data"] != data_of(train_set, examples):
+        if is_own and environment["data"] != fingerprint_of(train_set, examples):
             say(f"These are NOT the rows of the run: {config.data.path} or the settings have changed since.")
     token_loss = TokenLoss(opened.model)
-    paths = choose_paths(config, opened.accelerator, token_loss, train_set, int8)
-    packing = paths.layout.got == "packed"
+    fast_paths = choose_fast_paths(config, opened.accelerator, token_loss, train_set, int8)
+    packing = fast_paths.packed
     batches = plan_evaluation(make_plan(config, train_set, packing, 0, 1), examples)
 
     def sums(model: AbstractContextManager[Any]) -> Values:
@@ -236,7 +239,7 @@ def _show_figures(trained: Trained, evaluated: Evaluated, group: Group) -> None:
     console.print(table)
     say("Below each figure its 95 % interval over examples; of the change, paired by example.")
     run_dir, is_own = trained.run_dir, evaluated.data is trained.config.data
-    if run_dir is not None and is_own and trained.adapter.resolve() == (run_dir / ADAPTER).resolve():
+    if run_dir is not None and is_own and trained.adapter.resolve() == (run_dir / RESULT).resolve():
         for line in read_evaluations(run_dir)[-1:]:
             say(f"The run itself found a loss of {line['loss']:.4f} after its last update.")
     if abs(group.loss.change.value) > 0 and group.loss.change.low < 0 < group.loss.change.high:

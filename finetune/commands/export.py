@@ -7,15 +7,15 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.card import VLLM_RANKS
-from finetune.command import CommandParser
 from finetune.config import Config
-from finetune.merge import load_merged
-from finetune.model import load_architecture, load_tokenizer
-from finetune.modelfile import modelfile
-from finetune.screen import say
-from finetune.starter import starter_model_dir
-from finetune.trained import Trained, parse_trained, trained_parser
+from finetune.export.merge import load_merged
+from finetune.export.modelfile import modelfile
+from finetune.model.load import load_architecture, load_tokenizer
+from finetune.model.starter import starter_model_dir
+from finetune.report.model_card import VLLM_RANKS
+from finetune.run.adapter import Trained, parse_trained, trained_parser
+from finetune.runtime.cli import CommandParser
+from finetune.runtime.console import say
 
 CONVERTER = "python llama.cpp/convert_hf_to_gguf.py"
 
@@ -32,7 +32,7 @@ def command(argv: Sequence[str]) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output} exists already: name a folder that is new or empty")
     try:
-        from finetune.gguf_file import unsupported, write_gguf
+        from finetune.export.gguf import unsupported, write_gguf
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed: pip install {error.name}") from error
     base = trained.config.model

@@ -21,20 +21,22 @@ import torch
 from datasets import Dataset
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from finetune.chat import to_messages
-from finetune.checkpoint import ADAPTER
-from finetune.generation import (
+from finetune.data.cleaning import turns_asked
+from finetune.data.files import FILE_SUFFIXES
+from finetune.data.rows import read_questions
+from finetune.data.tokenize import to_messages
+from finetune.model.generate import (
     Sampler,
     answer_prompts,
     check_limits,
-    dequantise_on_cpu,
+    dequantize_on_cpu,
     encode_prompt,
     require_room,
 )
-from finetune.rows import FILE_SUFFIXES, read_questions, turns_asked
-from finetune.run_folder import write_whole
-from finetune.screen import console, say
-from finetune.trained import Trained, TrainedModel, load_trained, parse_trained, trained_parser
+from finetune.run.adapter import Trained, TrainedModel, load_trained, parse_trained, trained_parser
+from finetune.run.checkpoint import ADAPTER_WEIGHTS
+from finetune.runtime.console import console, say
+from finetune.runtime.files import write_atomically
 
 WRITTEN = (".jsonl", ".csv")
 PROMPT_COLUMNS = ("messages", "instruction", "input", "prompt")
@@ -97,7 +99,7 @@ def command(argv: Sequence[str]) -> None:
     if len(records) > 0:
         say(f"Going on: {len(records):,} of {len(rows):,} rows are answered.")
     model = load_trained(trained)
-    dequantise_on_cpu(model.model, model.precision.got)
+    dequantize_on_cpu(model.model, model.precision.actual)
     questions = _questions(model, rows, arguments)
     try:
         records |= _answer_rows(
@@ -106,7 +108,7 @@ def command(argv: Sequence[str]) -> None:
     except KeyboardInterrupt:
         say(f"What is answered is kept in {partial}; the same command goes on.")
         raise
-    write_whole(arguments.output, _written(rows, records, arguments.output.suffix.lower()))
+    write_atomically(arguments.output, _written(rows, records, arguments.output.suffix.lower()))
     partial.unlink()
     _show_end(list(records.values()), arguments.output)
 
@@ -140,8 +142,8 @@ def _settings(arguments: argparse.Namespace, trained: Trained) -> Record:
     """All that the answers depend on. Not the batch size: it changes no more than rounding."""
     model = trained.config.model
     return {
-        "rows": _sha256(arguments.input),
-        "adapter": _sha256(trained.adapter / ADAPTER),
+        "rows": file_sha256(arguments.input),
+        "adapter": file_sha256(trained.adapter / ADAPTER_WEIGHTS),
         "model": model.name_or_path,
         "revision": model.revision,
         "quantization": model.quantization,
@@ -151,7 +153,7 @@ def _settings(arguments: argparse.Namespace, trained: Trained) -> Record:
     }
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -216,7 +218,7 @@ def _answer_rows(
     records: dict[int, Record] = {}
     bar = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     if not partial.exists():
-        write_whole(partial, json.dumps({"settings": settings}) + "\n")
+        write_atomically(partial, json.dumps({"settings": settings}) + "\n")
     with (
         partial.open("a", encoding="utf-8") as file,
         Progress(*bar, console=console, disable=not console.is_terminal) as progress,

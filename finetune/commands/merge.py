@@ -11,11 +11,13 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from finetune.batching import iterate_batches, make_plan, plan_evaluation
-from finetune.chat import Examples, tokenize_splits
 from finetune.config import Config
-from finetune.loss import TokenLoss
-from finetune.merge import (
+from finetune.data.collate import iterate_batches
+from finetune.data.plan import make_plan, plan_evaluation
+from finetune.data.rows import load_rows
+from finetune.data.splits import tokenize_splits
+from finetune.data.tokenize import Examples
+from finetune.export.merge import (
     DEQUANTISED,
     FULL_PRECISION,
     load_unmerged,
@@ -24,12 +26,12 @@ from finetune.merge import (
     round_weights,
     save_merged,
 )
-from finetune.model import dropout_off
-from finetune.paths import choose_paths
-from finetune.rows import load_rows
-from finetune.run_folder import read_environment
-from finetune.screen import console, say
-from finetune.trained import Trained, TrainedModel, load_trained, parse_trained, trained_parser
+from finetune.model.fast_paths import choose_fast_paths
+from finetune.model.loss import TokenLoss
+from finetune.ops.quantized import dropout_off
+from finetune.run.adapter import Trained, TrainedModel, load_trained, parse_trained, trained_parser
+from finetune.run.folder import read_environment
+from finetune.runtime.console import console, say
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What a merged model has to keep of the trained one, on its eval rows.
@@ -92,7 +94,7 @@ def command(argv: Sequence[str]) -> None:
     else:
         candidates = _compare_all(arguments, trained, opened, comparison)
         best = choose(candidates, comparison.loss)
-        _show(comparison, opened.precision.got, candidates, best)
+        _show(comparison, opened.precision.actual, candidates, best)
         base, dtype = best.base, best.dtype
     with console.status(f"writing {output}"):
         model = merge(load_unmerged(trained, opened, base))
@@ -107,7 +109,7 @@ def _parser() -> Any:
         "merge",
         "--output DIR [--which BASE] [--dtype TYPE] [--rows N]",
         "Put the adapter into the weights: a model folder for transformers alone. Merged into the base as it "
-        "was trained on (dequantised) and into the full-precision one, it is compared with the trained model "
+        "was trained on (dequantized) and into the full-precision one, it is compared with the trained model "
         "on the run's eval rows; the nearest one is written, in 16 bits where they are enough.",
     )
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="a folder to be made")
@@ -128,7 +130,7 @@ def _check(arguments: argparse.Namespace, config: Config) -> None:
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"--output {output} is there already; name a new folder")
     if arguments.which == DEQUANTISED and _is_plain(config):
-        raise ValueError("--which dequantised: the base of this run was not quantised")
+        raise ValueError("--which dequantized: the base of this run was not quantized")
 
 
 def _is_plain(config: Config) -> bool:
@@ -163,7 +165,7 @@ def _start_comparison(
     examples = Examples(dataset, examples.truncated, examples.dropped)
     token_loss = TokenLoss(opened.model)
     int8 = None if trained.run_dir is None else str(read_environment(trained.run_dir)["int8"])
-    packing = choose_paths(config, opened.accelerator, token_loss, train_set, int8).layout.got == "packed"
+    packing = choose_fast_paths(config, opened.accelerator, token_loss, train_set, int8).packed
     if token_loss.head_mib is None:
         return None
     batches = plan_evaluation(make_plan(config, train_set, packing, 0, 1), examples)
@@ -215,7 +217,7 @@ def _compare_all(
     """The merges that may be written: into each base, in fp32 and in the run's 16 bits."""
     bases = [FULL_PRECISION] if _is_plain(trained.config) else [DEQUANTISED, FULL_PRECISION]
     bases = bases if arguments.which is None else [arguments.which]
-    half = "fp16" if opened.precision.got == "fp16" else "bf16"
+    half = "fp16" if opened.precision.actual == "fp16" else "bf16"
     dtypes = ["fp32", half] if arguments.dtype is None else [arguments.dtype]
     return [candidate for base in bases for candidate in _compare(trained, opened, comparison, base, dtypes)]
 

@@ -17,20 +17,22 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from finetune import head
-from finetune.batching import Layout, MicroBatch, Plan, collate, make_plan, plan_evaluation
-from finetune.chat import Examples
-from finetune.command import config_parser, split_arguments
-from finetune.config import LARGEST_WHOLE_NUMBER, Config, parse_config
-from finetune.machine import DTYPES, GIB, peak_memory_gib, reseed, reset_peak_memory
-from finetune.metrics import SumWindow
-from finetune.model import dropout_off
-from finetune.optim import choose_optimizer, create_optimizer
-from finetune.parts import Parts, load_parts
-from finetune.paths import choose_paths
-from finetune.screen import console, say, show_settings
-
-STATE_BYTES = {"sgd": 0, "adamw_8bit": 2, "paged_adamw_8bit": 2}  # of a parameter; the others: 8
+from finetune.config import Config
+from finetune.config_checks import LARGEST_WHOLE_NUMBER
+from finetune.config_parsing import parse_config
+from finetune.data.collate import MicroBatch, collate
+from finetune.data.plan import Layout, Plan, make_plan, plan_evaluation
+from finetune.data.tokenize import Examples
+from finetune.model.fast_paths import choose_fast_paths
+from finetune.ops import chunked_head
+from finetune.ops.quantized import dropout_off
+from finetune.runtime.accelerator import DTYPES, reseed
+from finetune.runtime.cli import config_parser, split_arguments
+from finetune.runtime.console import console, say, show_choices
+from finetune.runtime.memory import GIB, peak_memory_gib, reset_peak_memory
+from finetune.training.metrics import SumWindow
+from finetune.training.optim import choose_optimizer, create_optimizer, state_bytes
+from finetune.training.setup import Parts, load_parts
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Prediction:
     per_layer_and_token: float
     """What the largest layer needs besides, for a moment"""
     weight: int
-    """The largest weight, dequantised"""
+    """The largest weight, dequantized"""
     head_per_token: float
     """Logits of a target token, and what is computed from them"""
     head_most: float
@@ -90,9 +92,9 @@ def command(argv: Sequence[str]) -> int:
         raise ValueError(f"--gib must be above 0 and finite, not {arguments.gib}")
     config = parse_config(settings)
     parts = load_parts(config)
-    paths = choose_paths(config, parts.accelerator, parts.token_loss, parts.train_set)
-    show_settings(paths)
-    packing = paths.layout.got == "packed"
+    fast_paths = choose_fast_paths(config, parts.accelerator, parts.token_loss, parts.train_set)
+    show_choices(fast_paths)
+    packing = fast_paths.packed
     plan = make_plan(config, parts.train_set, packing, 0, 1)
     predicted = predict(config, parts, packing)
     evaluation = measure_evaluation(parts, plan, parts.eval_set)  # first: an update's freed memory may stay
@@ -114,19 +116,19 @@ def predict(config: Config, parts: Parts, packing: bool) -> Prediction:
     """Memory by part. Needs the forward passes of two short rows."""
     model, device = parts.model, parts.accelerator.device
     adapter = [p for p in model.parameters() if p.requires_grad]
-    tensors = [*model.parameters(), *model.buffers(), *_quantisation_states(model)]
-    base = _num_bytes([tensor for tensor in tensors if not tensor.requires_grad])
-    optimizer = choose_optimizer(config.optim.name, device).got
+    tensors = [*model.parameters(), *model.buffers(), *_quantization_states(model)]
+    base = tensor_bytes([tensor for tensor in tensors if not tensor.requires_grad])
+    optimizer = choose_optimizer(config.optim.name, device).actual
     num_trained = sum(p.numel() for p in adapter)
     rss = psutil.Process().memory_info().rss
-    itemsize = DTYPES[parts.precision.got].itemsize
+    itemsize = DTYPES[parts.precision.actual].itemsize
     widths = [m.in_features + m.out_features for m in _linear_layers(model)]
     weights = [m.in_features * m.out_features for m in _linear_layers(model)]
     return Prediction(
-        process=0 if device.type == "cuda" else max(0, rss - base - _num_bytes(adapter)),
+        process=0 if device.type == "cuda" else max(0, rss - base - tensor_bytes(adapter)),
         base=base,
-        adapter=2 * _num_bytes(adapter),
-        optimizer=num_trained * STATE_BYTES.get(optimizer, 8),
+        adapter=2 * tensor_bytes(adapter),
+        optimizer=num_trained * state_bytes(optimizer),
         kept_per_token=_kept_per_token(parts, packing),
         per_layer_and_token=4 * max(widths) * itemsize,
         weight=max(weights) * itemsize,
@@ -168,9 +170,9 @@ def _head_bytes(parts: Parts, itemsize: int) -> dict[str, float]:
     if parts.token_loss.head_mib is None:
         # The logits; in fp32, as log-probabilities, and their gradient.
         return {"head_per_token": vocabulary * (itemsize + 3 * 4), "head_most": math.inf}
-    size = head.bytes_per_logit(DTYPES[parts.precision.got], parts.accelerator.device)
-    rows = head.tokens_per_chunk(parts.token_loss.head_mib, vocabulary, size)
-    most = rows * vocabulary * size + 2 * head.ROWS * vocabulary * 4
+    size = chunked_head.bytes_per_logit(DTYPES[parts.precision.actual], parts.accelerator.device)
+    rows = chunked_head.tokens_per_chunk(parts.token_loss.head_mib, vocabulary, size)
+    most = rows * vocabulary * size + 2 * chunked_head.ROWS * vocabulary * 4
     return {"head_per_token": vocabulary * size, "head_most": most}
 
 
@@ -193,7 +195,7 @@ def measure_update(config: Config, parts: Parts, plan: Plan) -> Measured:
     update = max(updates, key=lambda update: (largest(update.micro_batches), update.num_tokens))
     trainable = [p for p in parts.model.parameters() if p.requires_grad]
     optimizer = create_optimizer(
-        choose_optimizer(config.optim.name, parts.accelerator.device).got, trainable, config.optim
+        choose_optimizer(config.optim.name, parts.accelerator.device).actual, trainable, config.optim
     )
     window = SumWindow(parts.accelerator.device)
     reset_peak_memory(parts.accelerator.device)
@@ -223,7 +225,7 @@ def measure_evaluation(parts: Parts, plan: Plan, eval_set: Examples) -> Measured
     start = time.perf_counter()
     with torch.no_grad(), dropout_off(parts.token_loss), parts.accelerator.autocast():
         batch = collate([eval_set.dataset[i] for i in indices], plan.layout.packing)
-        parts.token_loss.token_values(batch.to(parts.accelerator.device)).cpu()
+        parts.token_loss.token_stats(batch.to(parts.accelerator.device)).cpu()
     seconds = time.perf_counter() - start
     return Measured(num_tokens, num_tokens, seconds, peak_memory_gib(parts.accelerator.device))
 
@@ -277,8 +279,8 @@ def _linear_layers(model: Any) -> list[Any]:
     return [m for m in model.modules() if hasattr(m, "in_features") and m is not output]
 
 
-def _quantisation_states(model: Any) -> list[Tensor]:
-    """What quantised layers keep beside their weights."""
+def _quantization_states(model: Any) -> list[Tensor]:
+    """What quantized layers keep beside their weights."""
     states = []
     for module in model.modules():
         state = getattr(module, "state", None)
@@ -288,7 +290,7 @@ def _quantisation_states(model: Any) -> list[Tensor]:
     return states
 
 
-def _num_bytes(tensors: Sequence[Tensor]) -> int:
+def tensor_bytes(tensors: Sequence[Tensor]) -> int:
     """A storage counts once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())

@@ -11,12 +11,12 @@ from huggingface_hub.utils._validators import validate_repo_id
 from rich.table import Table
 from rich.text import Text
 
-from finetune.card import MADE_HERE, model_card, without_folder
-from finetune.checkpoint import ADAPTER_CONFIG, CARD, MANIFEST, TRAINING_CONFIG
-from finetune.command import CommandParser
-from finetune.model import hub_name
-from finetune.screen import console, say
-from finetune.trained import Trained, find_trained
+from finetune.model.load import hub_name
+from finetune.report.model_card import MADE_HERE, model_card, without_folder
+from finetune.run.adapter import Trained, find_trained
+from finetune.run.checkpoint import ADAPTER_CONFIG, CARD, MANIFEST, TRAINING_CONFIG
+from finetune.runtime.cli import CommandParser
+from finetune.runtime.console import console, say
 
 CHANGED = "without folders of this machine"
 

@@ -8,15 +8,16 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from finetune.bad_update import RECORD, STATE_BEFORE, examine_update, read_record
-from finetune.batching import make_plan
-from finetune.checkpoint import fault_of, load_adapter
-from finetune.command import CommandParser
-from finetune.config import parse_config
-from finetune.parts import load_parts
-from finetune.paths import choose_paths
-from finetune.run_folder import CONFIG, data_of, read_environment
-from finetune.screen import console, say
+from finetune.config_parsing import parse_config
+from finetune.data.plan import make_plan
+from finetune.data.splits import fingerprint_of
+from finetune.model.fast_paths import choose_fast_paths
+from finetune.run.bad_update import RECORD, STATE_BEFORE, examine_update, read_bad_update
+from finetune.run.checkpoint import fault_of, load_adapter
+from finetune.run.folder import CONFIG, read_environment
+from finetune.runtime.cli import CommandParser
+from finetune.runtime.console import console, say
+from finetune.training.setup import load_parts
 
 
 def command(argv: Sequence[str]) -> int:
@@ -28,7 +29,7 @@ def command(argv: Sequence[str]) -> int:
     parser = CommandParser(prog="python -m finetune replay", description=__doc__)
     parser.add_argument("run", type=Path, help="the run's folder, which holds bad_update.json")
     run_dir: Path = parser.parse_args(argv).run
-    recorded = read_record(run_dir)
+    recorded = read_bad_update(run_dir)
     repeated = repeat_bad_update(run_dir, recorded)
     show_update(repeated)
     same = json.dumps(repeated) == json.dumps(recorded)
@@ -44,11 +45,11 @@ def repeat_bad_update(run_dir: Path, recorded: dict[str, Any]) -> dict[str, Any]
     environment = read_environment(run_dir)
     parts = load_parts(config)
     train_set, token_loss = parts.train_set, parts.token_loss
-    if environment["data"] != data_of(train_set, parts.eval_set):
+    if environment["data"] != fingerprint_of(train_set, parts.eval_set):
         raise ValueError(f"the rows of {config.data.path} are not those that the run was trained on")
-    paths = choose_paths(config, parts.accelerator, token_loss, train_set, environment["int8"])
+    fast_paths = choose_fast_paths(config, parts.accelerator, token_loss, train_set, environment["int8"])
     load_adapter(run_dir / STATE_BEFORE, parts.model)  # not before: its weights may be beyond all bounds
-    plan = make_plan(config, train_set, paths.layout.got == "packed", 0, environment["num_processes"])
+    plan = make_plan(config, train_set, fast_paths.packed, 0, environment["num_processes"])
     step = recorded["update"] - 1
     return examine_update(parts.accelerator, token_loss, plan, step, train_set.dataset, parts.tokenizer)
 

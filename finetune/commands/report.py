@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.command import CommandParser, parse_arguments
-from finetune.pages import check_page_path
-from finetune.report import PAGE, write_report
-from finetune.screen import say
+from finetune.report.html import check_page_path
+from finetune.report.page import PAGE, write_report
+from finetune.runtime.cli import CommandParser, parse_arguments
+from finetune.runtime.console import say
 
 
 def command(argv: Sequence[str]) -> None:

@@ -23,17 +23,12 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
-from finetune.command import CommandParser, split_arguments
-from finetune.config import Config, config_to_dict, flatten, parse_config
-from finetune.run_folder import (
-    RunStatus,
-    only_one_at_a_time,
-    read_environment,
-    read_evaluations,
-    run_status,
-    write_whole,
-)
-from finetune.screen import console, say
+from finetune.config import Config, flatten
+from finetune.config_parsing import config_to_dict, parse_config
+from finetune.run.folder import RunStatus, only_one_at_a_time, read_environment, read_evaluations, run_status
+from finetune.runtime.cli import CommandParser, split_arguments
+from finetune.runtime.console import console, say
+from finetune.runtime.files import write_atomically
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 RECORD, PAGE = "sweep.json", "comparison.html"
@@ -265,7 +260,7 @@ def _write_record(trials: Sequence[Trial], folder: Path, outcomes: Mapping[str, 
         for trial in trials
     }
     record = {"keys": list(trials[0].values), "runs": runs}
-    write_whole(folder / RECORD, json.dumps(record, indent=1, ensure_ascii=False))
+    write_atomically(folder / RECORD, json.dumps(record, indent=1, ensure_ascii=False))
 
 
 @contextmanager

@@ -18,13 +18,15 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.batching import Plan, iterate_batches, make_plan
-from finetune.command import config_parser, split_arguments
-from finetune.config import Config, parse_config
-from finetune.machine import peak_memory_gib, reset_peak_memory
-from finetune.parts import Parts, load_parts
-from finetune.paths import choose_paths, use_plain_paths
-from finetune.screen import console, say, show_settings
+from finetune.config import Config
+from finetune.config_parsing import parse_config
+from finetune.data.collate import iterate_batches
+from finetune.data.plan import Plan, make_plan
+from finetune.model.fast_paths import choose_fast_paths, use_reference_paths
+from finetune.runtime.cli import config_parser, split_arguments
+from finetune.runtime.console import console, say, show_choices
+from finetune.runtime.memory import peak_memory_gib, reset_peak_memory
+from finetune.training.setup import Parts, load_parts
 
 # Of (loss, gradient, size of the gradient along the exact one), relative, by the precision of the forward
 # pass: how far apart two fp32 computations may be, and how much farther from fp32 than the plain paths the
@@ -64,9 +66,9 @@ def command(argv: Sequence[str]) -> int:
     parts = load_parts(config)
     _fill_adapter(parts.model)
     console.print("Dropout is off, and the adapter is random: a fresh one has no effect.")
-    paths = choose_paths(config, parts.accelerator, parts.token_loss, parts.train_set)
-    show_settings(paths)
-    return _compare(config, parts, paths.layout.got == "packed", arguments.updates)
+    fast_paths = choose_fast_paths(config, parts.accelerator, parts.token_loss, parts.train_set)
+    show_choices(fast_paths)
+    return _compare(config, parts, fast_paths.packed, arguments.updates)
 
 
 def _compare(config: Config, parts: Parts, packing: bool, num_updates: int) -> int:
@@ -74,12 +76,12 @@ def _compare(config: Config, parts: Parts, packing: bool, num_updates: int) -> i
     plain_plan = make_plan(config, parts.train_set, False, 0, 1)
     steps = range(min(num_updates, plan.num_steps))
     fast = _run(parts, plan, steps)
-    use_plain_paths(parts.token_loss)
+    use_reference_paths(parts.token_loss)
     # On a GPU bitsandbytes rounds activations to int8: no reference for what does not round them.
     on_gpu = parts.accelerator.device.type == "cuda"
-    with _dequantised(parts.model) if on_gpu else nullcontext():
+    with _dequantized(parts.model) if on_gpu else nullcontext():
         plain = _run(parts, plain_plan, steps)
-    precision = parts.precision.got
+    precision = parts.precision.actual
     exact = plain.outcomes if precision == "no" else _in_fp32(parts, plain_plan, steps)
     tolerances = TOLERANCES[precision]
     table = Table("update", "loss, plain", "fast", "differs by", "gradient by", "off fp32: plain", "fast")
@@ -168,21 +170,21 @@ def _fill_adapter(model: Any) -> None:
 
 
 def _in_fp32(parts: Parts, plan: Plan, steps: range) -> list[Outcome]:
-    """The updates computed in fp32, with the weights as they are, quantised or rounded. They stay in fp32."""
+    """The updates computed in fp32, with the weights as they are, quantized or rounded. They stay in fp32."""
     for parameter in parts.model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()
-    with _dequantised(parts.model), torch.autocast(parts.accelerator.device.type, enabled=False):
+    with _dequantized(parts.model), torch.autocast(parts.accelerator.device.type, enabled=False):
         return [compute_update(parts, plan, step, nullcontext()) for step in steps]
 
 
 @contextmanager
-def _dequantised(model: Any) -> Iterator[None]:
-    """Let quantised layers dequantise their weights and multiply, all by torch."""
+def _dequantized(model: Any) -> Iterator[None]:
+    """Let quantized layers dequantize their weights and multiply, all by torch."""
     kinds = (bnb.nn.Linear8bitLt, bnb.nn.Linear4bit)
     layers = [module for module in model.modules() if isinstance(module, kinds)]
 
-    def dequantise(layer: Any) -> Tensor:  # not by the fast path's own function
+    def dequantize(layer: Any) -> Tensor:  # not by the fast path's own function
         if isinstance(layer, bnb.nn.Linear4bit):
             weight: Tensor = bnb.functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
         else:
@@ -194,7 +196,7 @@ def _dequantised(model: Any) -> Iterator[None]:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         bias = None if layer.bias is None else layer.bias.to(dtype)
-        return F.linear(x.to(dtype), dequantise(layer).to(dtype), bias)
+        return F.linear(x.to(dtype), dequantize(layer).to(dtype), bias)
 
     for layer in layers:
         layer.forward = forward.__get__(layer)

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from finetune.__main__ import main
-from finetune.chat import IGNORE, ROLES, dissect, encode, to_messages, tokenize_splits
 from finetune.commands.audit import (
     find_listings,
     find_problems,
@@ -25,8 +24,10 @@ from finetune.commands.audit import (
     segments_of,
 )
 from finetune.config import Config, DataConfig, ModelConfig
-from finetune.pages import check_page_path
-from finetune.rows import load_rows
+from finetune.data.rows import load_rows
+from finetune.data.splits import tokenize_splits
+from finetune.data.tokenize import IGNORE, ROLES, dissect, encode, to_messages
+from finetune.report.html import check_page_path
 
 SAMPLE = str(ROOT / "data" / "finance_sample.csv")
 TOKENIZER = tiny_tokenizer()
@@ -375,7 +376,7 @@ def split_audit(tmp_path, train: list[dict], evaluation: list[dict]):
         return table.select(range(len(train))), table.select(range(len(train), len(table)))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finetune.rows.split_rows", split)
+        patch.setattr("finetune.data.rows.split_rows", split)
         return audit_of(path)
 
 

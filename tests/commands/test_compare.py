@@ -12,7 +12,7 @@ from browser import look_at
 
 from finetune.__main__ import main
 from finetune.commands.compare import write_comparison
-from finetune.intervals import difference_interval
+from finetune.report.intervals import difference_interval
 
 MINUS = "\N{MINUS SIGN}"
 

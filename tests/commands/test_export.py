@@ -11,10 +11,10 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
 
 from finetune.__main__ import main
-from finetune.gguf_file import _pre_tokenizer, unsupported
-from finetune.merge import load_merged
-from finetune.modelfile import modelfile
-from finetune.trained import find_trained
+from finetune.export.gguf import _pre_tokenizer, unsupported
+from finetune.export.merge import load_merged
+from finetune.export.modelfile import modelfile
+from finetune.run.adapter import find_trained
 
 SHORT = {
     "train__max_steps": 2,

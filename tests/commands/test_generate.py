@@ -15,11 +15,11 @@ from accelerate.state import AcceleratorState, GradientState
 from conftest import ROOT
 from datasets import Dataset
 
-from finetune import run_folder
 from finetune.__main__ import main
 from finetune.commands import generate
-from finetune.generation import generate_answers
-from finetune.trained import find_trained, load_trained
+from finetune.model.generate import generate_answers
+from finetune.run.adapter import find_trained, load_trained
+from finetune.runtime import files
 
 QUESTIONS = [f"What is a bond of {number} years?" + " Really?" * (number % 7) for number in range(13)]
 
@@ -150,7 +150,7 @@ def test_a_csv_cell_holds_whatever_a_model_may_say(tmp_path):
         n: {"row_number": n, "answer": text, "num_tokens": 1, "ended": True} for n, text in enumerate(said, 1)
     }
     path = tmp_path / "answers.csv"
-    run_folder.write_whole(path, generate._written(rows, records, ".csv"))
+    files.write_atomically(path, generate._written(rows, records, ".csv"))
     assert pd.read_csv(path, keep_default_na=False)["answer"].tolist() == said
 
 

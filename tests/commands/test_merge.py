@@ -11,11 +11,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import finetune.merge
+import finetune.export.merge
 from finetune.__main__ import main
 from finetune.commands.merge import Candidate, Difference, Predictions, choose, difference
-from finetune.model import dropout_off
-from finetune.trained import find_trained, load_trained
+from finetune.ops.quantized import dropout_off
+from finetune.run.adapter import find_trained, load_trained
 
 SETTINGS = {"optim__learning_rate": 0.02, "data__eval_fraction": 0.4}
 FILES = {
@@ -67,23 +67,23 @@ def test_in_fp32_the_merged_model_computes_what_the_trained_one_does(run_train, 
     assert error.sqrt() < 1e-4
 
 
-def test_an_int8_run_is_nearer_to_its_dequantised_base_than_to_the_original(run_train, tmp_path, capsys):
+def test_an_int8_run_is_nearer_to_its_dequantized_base_than_to_the_original(run_train, tmp_path, capsys):
     run_dir = run_train(**SETTINGS, model__quantization="int8")
-    for which in ("full_precision", "dequantised"):
+    for which in ("full_precision", "dequantized"):
         run_merge(run_dir, tmp_path / which, "--which", which, "--dtype", "fp32")
     expected = trained_logits(run_dir)
     far, near = (
-        (logits_of(tmp_path / which) - expected).norm() for which in ("full_precision", "dequantised")
+        (logits_of(tmp_path / which) - expected).norm() for which in ("full_precision", "dequantized")
     )
     assert near < far / 20
     run_merge(run_dir, tmp_path / "best")
-    assert "Written: dequantised, " in capsys.readouterr().out
+    assert "Written: dequantized, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_a_bf16_run_keeps_its_predictions(run_train, tmp_path, capsys, quantization):
     run_dir = run_train(**SETTINGS, model__quantization=quantization, train__mixed_precision="bf16")
-    run_merge(run_dir, tmp_path / "merged", "--which", "dequantised", "--dtype", "fp32")
+    run_merge(run_dir, tmp_path / "merged", "--which", "dequantized", "--dtype", "fp32")
     printed = capsys.readouterr().out
     assert "it keeps at least 99%" in printed
     expected = trained_logits(run_dir)  # in bf16
@@ -124,7 +124,7 @@ def test_a_write_that_fails_leaves_nothing(run_train, tmp_path, monkeypatch, cap
         assert list(path.parent.parent.glob(".merged.partial/model.safetensors"))
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(finetune.merge, "flush_to_disk", fail)
+    monkeypatch.setattr(finetune.export.merge, "flush_to_disk", fail)
     capsys.readouterr()
     assert main(["merge", str(run_dir), "--output", str(output)]) == 2
     assert "No space left on device" in capsys.readouterr().err
@@ -136,7 +136,7 @@ def test_a_write_that_fails_leaves_nothing(run_train, tmp_path, monkeypatch, cap
     [
         (["--output", "{run}"], "is there already"),
         (["--output", "new", "--rows", "0"], "--rows must be at least 1"),
-        (["--output", "new", "--which", "dequantised"], "was not quantised"),
+        (["--output", "new", "--which", "dequantized"], "was not quantized"),
         ([], "--output"),
     ],
 )
@@ -177,7 +177,7 @@ def test_the_difference_of_predictions_is_that_of_their_distributions():
 
 
 def candidate(dtype: str, size: int, kl: float, agreement: float, loss: float = 2.0) -> Candidate:
-    return Candidate("dequantised", dtype, size, Difference(kl, agreement, loss), 0.97)
+    return Candidate("dequantized", dtype, size, Difference(kl, agreement, loss), 0.97)
 
 
 def test_the_smallest_faithful_one_is_written_and_else_the_nearest():

@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, Qwen2ForCausalLM
 
 from finetune.__main__ import main
-from finetune.batching import make_plan
 from finetune.commands import plan as memory
 from finetune.commands.plan import Prediction, measure_evaluation, measure_update, predict
-from finetune.config import LARGEST_WHOLE_NUMBER, FastConfig, parse_config
-from finetune.machine import GIB
-from finetune.parts import Parts, load_parts
-from finetune.paths import choose_paths
+from finetune.config import FastConfig
+from finetune.config_checks import LARGEST_WHOLE_NUMBER
+from finetune.config_parsing import parse_config
+from finetune.data.plan import make_plan
+from finetune.model.fast_paths import choose_fast_paths
+from finetune.runtime.memory import GIB
+from finetune.training.setup import Parts, load_parts
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="of a processor's memory and layers")
 
@@ -77,8 +79,8 @@ def predicted(arguments) -> Callable[..., tuple[Prediction, Parts]]:
         GradientState._reset_state()
         config = parse_config([*arguments, *more])
         parts = load_parts(config)
-        paths = choose_paths(config, parts.accelerator, parts.token_loss, parts.train_set)
-        return predict(config, parts, paths.layout.got == "packed"), parts
+        paths = choose_fast_paths(config, parts.accelerator, parts.token_loss, parts.train_set)
+        return predict(config, parts, paths.packed), parts
 
     return run
 

@@ -21,7 +21,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.__main__ import main
-from finetune.card import MADE_HERE
+from finetune.report.model_card import MADE_HERE
 
 TOKEN = "hf_of_a_test"
 

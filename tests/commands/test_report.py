@@ -17,8 +17,8 @@ from conftest import read_metrics
 
 import train
 from finetune.__main__ import main
-from finetune.intervals import difference_interval, mean_interval
-from finetune.pages import visible
+from finetune.report.html import visible
+from finetune.report.intervals import difference_interval, mean_interval
 
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 HOSTILE = "</p><script>alert(1)</script> <img src=x onerror=y> & \x1b[31m \u202eabc\u202c $x_1$ {{ 7 * 7 }}"

@@ -14,13 +14,15 @@ from conftest import read_metrics
 from transformers import AutoModelForCausalLM
 
 import finetune.commands.verify
-from finetune import elementwise, kernels, lora, loss
 from finetune.__main__ import main
-from finetune.batching import make_plan
 from finetune.commands.verify import compute_update
-from finetune.config import FastConfig, parse_config
-from finetune.parts import load_parts
-from finetune.paths import choose_paths, use_plain_paths
+from finetune.config import FastConfig
+from finetune.config_parsing import parse_config
+from finetune.data.plan import make_plan
+from finetune.model import loss
+from finetune.model.fast_paths import choose_fast_paths, use_reference_paths
+from finetune.ops import elementwise, kernels, lora, quantized
+from finetune.training.setup import load_parts
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="breaks what computes on a processor")
 
@@ -78,15 +80,15 @@ def verify(arguments, capsys) -> Callable[..., tuple[int, str]]:
 
 @pytest.fixture
 def break_fast_paths(monkeypatch) -> Callable[[Break], None]:
-    """Break them once they are chosen: the trial of `choose_paths` is not what is to find it."""
+    """Break them once they are chosen: the trial of `choose_fast_paths` is not what is to find it."""
 
     def set_break(break_it: Break) -> None:
         def choose_and_break(*arguments: Any) -> Any:
-            chosen = choose_paths(*arguments)
+            chosen = choose_fast_paths(*arguments)
             break_it(monkeypatch)
             return chosen
 
-        monkeypatch.setattr("finetune.commands.verify.choose_paths", choose_and_break)
+        monkeypatch.setattr("finetune.commands.verify.choose_fast_paths", choose_and_break)
 
     return set_break
 
@@ -187,11 +189,11 @@ def scale_gradient_of_a(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def scale_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = lora.frozen_weight
+    real = quantized.frozen_weight
     monkeypatch.setattr(lora, "frozen_weight", lambda *arguments: 1.05 * real(*arguments))
 
 
-class WrongHead(loss.HeadSums):
+class WrongHead(loss.ChunkedTokenSums):
     @staticmethod
     def backward(ctx, grad_sums):
         gradient, *others = super(WrongHead, WrongHead).backward(ctx, grad_sums)
@@ -199,18 +201,18 @@ class WrongHead(loss.HeadSums):
 
 
 def scale_gradient_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "HeadSums", WrongHead)
+    monkeypatch.setattr(loss, "ChunkedTokenSums", WrongHead)
 
 
 def scale_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loss.HeadSums
+    real = loss.ChunkedTokenSums
 
     class Wrong:
         @staticmethod
         def apply(hidden, weight, *others):
             return real.apply(hidden, 1.05 * weight, *others)
 
-    monkeypatch.setattr(loss, "HeadSums", Wrong)
+    monkeypatch.setattr(loss, "ChunkedTokenSums", Wrong)
 
 
 def scale_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +313,7 @@ def test_an_update_has_the_loss_and_the_gradient_of_the_run_s(run_train, calm_mo
     lines = [entry for entry in read_metrics(run_dir) if entry["split"] == "train"]
     config = parse_config([*arguments, f"--train.packing={packing}".lower(), "--lora.lora_dropout=0"])
     parts = load_parts(config)
-    choose_paths(config, parts.accelerator, parts.token_loss, parts.train_set)
+    choose_fast_paths(config, parts.accelerator, parts.token_loss, parts.train_set)
     plan = make_plan(config, parts.train_set, packing, 0, 1)
     assert len(lines) == plan.num_steps == 6
     for step, line in enumerate(lines):
@@ -342,8 +344,8 @@ def test_trying_the_paths_leaves_what_the_plain_ones_compute_as_it_was(
     parts = load_parts(config)
     plan = make_plan(config, parts.train_set, False, 0, 1)
     before = compute_update(parts, plan, 0)
-    choose_paths(config, parts.accelerator, parts.token_loss, parts.train_set)
-    use_plain_paths(parts.token_loss)
+    choose_fast_paths(config, parts.accelerator, parts.token_loss, parts.train_set)
+    use_reference_paths(parts.token_loss)
     after = compute_update(parts, plan, 0)
     assert after.loss == pytest.approx(before.loss, rel=1e-6)
     assert (after.gradient - before.gradient).norm() < 1e-5 * before.gradient.norm()

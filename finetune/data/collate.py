@@ -1,0 +1,175 @@
+"""The tensors of a micro-batch: examples packed into one sequence, or padded; built one update ahead."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, takewhile
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from finetune.data.plan import Indices, Plan, Update
+from finetune.data.tokenize import IGNORE
+
+WORTH_SHARING = 8  # tokens that all examples of a row begin with
+
+
+class Boundaries(NamedTuple):
+    """Where the E examples of a packed row lie: what all begin with, once, then what is each one's own."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each one's own: the host's numbers, so that reading them waits for no device"""
+    starts: Tensor
+    """[E + 1] int32: the place of each one's own first token, and the end of the last"""
+    prefix: int = 0
+    """Tokens that all begin with: every example sees them, and they see none of it"""
+
+    def to(self, device: torch.device) -> "Boundaries":
+        return self._replace(starts=self.starts.to(device, non_blocking=True))
+
+    def mask(self) -> Tensor:
+        """[1, 1, T, T] bool: True where the token of the row may see that of the column, which is of its own
+        example, or of what all begin with, and not later."""
+        places = torch.arange(self.prefix + sum(self.lengths), device=self.starts.device)
+        example_of_token = torch.searchsorted(self.starts, places, right=True)  # from 1; 0 is everybody's
+        sees = (example_of_token[:, None] == example_of_token) | (example_of_token == 0)
+        return sees.tril()[None, None]
+
+
+class MicroBatch(NamedTuple):
+    """The tensors of one forward pass: B rows of T tokens, N targets.
+
+    input_ids, position_ids [B, T] long.
+    target_positions [N] long: the places, in the B*T tokens laid end to end, that predict a target token.
+    target_ids [N] long: the token each of them should predict.
+    limits: of a packed row its Boundaries; of padded rows [B, T] bool, True for tokens that are no padding.
+    num_tokens: how many of the B*T are no padding.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    target_positions: Tensor
+    target_ids: Tensor
+    limits: Boundaries | Tensor
+    num_tokens: int
+
+    def example_of_target(self) -> Tensor:
+        """[N] long: which example of this micro-batch each target belongs to, from 0."""
+        if isinstance(self.limits, Boundaries):
+            return torch.searchsorted(self.limits.starts, self.target_positions, right=True) - 1
+        return self.target_positions // self.input_ids.shape[1]
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        return MicroBatch(
+            self.input_ids.to(device, non_blocking=True),
+            self.position_ids.to(device, non_blocking=True),
+            self.target_positions.to(device, non_blocking=True),
+            self.target_ids.to(device, non_blocking=True),
+            self.limits.to(device),
+            self.num_tokens,
+        )
+
+
+def pack(examples: Sequence[dict[str, Any]]) -> MicroBatch:
+    """Lay examples side by side in one row: positions restart, each example is blind to the others.
+
+    What all of them begin with (a system prompt, a template's first words) stands in the row once: the tokens
+    behind it see the same as if each example had its own.
+    """
+    prefix = shared_prefix(examples)
+    lengths = tuple(len(example["input_ids"]) - prefix for example in examples)
+
+    def row(column: str) -> Tensor:
+        own = [value for example in examples for value in example[column][prefix:]]
+        return torch.tensor([examples[0][column][:prefix] + own])
+
+    positions = [torch.arange(prefix), *(torch.arange(prefix, prefix + length) for length in lengths)]
+    return _micro_batch(
+        input_ids=row("input_ids"),
+        labels=row("labels"),
+        position_ids=torch.cat(positions)[None],
+        limits=Boundaries(
+            lengths, torch.tensor([*accumulate(lengths, initial=prefix)], dtype=torch.int32), prefix
+        ),
+        num_tokens=prefix + sum(lengths),
+    )
+
+
+def shared_prefix(examples: Sequence[dict[str, Any]]) -> int:
+    """How many tokens all examples begin with, of those that predict no target; 0 where hardly any."""
+    if len(examples) < 2:
+        return 0
+    # The last of them predicts each example's own first token, so this must not be a target either.
+    most = min(_first_target(example["labels"]) for example in examples) - 1
+    columns = zip(*(example["input_ids"][:most] for example in examples), strict=False)
+    prefix = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
+    return prefix if prefix >= WORTH_SHARING else 0
+
+
+def _first_target(labels: Sequence[int]) -> int:
+    """Its place; that behind the end where there is none."""
+    return next((place for place, label in enumerate(labels) if label != IGNORE), len(labels))
+
+
+def pad(examples: Sequence[dict[str, Any]]) -> MicroBatch:
+    """Each example in a row of its own, filled up on the right: the plain layout."""
+    width = max(len(example["input_ids"]) for example in examples)
+    shape = (len(examples), width)
+    input_ids = torch.zeros(shape, dtype=torch.long)  # padding is told by its place, not by a token
+    labels = torch.full(shape, IGNORE)
+    is_token = torch.zeros(shape, dtype=torch.bool)
+    for row, example in enumerate(examples):
+        length = len(example["input_ids"])
+        input_ids[row, :length] = torch.tensor(example["input_ids"])
+        labels[row, :length] = torch.tensor(example["labels"])
+        is_token[row, :length] = True
+    position_ids = torch.arange(width).expand(shape)
+    return _micro_batch(input_ids, labels, position_ids, is_token, int(is_token.sum()))
+
+
+def _micro_batch(
+    input_ids: Tensor,
+    labels: Tensor,
+    position_ids: Tensor,
+    limits: Boundaries | Tensor,
+    num_tokens: int,
+) -> MicroBatch:
+    # The token at t predicts the one at t + 1. The first label of an example, and that behind a shared
+    # prefix, is IGNORE, so in a packed row no example predicts the start of the next.
+    next_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
+    target_positions = (next_labels != IGNORE).nonzero().squeeze(1)
+    target_ids = next_labels[target_positions]
+    return MicroBatch(input_ids, position_ids, target_positions, target_ids, limits, num_tokens)
+
+
+def collate(examples: Sequence[dict[str, Any]], packing: bool) -> MicroBatch:
+    """The tensors of these examples; of none, one token without a target, so that the process can join in
+    with a gradient of zero."""
+    if not examples:
+        examples = [{"input_ids": [0], "labels": [IGNORE]}]
+    return pack(examples) if packing else pad(examples)
+
+
+def iterate_updates(
+    plan: Plan, dataset: Any, first_step: int, device: torch.device
+) -> Iterator[tuple[Update, list[MicroBatch]]]:
+    """Updates from `first_step` on, each with its micro-batches on the device: built while the one before is
+    computed."""
+
+    def build(step: int) -> tuple[Update, list[MicroBatch]]:
+        update = plan.update(step)
+        return update, list(iterate_batches(update.micro_batches, dataset, plan.layout.packing, device))
+
+    with ThreadPoolExecutor(max_workers=1) as builder:
+        ahead = builder.submit(build, first_step)
+        for step in range(first_step, plan.num_steps):
+            built = ahead.result()
+            ahead = builder.submit(build, min(step + 1, plan.num_steps - 1))
+            yield built
+
+
+def iterate_batches(
+    batches: Sequence[Indices], dataset: Any, packing: bool, device: torch.device
+) -> Iterator[MicroBatch]:
+    for indices in batches:
+        yield collate([dataset[i] for i in indices], packing).to(device)

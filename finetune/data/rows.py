@@ -1,0 +1,160 @@
+"""From files or a hub data set to clean rows, a sample of them, and the split into train and eval.
+
+A row has the columns of one of FORMATS, and `row_number`: its place in the data, from 1.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset, disable_progress_bars
+
+from finetune.config import DataConfig
+from finetune.data.cleaning import clean_rows, reason_to_ask_nothing, sort_out
+from finetune.data.duplicates import Match, most_similar, normalize
+from finetune.data.files import FORMATS, described, read_file, read_rows, to_table
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a run, and what became of all that were read.
+
+    `num_read` rows were read and `dropped` (row numbers, by reason) of them left out; of the rest, `train`
+    and `eval` are the sample, split.
+    """
+
+    train: Dataset
+    eval: Dataset
+    num_read: int
+    dropped: dict[str, list[int]]
+
+    @property
+    def num_kept(self) -> int:
+        return self.num_read - sum(len(numbers) for numbers in self.dropped.values())
+
+
+def load_rows(config: DataConfig) -> Rows:
+    """Read, clean, sample and split the rows that the configuration names.
+
+    The sample is `pandas.DataFrame.sample(n=num_samples, random_state=sample_seed)` of the clean rows and
+    the split is `datasets.Dataset.train_test_split(test_size=eval_fraction, seed=split_seed)` of it: the
+    same rows in the same order as those calls give.
+
+    Raises:
+        ValueError: a file or data set that cannot be read, columns of no known format, a cell of the wrong
+            type, fewer clean rows than asked for, or none.
+    """
+    disable_progress_bars()
+    table = read_rows(config.path)
+    clean, dropped = clean_rows(table)
+    if len(clean) == 0:
+        reasons = ", ".join(f"{len(numbers)} {reason}" for reason, numbers in dropped.items())
+        reasons = reasons or "the file is empty"
+        raise ValueError(f"{described(config.path)} has no usable row: {len(table)} read ({reasons})")
+    sample = sample_rows(clean, config.num_samples, config.sample_seed)
+    split = split_rows if config.split_by == "row" else split_rows_by_instruction
+    train, evaluation = split(sample, config.eval_fraction, config.split_seed)
+    return Rows(train=train, eval=evaluation, num_read=len(table), dropped=dropped)
+
+
+def read_questions(file: str) -> tuple[Dataset, dict[str, list[int]]]:
+    """The rows of a file that ask something, as `read_rows` gives them, and the numbers of the others, by
+    reason. They may have an answer or lack it, and its column too.
+
+    Raises:
+        ValueError: as `load_rows`.
+    """
+    frame = read_file(file)
+    if not any(set(required) <= set(frame.columns) for required, _ in FORMATS.values()):
+        for question, answer in (("instruction", "output"), ("prompt", "completion")):
+            if question in frame.columns:
+                frame[answer] = ""
+                break
+    table = to_table(frame, file)
+    return sort_out(table.add_column("row_number", list(range(1, len(table) + 1))), reason_to_ask_nothing)
+
+
+def sample_rows(table: Dataset, num_samples: int | None, seed: int) -> Dataset:
+    """`num_samples` rows, those and in the order that `pandas.DataFrame.sample` gives; None gives all."""
+    if num_samples is None:
+        return table
+    if num_samples > len(table):
+        raise ValueError(f"data.num_samples is {num_samples}, but only {len(table)} rows are usable")
+    return table.select(pd.Series(range(len(table))).sample(n=num_samples, random_state=seed).tolist())
+
+
+def split_rows(table: Dataset, eval_fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Train and eval rows, as `datasets.Dataset.train_test_split` gives them; a fraction of 0 splits none."""
+    if eval_fraction == 0:
+        return table, table.select([])
+    if len(table) < 2:
+        raise ValueError(f"{len(table)} row cannot be split; set data.eval_fraction to 0 or bring more rows")
+    try:
+        split = table.train_test_split(test_size=eval_fraction, seed=seed)
+    except ValueError as error:
+        raise ValueError(
+            f"data.eval_fraction {eval_fraction} leaves no row to train on, of {len(table)}"
+        ) from error
+    return split["train"], split["test"]
+
+
+def split_rows_by_instruction(table: Dataset, eval_fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Train and eval rows such that no instruction, as `normalize` leaves it, is on both sides.
+
+    Instructions are drawn in an order that depends on the seed, and go to the eval side while the rows that
+    have them still fit into its share.
+    """
+    if eval_fraction == 0:
+        return table, table.select([])
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(table):
+        rows_of[normalize(instruction_of(row))].append(index)
+    groups = list(rows_of.values())
+    share = math.ceil(eval_fraction * len(table))  # as train_test_split rounds
+    chosen: list[int] = []
+    for group in np.random.default_rng(seed).permutation(len(groups)):
+        if len(chosen) + len(groups[group]) <= share:
+            chosen += groups[group]
+    if not 0 < len(chosen) < len(table):
+        raise ValueError(
+            f"data.split_by instruction cannot put {eval_fraction:.0%} of {len(table)} rows aside: they have "
+            f"{len(groups)} different instruction(s); set data.split_by to row or data.eval_fraction to 0"
+        )
+    held_out = set(chosen)
+    return table.select([i for i in range(len(table)) if i not in held_out]), table.select(sorted(chosen))
+
+
+def instruction_of(row: Mapping[str, Any]) -> str:
+    """What the row asks for, without the input that it asks it of: the first user turn of messages."""
+    if "messages" in row:
+        return next((m["content"] or "" for m in row["messages"] if m["role"] == "user"), "")
+    return str(row["prompt"] if "completion" in row else row["instruction"])
+
+
+def prompt_of(row: Mapping[str, Any]) -> str:
+    """All that the row's last answer answers to: instruction and input, or the turns before it."""
+    if "messages" in row:
+        turns = [m["content"] or "" for m in row["messages"] if m["role"] != "system"]
+        last = max(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")
+        last -= sum(m["role"] == "system" for m in row["messages"][:last])
+        return "\n".join(turns[:last])
+    if "completion" in row:
+        return str(row["prompt"])
+    return "\n".join(filter(None, (row["instruction"], row["input"])))
+
+
+def answer_of(row: Mapping[str, Any]) -> str:
+    """The row's last answer."""
+    if "messages" in row:
+        return str(next(m["content"] for m in reversed(row["messages"]) if m["role"] == "assistant"))
+    return str(row["completion"] if "completion" in row else row["output"])
+
+
+def find_leaks(rows: Rows) -> dict[int, Match]:
+    """Eval rows whose prompt, or one much like it, is trained on: row number -> place in rows.train."""
+    matches = most_similar([prompt_of(row) for row in rows.eval], [prompt_of(row) for row in rows.train])
+    return {number: match for number, match in zip(rows.eval["row_number"], matches, strict=True) if match}

@@ -1,0 +1,59 @@
+"""Groups of examples whose figures are looked at apart: by length, by input, by any column of the data."""
+
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from finetune.data.tokenize import Examples
+
+MOST_VALUES = 12  # of a column, the most frequent ones; the rest is one group
+
+
+class Slice(NamedTuple):
+    name: str
+    members: NDArray[np.bool_]
+    """[E]: which of the examples belong to it"""
+
+
+def by_length(lengths: NDArray[np.int64]) -> list[Slice]:
+    """Quartiles of the examples' lengths [E]; equal lengths stay together."""
+    quartile = pd.qcut(lengths, 4, labels=False, duplicates="drop")
+    groups = [quartile == number for number in np.unique(quartile[~np.isnan(quartile)])]
+    return [Slice(f"{lengths[group].min()} to {lengths[group].max()} tokens", group) for group in groups]
+
+
+def by_input(rows: Dataset, examples: Examples) -> list[Slice]:
+    """With and without an input; none where the rows know no such thing."""
+    if "input" not in rows.column_names:
+        return []
+    inputs = dict(zip(rows["row_number"], rows["input"], strict=True))
+    has = np.array([bool((inputs[n] or "").strip()) for n in examples.dataset["row_number"]], dtype=bool)
+    return [Slice("with input", has), Slice("without input", ~has)]
+
+
+def by_leak(leaks: Mapping[int, object], examples: Examples) -> list[Slice]:
+    """Rows that are trained on too, and the others."""
+    leaked = np.array([number in leaks for number in examples.dataset["row_number"]], dtype=bool)
+    return [Slice("trained on too", leaked), Slice("not trained on", ~leaked)]
+
+
+def by_value(column: str, values: Sequence[str], examples: Examples) -> list[Slice]:
+    """The most frequent values of a column, most frequent first; values[n - 1] is that of row n."""
+    own = np.array([values[number - 1] for number in examples.dataset["row_number"]], dtype=object)
+    frequent = [value for value, _ in Counter(own.tolist()).most_common(MOST_VALUES)]
+    names = [textwrap.shorten(value, 40, placeholder=" ...") or "(empty)" for value in frequent]
+    slices = [Slice(f"{column} = {name}", own == value) for name, value in zip(names, frequent, strict=True)]
+    others = ~np.isin(own, frequent)
+    num_values = len(set(own[others].tolist()))
+    return [*slices, Slice(f"{num_values} other values", others)]
+
+
+def without_trivial(slices: Sequence[Slice]) -> list[Slice]:
+    """Those that hold some of the examples and not all."""
+    return [one for one in slices if one.members.any() and not one.members.all()]

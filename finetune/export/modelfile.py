@@ -1,0 +1,80 @@
+"""An Ollama Modelfile for a GGUF file: https://docs.ollama.com/modelfile."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from finetune.data.tokenize import Message, render
+
+# What Ollama renders (Go's text/template) is what `_chatml` renders. A system turn, also the one of SYSTEM,
+# is the first of .Messages.
+CHATML_IN_GO = """\
+{{- range .Messages }}<|im_start|>{{ .Role }}
+{{ .Content }}<|im_end|>
+{{ end }}<|im_start|>assistant
+"""
+STOPS = ("<|im_start|>", "<|im_end|>")
+_PROBES: tuple[list[Message], ...] = (
+    [{"role": "user", "content": " Two\n\nlines \n"}],
+    [{"role": "system", "content": " s "}, {"role": "user", "content": "q"}],
+    [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "q1 "},
+        {"role": "assistant", "content": " a1\n"},
+        {"role": "user", "content": "q2"},
+    ],
+    [
+        {"role": "user", "content": "q1"},
+        {"role": "assistant", "content": "a1"},
+        {"role": "user", "content": "q2"},
+    ],
+)
+
+
+def modelfile(gguf_name: str, tokenizer: Any, system_prompt: str | None) -> tuple[str, list[str]]:
+    """The Modelfile beside the GGUF file of that name, and what it leaves out, in words.
+
+    TEMPLATE is there where the chat template is found to be ChatML, and SYSTEM where a system prompt can be
+    written: the run's, or else the one that the chat template puts there by itself.
+    """
+    lines, left_out = [f"FROM ./{gguf_name}"], []
+    default = chatml_default(tokenizer)
+    if default is None:
+        left_out.append(
+            "TEMPLATE: the chat template is not ChatML; Ollama guesses one, or takes none: add the right one"
+        )
+    else:
+        lines.append(f'TEMPLATE """{CHATML_IN_GO}"""')
+        lines += [f'PARAMETER stop "{stop}"' for stop in STOPS]
+    system = system_prompt if system_prompt is not None else default
+    if system and not _can_be_quoted(system):
+        left_out.append("SYSTEM: a Modelfile cannot hold this system prompt; send it with each request")
+    elif system:
+        lines.append(f'SYSTEM """{system}"""')
+    return "\n".join(lines) + "\n", left_out
+
+
+def chatml_default(tokenizer: Any) -> str | None:
+    """The system prompt that the chat template writes where a conversation has none ("" where it writes
+    none); None where the template is not ChatML."""
+    try:
+        rendered = [render(tokenizer, probe, add_generation_prompt=True) for probe in _PROBES]
+    except ValueError:  # it refuses such a conversation
+        return None
+    found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n", rendered[0], re.DOTALL)
+    default = found[1] if found else ""
+    return default if rendered == [_chatml(probe, default) for probe in _PROBES] else None
+
+
+def _chatml(messages: Sequence[Message], default: str) -> str:
+    turns = list(messages)
+    if default and turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": default})
+    text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
+    return text + "<|im_start|>assistant\n"
+
+
+def _can_be_quoted(text: str) -> bool:
+    """Ollama has no escapes within its quotes, and drops what cannot be printed; of white space it keeps all
+    that is ASCII (github.com/ollama/ollama, parser/parser.go)."""
+    return '"""' not in text and all(letter.isprintable() or letter in "\n\t" for letter in text)

@@ -1,0 +1,271 @@
+"""Which path computes each part: the fast one where it was asked for and computes what the plain one does.
+
+Each is tried on the longest example against the model as it came. Models differ in what they do around their
+attention and their head, and none of that may be left out in silence.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import bitsandbytes as bnb
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from finetune.config import Config
+from finetune.data.collate import MicroBatch, pack, pad
+from finetune.data.tokenize import IGNORE, Examples
+from finetune.model.loss import TokenLoss
+from finetune.ops import elementwise, kernels, lora, quantized
+from finetune.ops.attention import PACKED, describe_kernel
+from finetune.ops.quantized import dropout_off
+from finetune.runtime.choice import Choice
+from finetune.runtime.processes import all_reduce_max
+
+# Of a token's logits, relative to their spread: the order of sums alone changes single tokens by up to 0.4 in
+# bf16; where examples are not kept apart, or positions are wrong, some change by more than 2.
+MOST_ROUNDING = 0.7
+# How many times faster int8 activations must be than dequantized weights, which are more exact.
+WORTH_ROUNDING = 1.2
+
+
+class FastPaths(NamedTuple):
+    """What was asked, and what computes."""
+
+    layout: Choice
+    attention: Choice
+    loss: Choice
+    lora: Choice
+    elementwise: Choice
+    int8: Choice
+    kernels: Choice
+
+    @property
+    def packed(self) -> bool:
+        """Whether examples are packed, rather than padded."""
+        return self.layout.actual == "packed"
+
+
+def choose_fast_paths(
+    config: Config, accelerator: Any, token_loss: TokenLoss, train_set: Examples, int8: str | None = None
+) -> FastPaths:
+    """Set token_loss and its model to compute as configured, as far as that gives the same results.
+
+    `int8` is how an earlier part of this run multiplied int8 weights: it is not measured again.
+    """
+    use_reference_paths(token_loss)
+    trial = _Trial(accelerator, token_loss, train_set)
+    expected = trial.logits(trial.alone)
+    kernels_choice = _choose_kernels(config, accelerator.device)
+    int8_choice = _choose_int8(config, accelerator, token_loss.model, train_set, int8)
+    lora_choice = _choose_lora(config, token_loss.model, int8_choice, trial, expected)
+    elementwise_choice = _choose_elementwise(config, token_loss.model, trial, expected)
+    layout, attention = _choose_layout(config, token_loss, trial, expected)
+    loss = _choose_head(config, token_loss, trial)
+    choices = (layout, attention, loss, lora_choice, elementwise_choice, int8_choice, kernels_choice)
+    return FastPaths(*choices)
+
+
+def use_reference_paths(token_loss: TokenLoss) -> None:
+    """Let everything be computed as transformers, PEFT and bitsandbytes do."""
+    token_loss.masks_packed_rows, token_loss.head_mib = True, None
+    lora.disable(token_loss.model)
+    elementwise.disable(token_loss.model)
+    kernels.disable()
+    if token_loss.base.config._attn_implementation == PACKED:
+        token_loss.base.set_attn_implementation("sdpa")
+
+
+class _Trial:
+    """The longest example alone in a padded row, and behind another one in a packed row."""
+
+    def __init__(self, accelerator: Any, token_loss: TokenLoss, train_set: Examples) -> None:
+        longest, other = int(train_set.lengths.argmax()), int(train_set.lengths.argmin())
+        tokens, before = train_set.dataset[longest]["input_ids"], train_set.dataset[other]["input_ids"][:64]
+        shared = min(16, len(tokens) // 4)  # a beginning that stands in the packed row but once
+        before = tokens[:shared] + before
+        first = {"input_ids": before, "labels": [IGNORE] * len(before)}
+        second = {"input_ids": tokens, "labels": [IGNORE] * (shared + 1) + tokens[shared + 1 :]}
+        self.alone = pad([second]).to(accelerator.device)
+        self.behind = pack([first, second]).to(accelerator.device)
+        self._accelerator, self._token_loss = accelerator, token_loss
+
+    def call(self, function: Callable[[MicroBatch], Any], batch: MicroBatch) -> Any:
+        """The function's result without dropout, in the run's precision."""
+        with torch.no_grad(), dropout_off(self._token_loss), self._accelerator.autocast():
+            return function(batch)
+
+    def logits(self, batch: MicroBatch) -> Tensor:
+        """[N, vocabulary] fp32 of the longest example's tokens."""
+        logits: Tensor = self.call(self._token_loss.target_logits, batch).float()
+        return logits
+
+    def fault(self, batch: MicroBatch, expected: Tensor) -> str | None:
+        """Why the longest example has other logits here than alone on the plain paths; None: it has not."""
+        try:
+            logits = self.logits(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a model that knows no such thing fails in a way of its own
+            return str(error) if isinstance(error, NotImplementedError) else type(error).__name__
+        # By token, since a convolution would carry over to the first ones alone.
+        difference = ((logits - expected).square().mean(-1) / expected.var(-1)).sqrt().max()
+        return None if float(difference) < MOST_ROUNDING else "other results"
+
+
+def _choose_kernels(config: Config, device: torch.device) -> Choice:
+    """On a CPU, what the fast paths compute besides large matrix multiplications."""
+    name, compiled, plain = "CPU kernels", "compiled", "torch's operations"
+    if device.type != "cpu":
+        return Choice(name, "none", "none")
+    if not config.fast.kernels:
+        return Choice(name, plain, plain)
+    try:
+        kernels.enable()
+    except (OSError, ValueError) as error:  # no compiler, or no folder to keep what it made
+        return Choice(name, compiled, plain, str(error))
+    return Choice(name, compiled, compiled)
+
+
+def _choose_layout(
+    config: Config, token_loss: TokenLoss, trial: _Trial, expected: Tensor
+) -> tuple[Choice, Choice]:
+    """Packed rows, where the model keeps packed examples apart.
+
+    Models differ in whether they heed a mask between the examples of a row and positions that restart: one
+    with a recurrent state cannot, and one with a sliding window may lose it.
+    """
+    base, own = token_loss.base, str(token_loss.base.config._attn_implementation)
+    kernel = describe_kernel(trial.alone.input_ids.device, next(token_loss.model.parameters()).dtype)
+    asked = f"packed, {kernel}" if config.fast.attention and config.train.packing else own
+    if not config.train.packing:
+        return Choice("layout", "padded", "padded"), Choice("attention", own, own)
+    reason = f"the model is built for {own} attention alone"
+    if config.fast.attention and own == "sdpa":
+        base.set_attn_implementation(PACKED)
+        token_loss.masks_packed_rows = False
+        fault = trial.fault(trial.behind, expected)
+        if fault is None:
+            return Choice("layout", "packed", "packed"), Choice("attention", asked, asked)
+        base.set_attn_implementation(own)
+        token_loss.masks_packed_rows = True
+        reason = f"tried on the longest example: {fault}"
+    attention = Choice("attention", asked, own, "" if asked == own else reason)
+    fault = trial.fault(trial.behind, expected)
+    if fault is None:
+        return Choice("layout", "packed", "packed"), attention
+    if fault == "other results":
+        reason = "the model computes packed examples otherwise than each alone"
+    else:
+        reason = f"the model takes no mask between packed examples ({fault})"
+    return Choice("layout", "packed", "padded", reason), attention
+
+
+def _choose_head(config: Config, token_loss: TokenLoss, trial: _Trial) -> Choice:
+    """The head in chunks, where the logits are its product with the last hidden states and nothing else."""
+    name, chunks = "loss", f"target tokens in chunks of {config.fast.head_mib} MiB"
+    plain = "all logits of target tokens" if token_loss.can_skip_logits else "logits of all tokens"
+    if not config.fast.head:
+        return Choice(name, plain, plain)
+    head = token_loss.base.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
+        return Choice(name, chunks, plain, "the head is trained, has a bias, or is no plain linear layer")
+    if trial.call(lambda batch: _computes_logits(token_loss, head, batch), trial.alone):
+        token_loss.head_mib = config.fast.head_mib
+        return Choice(name, chunks, chunks)
+    return Choice(name, chunks, plain, "the model's logits are more than its head's output")
+
+
+def _computes_logits(token_loss: TokenLoss, head: nn.Linear, batch: MicroBatch) -> bool:
+    """Whether the head takes the decoder's hidden states, and its output is left as it is.
+
+    The head is given eight times what it would get: something that bounds logits would be seen.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def enlarge(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen["hidden"] = inputs[0]
+        return (8 * inputs[0],)
+
+    def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        seen["logits"] = output
+
+    handles = [head.register_forward_pre_hook(enlarge), head.register_forward_hook(keep)]
+    try:
+        logits: Tensor = token_loss.base(**token_loss.inputs(batch)).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    hidden: Tensor = token_loss.base.get_decoder()(**token_loss.inputs(batch)).last_hidden_state
+    return torch.equal(logits, seen["logits"]) and torch.equal(hidden, seen["hidden"])
+
+
+def _choose_lora(config: Config, model: nn.Module, int8: Choice, trial: _Trial, expected: Tensor) -> Choice:
+    """One function for the LoRA layers of each input."""
+    name, fused, plain = "LoRA layers", "one function for each input", "PEFT's"
+    if not config.fast.lora:
+        return Choice(name, plain, plain)
+    num_fast, num_all = lora.enable(model, int8.actual == "int8")
+    if num_fast == 0:
+        return Choice(name, fused, plain, "DoRA, or layers of another kind")
+    if fault := trial.fault(trial.alone, expected):
+        lora.disable(model)
+        return Choice(name, fused, plain, f"tried on the longest example: {fault}")
+    if num_fast < num_all:
+        return Choice(name, fused, f"{fused}, but for {num_all - num_fast}", "those are of another kind")
+    return Choice(name, fused, fused)
+
+
+def _choose_elementwise(config: Config, model: nn.Module, trial: _Trial, expected: Tensor) -> Choice:
+    """Norms, rotary positions and gated activations that keep less."""
+    name, fast, plain = "norms, rotary, SiLU", "keep their inputs", "the model's"
+    if not config.fast.elementwise:
+        return Choice(name, plain, plain)
+    if elementwise.enable(model) == 0:
+        return Choice(name, fast, plain, "no norm, rotary attention or gated SiLU that is known")
+    if fault := trial.fault(trial.alone, expected):
+        elementwise.disable(model)
+        return Choice(name, fast, plain, f"tried on the longest example: {fault}")
+    return Choice(name, fast, fast)
+
+
+def _choose_int8(
+    config: Config, accelerator: Any, model: nn.Module, train_set: Examples, recorded: str | None
+) -> Choice:
+    """How int8 weights are multiplied; where that is left open, the faster way for a typical micro-batch."""
+    name, asked = "int8 weights", config.fast.int8_matmul
+    bases = (module.base_layer for module in model.modules() if isinstance(module, LoraLayer))
+    layers = [base for base in bases if isinstance(base, bnb.nn.Linear8bitLt)]
+    if not layers:
+        return Choice(name, "none", "none")
+    if not config.fast.lora:
+        return Choice(name, "bitsandbytes'", "bitsandbytes'")
+    if asked != "auto":
+        return Choice(name, asked, asked)
+    if recorded is not None:
+        return Choice(name, recorded, recorded, "as this run began")
+    layer, device = max(layers, key=lambda layer: layer.weight.numel()), accelerator.device
+    num_tokens = max(64, min(1024, int(8 * train_set.lengths.mean())))
+    x = torch.randn(num_tokens, layer.in_features, device=device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        in_int8 = _seconds(lambda: quantized.multiply(x, layer, int8_matmul=True), device)
+        dequantized = _seconds(lambda: quantized.multiply(x, layer, int8_matmul=False), device)
+    # It rounds the activations too, so it has to be worth it. All processes alike: the first one decides.
+    is_worth_it = accelerator.is_main_process and in_int8 < dequantized / WORTH_ROUNDING
+    is_int8 = all_reduce_max(accelerator, int(is_worth_it)) == 1
+    got = "int8" if is_int8 else "dequantize"
+    measured = f"{num_tokens} tokens: dequantized {dequantized * 1e3:.1f} ms, in int8 {in_int8 * 1e3:.1f} ms"
+    return Choice(name, got, got, measured)
+
+
+def _seconds(function: Callable[[], object], device: torch.device) -> float:
+    """The median of five calls, after one that does not count."""
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[2]

@@ -1,0 +1,160 @@
+"""Answers to conversations, by the trained model or its base."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessorList
+
+from finetune.config_checks import LARGEST_WHOLE_NUMBER
+from finetune.data.tokenize import Message, render
+from finetune.ops.quantized import dropout_off, frozen_weight
+from finetune.runtime.accelerator import DTYPES
+
+
+class Answer(NamedTuple):
+    """A generated turn, without special tokens and white space around it."""
+
+    text: str
+    num_tokens: int
+    """Generated, the one that ends the turn included"""
+    ended: bool
+    """By itself, not at the limit of tokens"""
+
+
+class Sampler:
+    """Makes the likeliest token of [B, V] scores a draw from softmax(scores / temperature): the Gumbel-max
+    trick. Each row has noise of its own, from its seed alone: what stands beside it changes nothing."""
+
+    def __init__(self, temperature: float, seeds: Sequence[int], device: torch.device) -> None:
+        self._temperature = temperature
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # In fp32 one number in 2^24 would be 0, and its token certain.
+        noise = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
+        for row, generator in zip(noise, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores / self._temperature - noise.log()
+
+
+def check_limits(temperature: float, max_new_tokens: int) -> None:
+    """Raise ValueError where nothing can be generated with these."""
+    if not (temperature == 0 or 0.01 <= temperature <= 100):
+        raise ValueError(f"temperature must be 0 (the likeliest token) or 0.01 to 100, not {temperature:g}")
+    if not 1 <= max_new_tokens <= LARGEST_WHOLE_NUMBER:
+        raise ValueError(f"the number of new tokens must be at least 1, not {max_new_tokens}")
+
+
+def generate_answers(
+    accelerator: Any,
+    model: Any,
+    tokenizer: Any,
+    conversations: Sequence[list[Message]],
+    max_new_tokens: int = 48,
+) -> list[Answer]:
+    """The likeliest answer (greedy) to the last turn of each conversation, all as one batch."""
+    prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
+    return answer_prompts(accelerator, model, tokenizer, prompts, max_new_tokens)
+
+
+def encode_prompt(tokenizer: Any, messages: list[Message]) -> list[int]:
+    """Token ids of a conversation up to where the assistant's next turn begins.
+
+    Raises:
+        ValueError: the template fails on these messages.
+    """
+    text = render(tokenizer, messages, add_generation_prompt=True)
+    tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokens
+
+
+def require_room(model: Any, num_tokens: int, max_new_tokens: int) -> None:
+    """Raise ValueError where the model has no positions for a prompt of `num_tokens` and its answer."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and num_tokens + max_new_tokens > positions:
+        raise ValueError(
+            f"the prompt has {num_tokens:,} tokens, and with an answer of up to {max_new_tokens:,} more than "
+            f"the model's {positions:,}"
+        )
+
+
+@torch.no_grad()
+def answer_prompts(
+    accelerator: Any,
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    sampler: Sampler | None = None,
+    streamer: Any = None,
+) -> list[Answer]:
+    """Answers to prompts (token ids), all as one batch: the likeliest tokens, or those that `sampler` draws.
+
+    `streamer`, one of transformers', is given the tokens of a single prompt as they come.
+    """
+    # Padded apart: a call with padding would leave it switched on in the tokenizer that the run saves.
+    padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    inputs = padded.to(accelerator.device)
+    ends = end_tokens(model, tokenizer)
+    with dropout_off(model), _dense_head_input(model), accelerator.autocast():
+        tokens = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            repetition_penalty=1.0,  # some models bring one of their own
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=sorted(ends),
+            logits_processor=LogitsProcessorList([] if sampler is None else [sampler]),
+            streamer=streamer,
+        )
+    return [_answer(tokenizer, row, ends) for row in tokens[:, inputs["input_ids"].shape[1] :].tolist()]
+
+
+@contextmanager
+def _dense_head_input(model: Any) -> Iterator[None]:
+    """Copy what goes into the head: it is a slice of the prompt's states, for which torch would write out the
+    head's weight once for each row of the batch, hundreds of times the work."""
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer: the tokenizer's EOS, and those that the model brings."""
+    ends = model.generation_config.eos_token_id
+    several = ends if isinstance(ends, list) else [ends]
+    return {token for token in (*several, tokenizer.eos_token_id) if token is not None}
+
+
+def _answer(tokenizer: Any, tokens: list[int], ends: set[int]) -> Answer:
+    """Of a row of generated tokens, which is padded behind its end."""
+    end = next((place for place, token in enumerate(tokens) if token in ends), None)
+    own = tokens if end is None else tokens[: end + 1]
+    text: str = tokenizer.decode(own, skip_special_tokens=True)
+    return Answer(text.strip(), len(own), end is not None)
+
+
+def dequantize_on_cpu(model: nn.Module, precision: str) -> None:
+    """Hold quantized weights as the numbers they are multiplied as, which a CPU otherwise computes again for
+    each token. Answers stay the same; the weights take twice (int8) or four times (nf4) the memory.
+
+    A GPU multiplies them as they are. `precision` is no, bf16 or fp16.
+    """
+    kinds = (bnb.nn.Linear8bitLt, bnb.nn.Linear4bit)
+    for module in list(model.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, kinds) and layer.weight.device.type == "cpu":
+                plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+                plain.weight = nn.Parameter(frozen_weight(layer, DTYPES[precision]), requires_grad=False)
+                plain.bias = layer.bias
+                setattr(module, name, plain)

@@ -1,0 +1,267 @@
+"""The tokenizer, the frozen base (bf16, int8 or nf4) and the LoRA adapter on it."""
+
+import hashlib
+import logging
+import re
+import textwrap
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import peft
+import torch
+from accelerate.utils import set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers.utils.logging import disable_progress_bar
+
+from finetune.config import Config, LoraConfig, ModelConfig
+from finetune.model.starter import HUB_NAME, starter_model_dir
+from finetune.runtime.accelerator import DTYPES
+from finetune.runtime.choice import Choice
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's tokenizer, with a padding token (its EOS token where it brings none).
+
+    Raises:
+        ValueError: as `load_base`.
+    """
+    source, arguments = _locate(config)
+    tokenizer = _from_pretrained(AutoTokenizer, config, source, arguments)
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the tokenizer of {config.name_or_path} cannot tell where in the text its tokens stand"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_architecture(config: ModelConfig) -> Any:
+    """What transformers knows of the model without its weights: its own configuration.
+
+    Raises:
+        ValueError: as `load_base`.
+    """
+    source, arguments = _locate(config)
+    return _from_pretrained(AutoConfig, config, source, arguments)
+
+
+def load_model(config: Config, precision: str, device: torch.device) -> peft.PeftModel:
+    """The base with a fresh adapter: adapter weights in fp32 and alone trainable, initialized from the seed.
+
+    Raises:
+        ValueError: a model that cannot be loaded, or target modules that it does not have.
+    """
+    base = load_base(config.model, precision, device)
+    if config.train.gradient_checkpointing:
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    set_seed(config.train.seed)
+    return add_adapter(base, config.lora)
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Raise ValueError where the tokenizer has a token that the model has no embedding for: it would fail in
+    the middle of the run, and on a GPU without a word of what it was."""
+    tokens, embeddings = len(tokenizer), model.get_input_embeddings().num_embeddings
+    if tokens > embeddings:
+        raise ValueError(
+            f"the tokenizer has {tokens} tokens and the model embeddings for {embeddings}: take the "
+            "tokenizer that belongs to the model"
+        )
+
+
+def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
+    """The causal language model, quantized as configured, frozen, on the device.
+
+    `precision` is no, bf16 or fp16: the data type of what is not quantized. Embeddings stay in it too.
+
+    Raises:
+        ValueError: no such folder, file or hub model, no network, or no causal language model.
+    """
+    _quiet_libraries()
+    dtype = DTYPES[precision]
+    source, arguments = _locate(config)
+    quantization = {
+        "none": None,
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+        "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
+    }[config.quantization]
+    if "gguf_file" in arguments:
+        if quantization is not None:
+            raise ValueError(
+                f"model.name_or_path {config.name_or_path} is a GGUF file, which loads dequantized: set "
+                "model.quantization to none, or save it as a model folder first"
+            )
+        quantization = GgufConfig(dequantize=True)
+    base, loading = _from_pretrained(
+        AutoModelForCausalLM,
+        config,
+        source,
+        {
+            **arguments,
+            "dtype": dtype,
+            "quantization_config": quantization,
+            "device_map": {"": device},
+            "output_loading_info": True,
+        },
+    )
+    if {module.is_causal for module in base.modules() if hasattr(module, "is_causal")} == {False}:
+        raise ValueError(
+            f"model.name_or_path {config.name_or_path} is no causal language model: its tokens see later ones"
+        )
+    if loading["missing_keys"]:  # transformers makes them up at random, and goes on
+        missing = sorted(loading["missing_keys"])
+        raise ValueError(
+            f"model.name_or_path {config.name_or_path} lacks {len(missing)} weights, such as {missing[0]}"
+        )
+    if config.name_or_path == "starter":
+        base.name_or_path = HUB_NAME  # peft writes it into the adapter: not a folder in this user's cache
+    for module in base.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            # On some CPUs it packs its weights when called in evaluation, and has no gradient from then on.
+            module.support_avx512bf16_for_cpu = False
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            module.init_8bit_state = types.MethodType(_init_8bit_state, module)
+    return base.requires_grad_(False)
+
+
+def _init_8bit_state(layer: Any) -> None:
+    """bitsandbytes' own, with the scales kept: on a CPU PEFT's DoRA moves the weight to where it is, and then
+    it has its codes again, but not the scales that went with them."""
+    if layer.weight.SCB is None:
+        layer.weight.SCB = layer.state.SCB
+    type(layer).init_8bit_state(layer)
+
+
+def add_adapter(base: Any, config: LoraConfig) -> peft.PeftModel:
+    settings = peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.target_modules,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        task_type=peft.TaskType.CAUSAL_LM,
+    )
+    try:
+        model = peft.get_peft_model(base, settings)
+    except ValueError as error:
+        raise ValueError(f"lora.target_modules: {_in_one_line(error)}") from error
+    if isinstance(config.target_modules, list):
+        found = {name.rpartition(".")[2] for name in model.targeted_module_names}
+        missing = [name for name in config.target_modules if name.rpartition(".")[2] not in found]
+        if missing:  # peft is content when one of them is found
+            raise ValueError(f"lora.target_modules: the model has no {', '.join(missing)}")
+    return model
+
+
+def base_fingerprint(config: ModelConfig, model: Any) -> str:
+    """What tells this base from another of the same shape, on any device: a hub model's commit, or a digest
+    of a folder's weight files (their sizes, and a MiB at the start, the middle and the end of each)."""
+    source, arguments = _locate(config)
+    if not Path(source).is_dir():
+        return f"{source}@{getattr(model.config, '_commit_hash', None)}"
+    digest = hashlib.sha256()
+    pattern = arguments.get("gguf_file", "*.safetensors")
+    for path in sorted(Path(source).glob(pattern)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for place in (0, size // 2, max(0, size - 2**20)):
+                file.seek(place)
+                digest.update(file.read(2**20))
+    return digest.hexdigest()
+
+
+def describe_base(config: ModelConfig, model: Any) -> Choice:
+    """What the layers of the base are: looked up in the model."""
+    asked = config.quantization
+    counts = {
+        "int8": sum(isinstance(module, bnb.nn.Linear8bitLt) for module in model.modules()),
+        "nf4": sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules()),
+    }
+    got = next((name for name, count in counts.items() if count > 0), "none")
+    return Choice("quantization", asked, got, "" if got == asked else f"no linear layer became {asked}")
+
+
+def training_flop(model: Any) -> tuple[int, int]:
+    """FLOP that a token, and on top a target token, takes in an update: the products with the frozen weights,
+    forward and for the gradient of the input (2 FLOP each and weight). LoRA, attention and all else, a few
+    percent, count as overhead."""
+    head = model.get_output_embeddings()
+    kinds = (torch.nn.Linear, bnb.nn.Linear8bitLt, bnb.nn.Linear4bit)
+    weights = sum(
+        module.in_features * module.out_features
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and module is not head and ".lora_" not in name
+    )
+    return 4 * weights, 4 * head.weight.numel()
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """(trainable, total) parameters; two 4-bit weights share a byte and count as two."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        packed = getattr(parameter, "quant_state", None)
+        size = parameter.numel() if packed is None else packed.shape.numel()
+        total += size
+        trainable += size if parameter.requires_grad else 0
+    return trainable, total
+
+
+def hub_name(config: ModelConfig) -> str | None:
+    """The name of the base on the Hugging Face Hub; None where it is a folder or a file."""
+    if config.name_or_path == "starter":
+        return HUB_NAME
+    try:
+        source, _ = _locate(config)
+    except ValueError:  # a folder that is gone by now
+        return None
+    return None if Path(source).is_dir() else source
+
+
+def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """What transformers calls the model, and the arguments that go with it."""
+    name = config.name_or_path
+    if name == "starter":
+        return str(starter_model_dir()), {}
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:  # no such user, or one without a home
+        raise ValueError(f"model.name_or_path {name}: {error}") from error
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"model.name_or_path {name} does not exist")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+            raise ValueError(f"model.name_or_path {name} holds an adapter; name the model it was trained on")
+        return str(path), {}
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise ValueError(f"model.name_or_path {name!r} is no folder that exists and no hub name")
+    return name, {"revision": config.revision} if config.revision else {}
+
+
+def _from_pretrained(loader: Any, config: ModelConfig, source: str, arguments: dict[str, Any]) -> Any:
+    try:
+        return loader.from_pretrained(source, trust_remote_code=config.trust_remote_code, **arguments)
+    except Exception as error:  # a broken folder shows in errors of many libraries, of many kinds
+        raise ValueError(
+            f"model.name_or_path {config.name_or_path} could not be loaded: {_in_one_line(error)}"
+        ) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return textwrap.shorten(str(error), 400, placeholder=" ...") or type(error).__name__
+
+
+def _quiet_libraries() -> None:
+    """Silence what says nothing to a user: peft calls what transformers renamed, and weights that load in
+    a second show a bar."""
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    disable_progress_bar()
+    # bitsandbytes' int8 multiplication tells of a cast, in each layer of each forward pass.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

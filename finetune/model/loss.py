@@ -1,0 +1,118 @@
+"""The loss: a causal language model in, sums over target tokens out."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.data.collate import Boundaries, MicroBatch
+from finetune.ops.chunked_head import ChunkedTokenSums, bytes_per_logit, chunked_token_stats, tokens_per_chunk
+
+
+@dataclass(frozen=True)
+class TokenSums:
+    """Sums over target tokens: fp32 scalars on the device. Dividing by `count` gives the means."""
+
+    nll: Tensor
+    """Negative log-likelihood of the target tokens, in nats; the only one with a gradient"""
+    entropy: Tensor
+    """Entropy of the predicted distributions, in nats"""
+    correct: Tensor
+    """How often the likeliest token was the target"""
+    count: Tensor
+    """Number of target tokens"""
+
+
+class TokenLoss(nn.Module):
+    """A causal language model with the loss inside, so that DDP wraps both and no logits leave it.
+
+    As it is made, it computes everything the plain way: `paths.choose_fast_paths` sets what may be faster.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.base: Any = _base(model)
+        self.can_skip_logits = "logits_to_keep" in inspect.signature(self.base.forward).parameters
+        self.masks_packed_rows = True
+        """Packed rows come with a mask over the whole row; False: their boundaries go to the attention"""
+        self.head_mib: int | None = None
+        """MiB for the logits of a chunk of target tokens; None: the model's own head, all of their logits"""
+
+    def forward(self, batch: MicroBatch) -> TokenSums:
+        if self.head_mib is None:
+            return reference_token_sums(self.target_logits(batch), batch.target_ids)
+        sums: Tensor = self._through_head(ChunkedTokenSums.apply, batch, self.head_mib)
+        nll, entropy, correct = sums.unbind()
+        return TokenSums(nll, entropy.detach(), correct.detach(), _count(batch.target_ids))
+
+    @torch.no_grad()
+    def token_stats(self, batch: MicroBatch) -> Tensor:
+        """[N, 3] fp32, of each target token: nll and entropy in nats, and 1 where it was the likeliest."""
+        if self.head_mib is None:
+            return reference_token_stats(self.target_logits(batch), batch.target_ids)
+        return self._through_head(chunked_token_stats, batch, self.head_mib)
+
+    def _through_head(self, function: Callable[..., Tensor], batch: MicroBatch, mib: int) -> Tensor:
+        hidden, weight = self.target_hidden(batch), self.base.get_output_embeddings().weight
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight = weight.to(hidden.dtype)
+            size = bytes_per_logit(hidden.dtype, hidden.device)
+            return function(hidden, weight, batch.target_ids, tokens_per_chunk(mib, len(weight), size))
+
+    def target_logits(self, batch: MicroBatch) -> Tensor:
+        """[N, vocabulary]: the logits at the target positions, in the precision of the forward pass."""
+        # A single row can ask the model for the positions it needs, and no others reach the head.
+        keep = self.can_skip_logits and len(batch.input_ids) == 1
+        chosen: dict[str, Any] = {"logits_to_keep": batch.target_positions} if keep else {}
+        logits: Tensor = self.model(**self.inputs(batch), **chosen).logits
+        return logits[0] if keep else logits.flatten(0, 1)[batch.target_positions]
+
+    def target_hidden(self, batch: MicroBatch) -> Tensor:
+        """[N, d]: what the head would get at the target positions, in the precision it multiplies in."""
+        states: Tensor = self.base.get_decoder()(**self.inputs(batch)).last_hidden_state
+        hidden = states.flatten(0, 1)[batch.target_positions]
+        kind = hidden.device.type
+        return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
+
+    def inputs(self, batch: MicroBatch) -> dict[str, Any]:
+        """The arguments of the model's forward method, or of its decoder's."""
+        limits = batch.limits
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+        if not isinstance(limits, Boundaries):
+            return {**inputs, "attention_mask": limits}
+        if self.masks_packed_rows:
+            return {**inputs, "attention_mask": limits.mask()}
+        # A mask of one element: with none at all the model would make one.
+        nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
+        return {**inputs, "attention_mask": nothing, "boundaries": limits}
+
+
+def reference_token_sums(logits: Tensor, target_ids: Tensor) -> TokenSums:
+    """Sums of logits [N, V] against target_ids [N], computed in fp32."""
+    nll, entropy, correct = reference_token_stats(logits, target_ids).sum(0).unbind()
+    return TokenSums(nll, entropy.detach(), correct.detach(), _count(target_ids))
+
+
+def reference_token_stats(logits: Tensor, target_ids: Tensor) -> Tensor:
+    """[N, 3] of logits [N, V] and target_ids [N], computed in fp32; only the first column has a gradient."""
+    log_probs = logits.float().log_softmax(-1)
+    nll = -log_probs.gather(-1, target_ids[:, None]).squeeze(-1)
+    with torch.no_grad():
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        correct = (logits.argmax(-1) == target_ids).float()
+    return torch.stack([nll, entropy, correct], dim=1)
+
+
+def _count(target_ids: Tensor) -> Tensor:
+    """Made on the device: a number that is copied there has the host wait."""
+    return torch.full((), float(len(target_ids)), device=target_ids.device)
+
+
+def _base(model: nn.Module) -> Any:
+    """The causal model below PEFT's wrapper."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()

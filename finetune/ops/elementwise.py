@@ -1,0 +1,232 @@
+"""Norms, rotary positions and gated activations as autograd functions that keep no more than their inputs.
+
+Written out in single operations, as models do, autograd keeps every product on the way, some of them in fp32:
+memory, and time where memory is what takes it.
+"""
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from finetune.ops import kernels, lora
+from finetune.ops.quantized import dropout_off
+
+
+def enable(model: nn.Module) -> int:
+    """Replace the forward method of the RMS norms, gated MLPs and rotary attention that compute what is
+    computed here; returns how many do."""
+    count = 0
+    for module in model.modules():
+        for forward in (_norm, _mlp, _attention):
+            if "forward" not in module.__dict__ and _computes(module, forward):
+                module.forward = types.MethodType(forward, module)
+                count += 1
+    return count
+
+
+def disable(model: nn.Module) -> None:
+    """Give the modules their own forward method back."""
+    for module in model.modules():
+        if getattr(module.__dict__.get("forward"), "__func__", None) in (_norm, _mlp, _attention):
+            del module.forward
+
+
+def _computes(module: Any, forward: Any) -> bool:
+    """Whether a module looks like one of these, and gives the same for random input."""
+    others: tuple[Any, ...] = ()
+    if not all(hasattr(module, part) for part in PARTS[forward]):
+        return False
+    if forward is _norm:
+        weight = module.weight
+        if weight.requires_grad:
+            return False
+        size = weight.shape[-1]
+    elif forward is _mlp:
+        z = torch.linspace(-8, 8, 99)
+        if not torch.equal(module.act_fn(z), F.silu(z)):
+            return False
+        weight = next(module.parameters())
+        size = module.gate_proj.in_features
+    else:
+        if module.config._attn_implementation == "eager":
+            return False
+        weight = next(module.parameters())
+        size = module.q_proj.in_features
+        angles = torch.linspace(0, 3, 8 * module.head_dim // 2, device=weight.device).view(1, 8, -1)
+        angles = torch.cat([angles, angles], dim=-1)
+        others = ((angles.cos(), angles.sin()), None)
+    dtype = weight.dtype if weight.dtype.is_floating_point else torch.bfloat16
+    x = torch.randn(1, 8, size, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
+    if others:
+        others = (tuple(part.to(dtype) for part in others[0]), None)
+    with torch.no_grad(), dropout_off(module):
+        try:
+            expected = module(x, *others)
+            if others and _asks_more(module, x, *others):
+                return False
+        except Exception:  # it takes other inputs: none of these
+            return False
+        got = forward(module, x, *others)
+    expected, got = (y[0].float() if others else y.float() for y in (expected, got))
+    return bool((got - expected).norm() <= ROUNDING[forward] * expected.norm())
+
+
+def _asks_more(module: Any, *inputs: Any) -> bool:
+    """Whether an attention module asks the attention function for more than a scale, such as a window."""
+    asked: dict[str, Any] = {}
+
+    def note(*arguments: Any, dropout: float = 0.0, scaling: float | None = None, **more: Any) -> Any:
+        asked.update(more)
+        return sdpa_attention_forward(*arguments, dropout=dropout, scaling=scaling)
+
+    AttentionInterface.register("note", note)
+    own = module.config._attn_implementation
+    module.config._attn_implementation = "note"
+    try:
+        module(*inputs)
+    finally:
+        module.config._attn_implementation = own
+    return any(value is not None for value in asked.values())
+
+
+def _norm(module: Any, x: Tensor) -> Tensor:
+    result: Tensor = _RmsNorm.apply(  # type: ignore[no-untyped-call]
+        x, module.weight, module.variance_epsilon
+    )
+    return result
+
+
+def _mlp(module: Any, x: Tensor) -> Tensor:
+    product = _GatedSilu.apply(  # type: ignore[no-untyped-call]
+        *lora.project([module.gate_proj, module.up_proj], x)
+    )
+    result: Tensor = module.down_proj(product)
+    return result
+
+
+def _attention(
+    module: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **others: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Self-attention with rotary positions; with a cache (generation), the module's own."""
+    if past_key_values is not None or position_embeddings is None:
+        own: tuple[Tensor, Tensor | None] = type(module).forward(
+            module, hidden_states, position_embeddings, attention_mask, past_key_values, **others
+        )
+        return own
+    shape = (*hidden_states.shape[:-1], -1, module.head_dim)
+    projections = lora.project([module.q_proj, module.k_proj, module.v_proj], hidden_states)
+    query, key, value = (projection.view(shape) for projection in projections)
+    query, key = (
+        _Rotate.apply(part, *position_embeddings)  # type: ignore[no-untyped-call]
+        for part in (query, key)
+    )
+    attend = AttentionInterface()[module.config._attn_implementation]
+    output, weights = attend(
+        module,
+        *(part.transpose(1, 2) for part in (query, key, value)),
+        attention_mask,
+        dropout=module.attention_dropout if module.training else 0.0,
+        scaling=module.scaling,
+        **others,
+    )
+    return module.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotary positions: of x [B, T, H, D], halves (a, b) become (a cos - b sin, b cos + a sin).
+
+    cos, sin [B, T, D], their halves alike. The gradient is turned back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(dy, cos, sin, -1), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    if kernels.can_compute(x, cos, sin):
+        return kernels.rotate(x, cos, sin, direction)
+    y = x * cos[:, :, None]
+    half = x.shape[-1] // 2
+    sin = sin[:, :, None, :half]
+    y[..., :half].addcmul_(x[..., half:], sin, value=-direction)
+    y[..., half:].addcmul_(x[..., :half], sin, value=direction)
+    return y
+
+
+class _RmsNorm(torch.autograd.Function):
+    """y = w * x / sqrt(mean(x^2) + eps) over the last dimension of x [..., d], in fp32; w is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if kernels.can_compute(x, weight):
+            y, scale = kernels.norm_forward(x, weight, eps)
+        else:
+            x32 = x.float()
+            scale = torch.linalg.vecdot(x32, x32).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+            y = weight * (x32 * scale).to(x.dtype)
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        if kernels.can_compute(x, weight, dy):
+            return kernels.norm_backward(x, weight, scale, dy), None, None
+        normed = x.float().mul_(scale) if x.dtype != torch.float32 else x * scale
+        dnormed = (dy * weight).float()
+        share = torch.linalg.vecdot(dnormed, normed).div_(x.shape[-1]).unsqueeze(-1)
+        # d y / d x: the gradient less its part along x, scaled.
+        dx = torch.addcmul(dnormed, normed, share, value=-1).mul_(scale)
+        return dx.to(x.dtype), None, None
+
+
+class _GatedSilu(torch.autograd.Function):
+    """silu(gate) * up; silu(gate) is computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return kernels.silu_forward(gate, up) if kernels.can_compute(gate, up) else F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        if kernels.can_compute(gate, up, dy):
+            return kernels.silu_backward(gate, up, dy)
+        return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
+
+
+# What a module must have to be tried, and what rounding may leave between its result and the one here: in an
+# attention's, 16-bit numbers go through five products.
+PARTS = {
+    _norm: ("weight", "variance_epsilon"),
+    _mlp: ("gate_proj", "up_proj", "down_proj", "act_fn"),
+    _attention: (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "head_dim",
+        "scaling",
+        "attention_dropout",
+        "config",
+    ),
+}
+ROUNDING = {_norm: 1e-2, _mlp: 1e-2, _attention: 5e-2}

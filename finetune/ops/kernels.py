@@ -1,0 +1,248 @@
+"""`kernels.cpp`, compiled on the machine that runs it, and called with tensors.
+
+The compiler is the one on the user's path; what it made is kept in the user's cache. Where it fails, or is
+missing, torch's own operations compute the same; the table at a run's start says which.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from finetune.runtime.files import cache_dir
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+DTYPES = (torch.float32, torch.bfloat16)  # in the order of the source's lists of functions
+SECONDS_TO_COMPILE = 120
+
+_library: ctypes.CDLL | None = None
+
+
+def enable() -> None:
+    """Let a CPU compute by the kernels.
+
+    Raises:
+        OSError: there is no compiler, or it failed, or what it made cannot be loaded; the message says which.
+    """
+    global _library
+    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("c++") or ""]
+    if compiler == [""]:
+        raise OSError("there is no C++ compiler: install g++")
+    version, source = _run([*compiler, "--version"]), SOURCE.read_text(encoding="utf-8")
+    key = "\n".join([source, *FLAGS, version, _instruction_set()])
+    file = cache_dir() / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if not file.exists():
+        _compile(compiler, file)
+    _library = ctypes.CDLL(str(file))
+
+
+def disable() -> None:
+    """Let torch's own operations compute."""
+    global _library
+    _library = None
+
+
+def can_compute(*tensors: Tensor) -> bool:
+    """Whether the kernels are on and take these tensors: all on a CPU, all fp32 or all bf16."""
+    first = tensors[0]
+    return (
+        _library is not None
+        and first.dtype in DTYPES
+        and all(x.device.type == "cpu" and x.dtype == first.dtype for x in tensors)
+    )
+
+
+def _run(command: list[str]) -> str:
+    """What a program prints.
+
+    Raises:
+        OSError: it cannot be started, or fails, or does not end.
+    """
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=True, timeout=SECONDS_TO_COMPILE
+        )
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in error.stderr.splitlines() if "error" in line] or [
+            f"exit {error.returncode}"
+        ]
+        raise OSError(f"{Path(command[0]).name} failed: {lines[0].strip()}") from error
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"{Path(command[0]).name} took over {SECONDS_TO_COMPILE} s") from error
+    return done.stdout
+
+
+def _compile(compiler: list[str], file: Path) -> None:
+    """In two steps: the linker is told nothing of OpenMP, so that the library takes torch's threads. Of two
+    sets of threads, one would wait, busily, while the other computes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        compiled, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
+        _run([*compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)])
+        _run([*compiler, "-shared", str(compiled), "-o", str(linked)])
+        ctypes.CDLL(str(linked))  # what cannot be loaded is not kept
+        with linked.open("rb") as written:
+            os.fsync(written.fileno())  # nor what a power cut would leave of it
+        linked.replace(file)
+
+
+def _instruction_set() -> str:
+    """What "native" means here: a cache may be shared by machines that differ."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return platform.machine() + platform.processor()
+
+
+def attention_forward(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], prefix: int, scale: float
+) -> Tensor:
+    """query [T, H, D], key and value [T, K, D] of examples of these lengths behind `prefix` tokens that all
+    begin with: returns [T, H, D]."""
+    query, key, value = (_with_whole_heads(x) for x in (query, key, value))
+    output = query.new_empty(query.shape)
+    shapes = _attention_shapes(query, key, value, lengths, prefix, scale)
+    _call("attention_forward", query.dtype, query, key, value, output, *shapes)
+    return output
+
+
+def attention_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_output: Tensor,
+    lengths: tuple[int, ...],
+    prefix: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, given that of the output [T, H, D]."""
+    query, key, value = (_with_whole_heads(x) for x in (query, key, value))
+    grads = tuple(x.new_empty(x.shape) for x in (query, key, value))
+    shapes = _attention_shapes(query, key, value, lengths, prefix, scale)
+    _call("attention_backward", query.dtype, query, key, value, grad_output.contiguous(), *grads, *shapes)
+    return grads[0], grads[1], grads[2]
+
+
+def _with_whole_heads(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _attention_shapes(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], prefix: int, scale: float
+) -> list[Tensor | int | float]:
+    strides = _integers(tuple(x.stride(dimension) for x in (query, key, value) for dimension in (0, 1)))
+    _, heads, size = query.shape
+    assert value.shape == key.shape
+    assert prefix + sum(lengths) == len(query) == len(key)
+    return [strides, _integers(lengths), len(lengths), prefix, heads, key.shape[1], size, float(scale)]
+
+
+@lru_cache(maxsize=64)
+def _integers(numbers: tuple[int, ...]) -> Tensor:
+    return torch.tensor(numbers)
+
+
+def norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The RMS norm of x [..., d], and what each row was multiplied by: fp32 [..., 1]."""
+    x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+    scale = torch.empty(*x.shape[:-1], 1)
+    _call("norm_forward", x.dtype, x, weight, y, scale, scale.numel(), x.shape[-1], float(eps))
+    return y, scale
+
+
+def norm_backward(x: Tensor, weight: Tensor, scale: Tensor, dy: Tensor) -> Tensor:
+    """The gradient of x, given that of y."""
+    dx = torch.empty(x.shape, dtype=x.dtype)
+    _call(
+        "norm_backward",
+        x.dtype,
+        x.contiguous(),
+        weight,
+        scale,
+        dy.contiguous(),
+        dx,
+        scale.numel(),
+        x.shape[-1],
+    )
+    return dx
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    """x [B, T, H, D] turned by the angles of cos, sin [B or 1, T, D]."""
+    y = torch.empty(x.shape, dtype=x.dtype)
+    batch, tokens, heads, size = x.shape
+    cos, sin = (part.expand(batch, tokens, size).contiguous() for part in (cos, sin))
+    _call("rotate", x.dtype, x.contiguous(), cos, sin, y, batch * tokens, heads, size, float(direction))
+    return y
+
+
+def silu_forward(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up"""
+    y = torch.empty(gate.shape, dtype=gate.dtype)
+    _call("silu_forward", gate.dtype, gate.contiguous(), up.contiguous(), y, y.numel())
+    return y
+
+
+def silu_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up."""
+    grads = [torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2)]
+    inputs = [x.contiguous() for x in (gate, up, dy)]
+    _call("silu_backward", gate.dtype, *inputs, *grads, gate.numel())
+    return grads[0], grads[1]
+
+
+def kernel_token_stats(logits: Tensor, target_ids: Tensor, with_gradient: bool) -> Tensor:
+    """Of logits [N, V] and target_ids [N]: fp32 [N, 3], nll and entropy in nats, and 1 where the target is
+    the likeliest. With the gradient, the logits become the nll's: softmax - one_hot(target)."""
+    assert logits.is_contiguous()
+    assert target_ids.dtype == torch.int64
+    values = torch.empty(len(logits), 3)
+    _call(
+        "token_values",
+        logits.dtype,
+        logits,
+        target_ids.contiguous(),
+        values,
+        *logits.shape,
+        int(with_gradient),
+    )
+    return values
+
+
+def scale_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes [out, in] int8 by scales [out] fp32, rounded once."""
+    assert scales.dtype == torch.float32
+    weight = torch.empty(codes.shape, dtype=dtype)
+    _call("scale_rows", dtype, codes.contiguous(), scales.contiguous(), weight, *codes.shape)
+    return weight
+
+
+def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float) -> None:
+    """With as many threads as torch uses. The arguments' tensors live until it returns."""
+    values = [*arguments, torch.get_num_threads()]
+    kinds = tuple(_kind(value) for value in values)
+    assert _library is not None
+    pointer = (ctypes.c_void_p * len(DTYPES)).in_dll(_library, f"{name}_of")[DTYPES.index(dtype)]
+    _prototype(kinds)(pointer)(*(x.data_ptr() if isinstance(x, Tensor) else x for x in values))
+
+
+@lru_cache
+def _prototype(kinds: tuple[type, ...]) -> type:
+    return ctypes.CFUNCTYPE(None, *kinds)
+
+
+def _kind(value: Tensor | int | float) -> type:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p
+    return ctypes.c_int64 if isinstance(value, int) else ctypes.c_float

@@ -1,0 +1,219 @@
+"""LoRA on frozen linear layers as one autograd function for all that share an input: the same function of its
+inputs as PEFT's layers compute, with one copy of the input kept and nothing in fp32 that needs not be.
+
+PEFT's modules, parameters and files stay as they are; only their forward method is another. PEFT's own is the
+plain path. Dropout noise is another too, with the same mean and variance.
+"""
+
+import types
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from finetune.ops.quantized import frozen_weight, multiply
+
+# Dropout: 16-bit numbers, drawn anew for each update, of which each layer takes a stretch at a random place.
+# Drawing fresh noise for each layer costs as much as the layer's multiplication.
+POOL_SIZE = 2**22
+LEVELS = 2**16
+INTEGERS = {2: torch.int16, 4: torch.int32}  # by bytes
+
+
+def enable(model: nn.Module, int8_matmul: bool = False) -> tuple[int, int]:
+    """Let the LoRA layers compute in one function; returns how many do, of how many.
+
+    `int8_matmul` multiplies int8 weights by int8 activations, through bitsandbytes, in the forward pass;
+    otherwise weights are dequantized for each multiplication.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    fast = [layer for layer in layers if _is_plain_lora(layer)]
+    for layer in fast:
+        layer.forward = types.MethodType(_fast_forward, layer)
+        layer.int8_matmul = int8_matmul
+    return len(fast), len(layers)
+
+
+def disable(model: nn.Module) -> None:
+    """Give the layers PEFT's forward back."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.__dict__.pop("forward", None)
+
+
+def _is_plain_lora(layer: Any) -> bool:
+    kinds = (nn.Linear, bnb.nn.Linear8bitLt, bnb.nn.Linear4bit)
+    return type(layer.base_layer) in kinds and not layer.lora_variant and not any(layer.lora_bias.values())
+
+
+def _fast_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """x [..., in] -> [..., out]."""
+    is_off = layer.disable_adapters and not (layer.merged or args or kwargs or torch.is_grad_enabled())
+    if is_off:
+        return _base_alone(layer, x)
+    if args or kwargs or not _is_usual(layer):
+        plain: Tensor = type(layer).forward(layer, x, *args, **kwargs)
+        return plain
+    (y,) = _compute([layer], x)
+    return y
+
+
+def project(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
+    """Several layers of the same input: what each gives for x [..., in].
+
+    LoRA layers that compute in one function do so together, with the same dropout noise on the input.
+    """
+    first = layers[0]
+    together = all(
+        getattr(layer.__dict__.get("forward"), "__func__", None) is _fast_forward
+        and _is_usual(layer)
+        and _dropout_of(layer) == _dropout_of(first)
+        and layer.int8_matmul == first.int8_matmul
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        for layer in layers
+    )
+    return _compute(layers, x) if together else [layer(x) for layer in layers]
+
+
+def _is_usual(layer: Any) -> bool:
+    """Whether one adapter is at work, and apart from the weight."""
+    names = layer.active_adapters
+    return len(names) == 1 and names[0] in layer.lora_A and not (layer.disable_adapters or layer.merged)
+
+
+def _dropout_of(layer: Any) -> float:
+    dropout = layer.lora_dropout[layer.active_adapters[0]]
+    return float(dropout.p) if isinstance(dropout, nn.Dropout) and layer.training else 0.0
+
+
+def _dtype_of(x: Tensor) -> torch.dtype:
+    """What a layer multiplies x in."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _base_alone(layer: Any, x: Tensor) -> Tensor:
+    """The frozen layer without its adapter, multiplied as with it."""
+    rows = x.reshape(-1, x.shape[-1]).to(_dtype_of(x))
+    with torch.autocast(x.device.type, enabled=False):
+        return multiply(rows, layer.base_layer, layer.int8_matmul).view(*x.shape[:-1], -1)
+
+
+def _compute(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
+    names = [layer.active_adapters[0] for layer in layers]
+    rows = x.reshape(-1, x.shape[-1]).to(_dtype_of(x))
+    with torch.autocast(x.device.type, enabled=False):
+        ys = _LoraLinears.apply(  # type: ignore[no-untyped-call]
+            rows,
+            [layer.base_layer for layer in layers],
+            [layer.scaling[name] for layer, name in zip(layers, names, strict=True)],
+            _dropout_of(layers[0]),
+            layers[0].int8_matmul,
+            *(layer.lora_A[name].weight for layer, name in zip(layers, names, strict=True)),
+            *(layer.lora_B[name].weight for layer, name in zip(layers, names, strict=True)),
+        )
+    return [y.view(*x.shape[:-1], -1) for y in ys]
+
+
+class _LoraLinears(torch.autograd.Function):
+    """Of each layer, y = x W^T + bias + scaling * dropout(x) A^T B^T, with gradients for x, A and B.
+
+    x [T, in], A [r, in], B [out, r], y [T, out]: first all A, then all B. Kept for the backward pass: x that
+    all share, and of each layer scaling * dropout(x) A^T [T, r]. W is dequantized again there, and the noise
+    found again by its place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bases: list[Any],
+        scalings: list[float],
+        dropout: float,
+        int8_matmul: bool,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        all_a, all_b = weights[: len(bases)], weights[len(bases) :]
+        offsets = draw_offsets(x.numel()) if dropout > 0 else []
+        kept = x if dropout == 0 else zero_dropped(x, keep_mask(x, dropout, offsets))
+        scalings = [scaling / (1 - dropped_share(dropout)) for scaling in scalings]
+        us = torch.split(kept @ torch.cat(all_a).to(x.dtype).t(), [len(a) for a in all_a], dim=1)
+        ys = []
+        for base, u, b, scaling in zip(bases, us, all_b, scalings, strict=True):
+            y = multiply(x, base, int8_matmul)
+            ys.append(y.addmm_(u.mul_(scaling), b.to(x.dtype).t()))
+        ctx.save_for_backward(x, *us, *weights)
+        ctx.settings = bases, scalings, dropout, offsets, torch.initial_seed()
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        bases, scalings, dropout, offsets, seed = ctx.settings
+        x, *saved = ctx.saved_tensors
+        count = len(bases)
+        us, all_a, all_b = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        mask = keep_mask(x, dropout, offsets, seed) if dropout > 0 else None
+        kept = x if mask is None else zero_dropped(x, mask)
+        layers = zip(dys, all_b, scalings, strict=True)
+        v = torch.cat([(dy @ b.to(dy.dtype)).mul_(scaling) for dy, b, scaling in layers], dim=1)
+        das = torch.split((v.t() @ kept).to(all_a[0].dtype), [len(a) for a in all_a])
+        dbs = [(u.t() @ dy).t().to(b.dtype) for u, dy, b in zip(us, dys, all_b, strict=True)]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dys[0] @ frozen_weight(bases[0], x.dtype)
+            for dy, base in zip(dys[1:], bases[1:], strict=True):
+                dx.addmm_(dy, frozen_weight(base, x.dtype))
+            a = torch.cat(all_a).to(x.dtype)
+            if mask is None:
+                dx.addmm_(v, a)
+            else:
+                through_lora = v @ a
+                through_lora.view(mask.dtype).bitwise_and_(mask)
+                dx += through_lora
+        return dx, None, None, None, None, *das, *dbs
+
+
+def dropped_share(dropout: float) -> float:
+    """The share of numbers that is dropped: `dropout`, to the nearest of LEVELS, and never all."""
+    return min(round(dropout * LEVELS), LEVELS - 1) / LEVELS
+
+
+def draw_offsets(count: int) -> list[int]:
+    """Random places in the pool where stretches for `count` numbers begin. They come from torch's global
+    generator, so gradient checkpointing, which puts its state back, repeats them."""
+    num_stretches = max(1, -(-count // (POOL_SIZE // 2)))
+    offsets: list[int] = torch.randint(POOL_SIZE // 2, (num_stretches,)).tolist()
+    return offsets
+
+
+def keep_mask(x: Tensor, dropout: float, offsets: list[int], seed: int | None = None) -> Tensor:
+    """Of x's shape, integers of its width: all bits set where a number is kept, none where it is dropped."""
+    pool = _pool(
+        torch.initial_seed() if seed is None else seed, dropout, INTEGERS[x.element_size()], x.device
+    )
+    left, stretches = x.numel(), []
+    for offset in offsets:
+        size = min(left, POOL_SIZE // 2)
+        stretches.append(pool[offset : offset + size])
+        left -= size
+    return (stretches[0] if len(stretches) == 1 else torch.cat(stretches)).view(x.shape)
+
+
+def zero_dropped(x: Tensor, mask: Tensor) -> Tensor:
+    """x with zeros where the mask drops it. Bits: a multiplication would have to make numbers of them."""
+    return (x.view(mask.dtype) & mask).view(x.dtype)
+
+
+@lru_cache(maxsize=1)
+def _pool(seed: int, dropout: float, integer: torch.dtype, device: torch.device) -> Tensor:
+    """[POOL_SIZE]: the keep masks of an update, before which the loop seeds torch from (seed, step, rank)."""
+    generator = torch.Generator(device).manual_seed(seed)
+    words = torch.empty(POOL_SIZE // 4, dtype=torch.int64, device=device).random_(
+        -(2**63), None, generator=generator
+    )
+    threshold = int(dropped_share(dropout) * LEVELS) - LEVELS // 2
+    return -(words.view(torch.int16) >= threshold).to(integer)

@@ -1,0 +1,64 @@
+"""Frozen linear layers in 16 bits, int8 or nf4: their weights dequantized, and multiplied."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from finetune.ops import kernels
+
+
+def frozen_weight(base: Any, dtype: torch.dtype) -> Tensor:
+    """[out, in]: the weight of a frozen linear layer, dequantized, rounded as bitsandbytes rounds it."""
+    if isinstance(base, bnb.nn.Linear8bitLt):
+        codes, largest = int8_state(base)
+        scales = largest / 127
+        if kernels.can_compute(scales) and dtype in kernels.DTYPES:
+            return kernels.scale_rows(codes, scales, dtype)
+        return (codes * scales[:, None]).to(dtype)
+    if isinstance(base, bnb.nn.Linear4bit):
+        assert not getattr(base.weight.quant_state, "packing_format_for_cpu", False), "load_base forbids it"
+        dequantized: Tensor = bnb.functional.dequantize_4bit(base.weight, base.weight.quant_state)
+        return dequantized.to(dtype)
+    plain: Tensor = base.weight
+    return plain.to(dtype)
+
+
+def int8_state(base: Any) -> tuple[Tensor, Tensor]:
+    """codes [out, in] int8 and the largest absolute value [out] of each row, which is code 127."""
+    if base.weight.CB is not None:  # before the layer's first call
+        base.init_8bit_state()
+    return base.state.CB, base.state.SCB
+
+
+def multiply(x: Tensor, base: Any, int8_matmul: bool) -> Tensor:
+    """[T, out]: x [T, in] through the frozen layer; with `int8_matmul` in int8, by bitsandbytes."""
+    bias = None if base.bias is None else base.bias.to(x.dtype)
+    if not int8_matmul:
+        return F.linear(x, frozen_weight(base, x.dtype), bias)
+    int8_state(base)
+    base.state.is_training = False  # where it is set, bitsandbytes dequantizes on a CPU
+    product: Tensor = bnb.matmul(x, base.weight, bias=bias, state=base.state)
+    return product
+
+
+@contextmanager
+def dropout_off(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode, with the int8 layers computing as they do in training.
+
+    bitsandbytes' int8 layers look at the mode too: on a CPU they dequantize their weights in training and
+    quantize the activations as well in evaluation, which is many times slower and not the trained function.
+    """
+    was_training = model.training
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            module.train()
+    try:
+        yield
+    finally:
+        model.train(was_training)

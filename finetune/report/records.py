@@ -1,0 +1,197 @@
+"""What the folder of a run says of it, whether it is finished or not, and what its evaluations differ by."""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from finetune.config import Config
+from finetune.config_parsing import parse_config
+from finetune.report.intervals import Interval, difference_interval, mean_interval
+from finetune.run.bad_update import RECORD as BAD_UPDATE
+from finetune.run.folder import (
+    ANSWERS,
+    CONFIG,
+    METRICS,
+    RESULT,
+    example_sums_file,
+    read_environment,
+    read_example_sums,
+)
+
+# A metric of an evaluation, and the sums of each example that it is a mean of.
+SUMS_OF = {"loss": "nll", "mean_token_accuracy": "correct", "entropy": "entropy"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run. The lines of metrics.jsonl are in their order; null in them is None."""
+
+    folder: Path
+    config: Config
+    environment: dict[str, Any]
+    train_lines: list[dict[str, Any]]
+    eval_lines: list[dict[str, Any]]
+    answer_lines: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / RESULT).is_dir()
+
+    @property
+    def num_steps(self) -> int:
+        """Updates that are logged."""
+        return max((int(line["step"]) for line in (*self.train_lines, *self.eval_lines)), default=0)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        num_examples: int = self.environment["data"]["train_examples"]
+        return -(-num_examples // int(self.environment["global_batch_size"]))
+
+    @property
+    def planned_steps(self) -> int:
+        train = self.config.train
+        steps = self.steps_per_epoch * train.num_epochs
+        return steps if train.max_steps is None else min(steps, train.max_steps)
+
+    @property
+    def state(self) -> str:
+        """Whether the run is finished, in a sentence."""
+        steps, planned = self.num_steps, self.planned_steps
+        if self.is_finished and steps < planned:
+            return f"Finished early, after update {steps:,} of {planned:,}."
+        if self.is_finished:
+            return f"Finished, after {steps:,} updates."
+        if (self.folder / BAD_UPDATE).exists():
+            return "Stopped, as a loss or gradient was not a finite number."
+        return f"Not finished: this is what there is, logged up to update {steps:,} of {planned:,}."
+
+    @cached_property
+    def first_sums(self) -> pd.DataFrame | None:
+        """What the first evaluation found of each example; None where the run did not write it down."""
+        return self._sums_of(0)
+
+    @cached_property
+    def last_sums(self) -> pd.DataFrame | None:
+        """The same of the last one."""
+        return self._sums_of(-1)
+
+    def _sums_of(self, place: int) -> pd.DataFrame | None:
+        step = self.eval_lines[place]["step"]
+        return read_example_sums(self.folder, step) if example_sums_file(self.folder, step).exists() else None
+
+
+def read_record(folder: Path) -> Record:
+    """Raises ValueError where `folder` holds no run, or files of it that cannot be read."""
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} holds no run: {folder / CONFIG} is not there")
+    config = parse_config(["--config", str(folder / CONFIG)])
+    metrics = _whole_lines(folder / METRICS)
+    return Record(
+        folder,
+        config,
+        read_environment(folder),
+        [line for line in metrics if line["split"] == "train"],
+        [line for line in metrics if line["split"] == "eval"],
+        _whole_lines(folder / ANSWERS),
+    )
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file that may be being written: a last line without its end is passed over."""
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        *lines, _ = text.split("\n")
+        return [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+class Change(NamedTuple):
+    """A metric at the first evaluation, at the last one, and by how much it changed.
+
+    Where the run did not write down the sums of each example, the bounds are NaN; `first` and `change` are
+    None where there was but one evaluation.
+    """
+
+    first: Interval | None
+    last: Interval
+    change: Interval | None
+
+
+def changes(record: Record) -> dict[str, Change]:
+    """Of each metric of SUMS_OF; none where nothing was evaluated."""
+    lines = record.eval_lines
+    if not lines:
+        return {}
+    before, after = record.first_sums, record.last_sums
+    if after is None:
+        return {metric: _without_sums(lines, metric) for metric in SUMS_OF}
+    if len(lines) == 1:
+        return {metric: Change(None, _mean(after, column), None) for metric, column in SUMS_OF.items()}
+    if before is None or not are_same_rows(before, after):
+        return {metric: _without_sums(lines, metric) for metric in SUMS_OF}
+    return {
+        metric: Change(_mean(before, column), _mean(after, column), difference(before, after, column))
+        for metric, column in SUMS_OF.items()
+    }
+
+
+def _without_sums(lines: list[dict[str, Any]], metric: str) -> Change:
+    first, last = (Interval(lines[place][metric], math.nan, math.nan) for place in (0, -1))
+    if len(lines) == 1:
+        return Change(None, last, None)
+    return Change(first, last, Interval(last.value - first.value, math.nan, math.nan))
+
+
+def _mean(sums: pd.DataFrame, column: str) -> Interval:
+    return mean_interval(_column(sums, column), _column(sums, "num_target_tokens"))
+
+
+def difference(before: pd.DataFrame, after: pd.DataFrame, column: str = "nll") -> Interval:
+    """How much the mean per target token differs between two evaluations of the same rows."""
+    counts = _column(before, "num_target_tokens")
+    return difference_interval(_column(before, column), _column(after, column), counts)
+
+
+def _column(sums: pd.DataFrame, column: str) -> Any:
+    return sums[column].to_numpy(dtype=np.float64)
+
+
+def are_same_rows(sums: pd.DataFrame, others: pd.DataFrame) -> bool:
+    """Whether two evaluations are of the same rows with the same number of target tokens each."""
+    columns = ["row_number", "num_target_tokens"]
+    return sums[columns].equals(others[columns])
+
+
+def have_same_eval_data(record: Record, other: Record) -> bool:
+    """Whether the last evaluations of two runs are of the same tokens, so that they can be compared row by
+    row."""
+    if not (record.eval_lines and other.eval_lines):
+        return False
+    eval_data, other_data = (
+        (data["eval_examples"], data["fingerprint"].rpartition("-")[2])  # train-eval
+        for data in (record.environment["data"], other.environment["data"])
+    )
+    sums, others = record.last_sums, other.last_sums
+    return eval_data == other_data and sums is not None and others is not None and are_same_rows(sums, others)
+
+
+def median(record: Record, metric: str) -> float | None:
+    """Of a metric of the train lines; None where no line has it."""
+    values = [line[metric] for line in record.train_lines if line.get(metric) is not None]
+    return float(np.median(values)) if values else None
+
+
+def peak_memory_gib(record: Record) -> float | None:
+    values = [line["peak_memory_gib"] for line in record.train_lines]
+    return max(values, default=None)

@@ -1,0 +1,208 @@
+"""What was trained: an adapter on disk, the configuration of its run, and the model that both make."""
+
+import argparse
+import json
+import tempfile
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+from safetensors import safe_open
+
+from finetune.config import Config, ModelConfig
+from finetune.config_parsing import config_to_yaml, parse_config
+from finetune.model.load import base_fingerprint, check_vocabulary, load_base, load_tokenizer
+from finetune.run.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MANIFEST,
+    STATE,
+    TRAINING_CONFIG,
+    adapter_weights,
+    fault_of,
+    list_checkpoints,
+)
+from finetune.run.folder import CONFIG, ENVIRONMENT, RESULT, read_environment
+from finetune.runtime.accelerator import choose_precision, create_accelerator
+from finetune.runtime.choice import Choice
+from finetune.runtime.cli import CommandParser, split_arguments
+from finetune.runtime.console import say
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An adapter, and how it was trained."""
+
+    adapter: Path
+    """The folder that holds it: a run's result, a checkpoint, or one from elsewhere"""
+    config: Config
+    run_dir: Path | None
+    """The run's folder, where the adapter still lies in one"""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    accelerator: Any
+    precision: Choice
+    tokenizer: Any
+    model: peft.PeftModel
+    """With `model.disable_adapter()` it is the base"""
+
+
+def trained_parser(command: str, options: str, description: str) -> CommandParser:
+    """The parser of a command that takes a run's folder, a checkpoint or an adapter.
+
+    `options` stand in its usage line.
+    """
+    parser = CommandParser(
+        prog=f"python -m finetune {command}",
+        usage=f"%(prog)s RUN {options} [--section.key VALUE ...]",
+        description=description,
+        epilog="Keys of the configuration, as train.py takes them, override what the run was trained with.",
+    )
+    parser.add_argument(
+        "trained", metavar="RUN", type=Path, help="a run's folder, a checkpoint, or an adapter"
+    )
+    return parser
+
+
+def parse_trained(parser: CommandParser, argv: Sequence[str]) -> tuple[argparse.Namespace, Trained]:
+    """The arguments of a `trained_parser`, and what its first one names.
+
+    Raises:
+        ValueError: an argument that is wrong, or as `find_trained`.
+    """
+    arguments, settings = split_arguments(parser, argv)
+    return arguments, find_trained(arguments.trained, settings)
+
+
+def find_trained(path: Path, settings: Sequence[str] = ()) -> Trained:
+    """The adapter that a run's folder, a checkpoint or an adapter's folder holds.
+
+    Of an unfinished run it is that of its newest whole checkpoint. `settings` are arguments as train.py takes
+    them; they override the configuration of the run. An adapter from elsewhere has none: then it is the
+    default one, with the base that the adapter names, not quantized.
+    `model.trust_remote_code` counts in the configuration of a run, not in a file beside an adapter.
+
+    Raises:
+        ValueError: the folder holds no adapter, a damaged one, or a setting is wrong.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder: name a run's folder, a checkpoint, or an adapter")
+    adapter, run_dir = _adapter_in(path), _run_of(path)
+    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+        if not (adapter / name).is_file():
+            raise ValueError(f"{path} holds no adapter: {adapter / name} is not there")
+    if (adapter / MANIFEST).exists() and (fault := fault_of(adapter)):
+        raise ValueError(f"{adapter} is no whole checkpoint: {fault}")
+    recorded = adapter / TRAINING_CONFIG if run_dir is None else run_dir / CONFIG
+    if recorded.is_file():
+        # What lies beside an adapter may be anybody's: whose code to run is for the user to say.
+        trust = [] if run_dir else ["--model.trust_remote_code", "false"]
+        return Trained(adapter, parse_config(["--config", str(recorded), *trust, *settings]), run_dir)
+    say(f"{adapter} does not say how it was trained: its base is taken as it names it, without quantization.")
+    config = Config(model=ModelConfig(name_or_path=_named_base(adapter), quantization="none"))
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        file.write(config_to_yaml(config))
+        file.flush()
+        return Trained(adapter, parse_config(["--config", file.name, *settings]), None)
+
+
+def _adapter_in(path: Path) -> Path:
+    if not _is_run(path):
+        return path
+    if (path / RESULT).is_dir():
+        return path / RESULT
+    damaged: list[str] = []
+    for folder in list_checkpoints(path):
+        fault = fault_of(folder)
+        if fault is None:
+            for line in damaged:
+                say(f"Passed over: {line}.")
+            say(f"The run in {path} is not finished: this is its {folder.name}.")
+            return folder
+        damaged.append(f"{folder.name} is damaged ({fault})")
+    if damaged:
+        raise ValueError(f"the run in {path} has no whole checkpoint: {'; '.join(damaged)}")
+    raise ValueError(f"the run in {path} has saved nothing yet")
+
+
+def _run_of(path: Path) -> Path | None:
+    """The run's folder that `path` is, or lies in as its adapter or one of its checkpoints."""
+    here = path.resolve()
+    return next((folder for folder in (here, here.parent, here.parent.parent) if _is_run(folder)), None)
+
+
+def _is_run(folder: Path) -> bool:
+    """By two files: many a folder of something else has a config.yaml."""
+    return (folder / CONFIG).is_file() and (folder / ENVIRONMENT).is_file()
+
+
+def _named_base(adapter: Path) -> str:
+    try:
+        settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{adapter / ADAPTER_CONFIG} cannot be read: {error}") from error
+    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    if not base:
+        raise ValueError(f"{adapter / ADAPTER_CONFIG} names no base model: give --model.name_or_path")
+    return str(base)
+
+
+def load_trained(trained: Trained) -> TrainedModel:
+    """The base with the adapter on it, in the precision of the run, and its tokenizer.
+
+    Raises:
+        ValueError: the base cannot be loaded, is another than the run's, or the adapter does not fit it.
+    """
+    config = trained.config
+    precision = choose_precision(config.train.mixed_precision)
+    accelerator = create_accelerator(config, precision.actual)
+    tokenizer = load_tokenizer(config.model)
+    base = load_base(config.model, precision.actual, accelerator.device)
+    _check_base(trained, base)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # checked below
+            model = peft.PeftModel.from_pretrained(base, str(trained.adapter), is_trainable=True)
+    except Exception as error:  # of a file that is damaged, or was trained on another model: of many kinds
+        raise ValueError(
+            f"the adapter in {trained.adapter} could not be put on {config.model.name_or_path}: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
+    _check_all_loaded(trained, model)
+    check_vocabulary(model, tokenizer)
+    return TrainedModel(accelerator, precision, tokenizer, model)
+
+
+def _check_base(trained: Trained, base: Any) -> None:
+    """An adapter on another base of the same shape would answer nonsense."""
+    if (trained.adapter / MANIFEST).exists():  # a checkpoint, found whole
+        expected = json.loads((trained.adapter / STATE).read_text(encoding="utf-8"))["base"]
+    elif trained.run_dir is not None:
+        expected = read_environment(trained.run_dir)["base"]
+    else:
+        return
+    if expected != base_fingerprint(trained.config.model, base):
+        raise ValueError(
+            f"{trained.adapter} was trained on another base model than {trained.config.model.name_or_path} "
+            "is now"
+        )
+
+
+def _check_all_loaded(trained: Trained, model: peft.PeftModel) -> None:
+    """PEFT is content with an adapter for more layers than the base has, or for fewer."""
+    with safe_open(trained.adapter / ADAPTER_WEIGHTS, "pt") as file:
+        saved = _layers(file.keys())
+    if differing := saved ^ _layers(adapter_weights(model)):
+        raise ValueError(
+            f"the adapter in {trained.adapter} is for other layers than those of "
+            f"{trained.config.model.name_or_path}, such as {min(differing).removesuffix('.lora_A.weight')}"
+        )
+
+
+def _layers(names: Iterable[str]) -> set[str]:
+    return {name for name in names if ".lora_A." in name}

@@ -1,0 +1,376 @@
+"""Checkpoints: what a run needs to go on, written whole or not at all.
+
+An update is a function of (config, seed, step), so the state of a run is its step, the adapter, the
+optimizer, and the sums of the log window that was open. Tensors lie in safetensors files, the rest in JSON.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from finetune.config import CheckpointConfig, Config
+from finetune.runtime.files import atomic_folder, file_sha256, tensor_bytes
+from finetune.runtime.processes import on_main
+from finetune.training.metrics import SumWindow
+from finetune.training.optim import GroupedAdamW8bit, state_bytes
+
+ADAPTER_WEIGHTS, ADAPTER_CONFIG, OPTIMIZER, STATE, MANIFEST = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "optimizer.safetensors",
+    "state.json",
+    "manifest.json",
+)
+TRAINING_CONFIG = "training_config.yaml"  # beside a result: the configuration of its run
+
+CARD = "README.md"  # and what it is, as the Hugging Face Hub shows it
+
+
+@dataclass
+class TrainState:
+    """Where a run is, beside its weights."""
+
+    base: str = ""
+    """Fingerprint of the base model that the adapter belongs to"""
+    step: int = 0
+    """Updates made"""
+    window_sums: list[float] = field(default_factory=lambda: [0.0] * 4)
+    """TokenSums since the last log line, over all processes"""
+
+
+class Checkpointer:
+    """Saves and restores the state of a run: adapter, optimizer, fp16's loss scale, step, open log window."""
+
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Any,
+        model: PeftModel,
+        optimizer: torch.optim.Optimizer,
+        window: SumWindow,
+    ) -> None:
+        self.config, self.run_dir = config, Path(config.output_dir)
+        self.model, self.optimizer = model, optimizer
+        self._accelerator, self._window = accelerator, window
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The loss scaler of fp16; None in other precisions."""
+        scaler: torch.amp.GradScaler | None = self._accelerator.scaler
+        return scaler
+
+    def resume(self, source: Path | None, base: str) -> TrainState:
+        """Restore what the checkpoint `source` holds, or begin; `base` is the fingerprint of the base model.
+
+        Raises:
+            ValueError: as `load_checkpoint`.
+        """
+        if source is None:
+            return TrainState(base)
+        state = load_checkpoint(source, base, self.model, self.optimizer, self.scaler)
+        if self._accelerator.is_main_process:  # sums over all ranks: they must count once
+            self._window.restore(state.window_sums)
+        return state
+
+    def save(self, state: TrainState, history: Sequence[dict[str, Any]]) -> None:
+        """Write the checkpoint of `state.step`, unless it is there; nothing before the first update.
+
+        `history` are the eval lines of metrics.jsonl: with `keep_best` they say which checkpoint to keep.
+        """
+        state.window_sums = self._window.total(self._accelerator).tolist()
+        if state.step > 0:
+            on_main(
+                self._accelerator,
+                save_checkpoint,
+                self.run_dir,
+                state,
+                self.model,
+                self.optimizer,
+                self.scaler,
+                self.config.checkpoint,
+                history,
+            )
+
+    def load_best(self, state: TrainState, history: Sequence[dict[str, Any]]) -> list[str]:
+        """As the function `load_best`, of this run."""
+        return load_best(self.run_dir, history, state, self.model)
+
+    def save_result(self, folder: Path, tokenizer: Any, training_config: str, card: str) -> None:
+        """As the function `save_result`, of this run."""
+        save_result(folder, self.model, tokenizer, training_config, card)
+
+    def estimate_bytes(self) -> int:
+        """About what one checkpoint takes on disk."""
+        return estimate_bytes(self.model, self.config.optim.name)
+
+
+def adapter_weights(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter alone. Left to itself PEFT asks the hub at every save whether the vocabulary has grown."""
+    weights: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return weights
+
+
+def checkpoints_dir(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def checkpoint_dir(run_dir: Path, step: int) -> Path:
+    return checkpoints_dir(run_dir) / f"step_{step:06d}"
+
+
+def save_checkpoint(
+    run_dir: Path,
+    state: TrainState,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    config: CheckpointConfig,
+    evaluations: Sequence[dict[str, Any]],
+) -> Path:
+    """Write checkpoints/step_NNNNNN, unless it is there, and remove all but the `keep` newest and, with
+    `keep_best`, the best of `evaluations`.
+
+    Raises:
+        ValueError: the disk is full; what was there before is as it was.
+        FloatingPointError: a weight is not a finite number.
+    """
+    adapter = adapter_weights(model)
+    if not all(bool(tensor.isfinite().all()) for tensor in adapter.values()):
+        raise FloatingPointError(
+            f"after update {state.step} a weight is not a finite number; it was not saved"
+        )
+    folder = checkpoint_dir(run_dir, state.step)
+    if not (folder.exists() and fault_of(folder) is None):
+        write_checkpoint(folder, state, model, optimizer, scaler)
+    # Newer ones are damaged: the run went back behind them.
+    written = list_checkpoints(run_dir)
+    position = written.index(folder)
+    best = [path for path, _ in best_first(run_dir, evaluations)] if config.keep_best else []
+    for other in written[:position] + written[position + config.keep :]:
+        if other not in best:
+            shutil.rmtree(other)
+    return folder
+
+
+def best_first(run_dir: Path, evaluations: Sequence[dict[str, Any]]) -> Iterator[tuple[Path, str | None]]:
+    """The checkpoints that were evaluated, with what is wrong with them: from the lowest eval loss, of equal
+    ones the oldest, to the first that is whole.
+
+    `evaluations` are eval lines of metrics.jsonl. Of step 0 there is no checkpoint.
+    """
+    trained = [entry for entry in evaluations if entry["step"] > 0]
+    for entry in sorted(trained, key=lambda entry: (entry["loss"], entry["step"])):
+        folder = checkpoint_dir(run_dir, entry["step"])
+        fault = fault_of(folder)
+        yield folder, fault
+        if fault is None:
+            return
+
+
+def write_checkpoint(
+    folder: Path,
+    state: TrainState,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
+    """Write one checkpoint, whole or not at all.
+
+    It is written beside its place, flushed to disk and then renamed, so one that has its name is whole.
+    """
+    tensors, values = _split_tensors(optimizer.state_dict()["state"])
+    with atomic_folder(
+        folder, tensor_bytes([*adapter_weights(model).values(), *tensors.values()])
+    ) as staging:
+        save_adapter(model, staging)
+        save_file(tensors, staging / OPTIMIZER)
+        loop = asdict(state)
+        scale = {} if scaler is None else scaler.state_dict()
+        kind = _kind(optimizer)
+        _write_json(
+            staging / STATE,
+            {**loop, "loss_scaler": scale, "optimizer_kind": kind, "optimizer": values},
+        )
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            for path in staging.iterdir()
+        }
+        _write_json(staging / MANIFEST, files)
+
+
+def save_result(folder: Path, model: PeftModel, tokenizer: Any, training_config: str, card: str) -> None:
+    """Write the result of a run, whole or not at all: it loads with PeftModel and AutoTokenizer, and says how
+    it was trained (YAML); `card` is its README.md.
+
+    Raises:
+        ValueError: the disk is full.
+    """
+    with atomic_folder(folder, tensor_bytes(adapter_weights(model).values())) as staging:
+        save_adapter(model, staging)
+        tokenizer.save_pretrained(staging)
+        (staging / TRAINING_CONFIG).write_text(training_config, encoding="utf-8")
+        (staging / CARD).write_text(card, encoding="utf-8")
+
+
+def estimate_bytes(model: PeftModel, optimizer_name: str) -> int:
+    """About what a checkpoint takes: fp32 weights, and the optimizer's state of each."""
+    return tensor_bytes(adapter_weights(model).values()) // 4 * (4 + state_bytes(optimizer_name))
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write adapter_model.safetensors and adapter_config.json, as `PeftModel.from_pretrained` reads them."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / CARD).unlink()  # a form to be filled in; a run's result has one of its own
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The run's checkpoints, newest first.
+
+    Raises:
+        ValueError: one of them, or the folder of all, is a file, or a link: its target is not this run's.
+    """
+    folder = checkpoints_dir(run_dir)
+    found = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit()]
+    for path in (folder, *found):
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link; put the folder itself there, or remove the link")
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is a file where a folder must be; remove it")
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+
+
+def fault_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, in words; None where it is whole."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if missing := {ADAPTER_WEIGHTS, ADAPTER_CONFIG, OPTIMIZER, STATE} - set(files):
+            return f"{MANIFEST} does not list {', '.join(sorted(missing))}"
+        for name, expected in files.items():
+            if name != Path(name).name or (folder / name).is_symlink():
+                return f"{name} is no file of the checkpoint's own"
+            if (folder / name).stat().st_size != expected["bytes"]:
+                return f"{name} has not its size"
+            if file_sha256(folder / name) != expected["sha256"]:
+                return f"{name} was altered"
+    except OSError as error:
+        return f"{error.filename or folder}: {error.strerror}"
+    except (ValueError, AttributeError, KeyError, TypeError):
+        return f"{MANIFEST} cannot be read"
+    return None
+
+
+def load_checkpoint(
+    folder: Path,
+    base: str,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+) -> TrainState:
+    """Put adapter, optimizer and fp16's loss scaler into the state they were saved in; return the loop's.
+
+    Raises:
+        ValueError: it was saved with another base, another adapter (other target modules or rank) or
+            another optimizer.
+    """
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    keys = {"base", "step", "window_sums", "loss_scaler", "optimizer_kind", "optimizer"}
+    if not (isinstance(state, dict) and set(state) >= keys):
+        raise ValueError(f"checkpoint {folder} was saved by another version: its {STATE} lacks keys")
+    load_adapter(folder, model)
+    if state["base"] != base:
+        raise ValueError(f"checkpoint {folder} was trained on another base model than this one")
+    saved_kind = state.pop("optimizer_kind")
+    if saved_kind != _kind(optimizer):
+        raise ValueError(f"checkpoint {folder} was saved with {saved_kind}, not with {_kind(optimizer)}")
+    merged = _merge_tensors(state.pop("optimizer"), load_file(folder / OPTIMIZER))
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": merged, "param_groups": groups})
+    if scaler is not None and state["loss_scaler"]:  # a run may go on in fp16 that began in bf16
+        scaler.load_state_dict(state["loss_scaler"])
+    return TrainState(base, state["step"], state["window_sums"])
+
+
+def load_adapter(folder: Path, model: PeftModel) -> None:
+    """Put the adapter of a checkpoint into the model.
+
+    Raises:
+        ValueError: it is one of another rank, of another scale or for other modules.
+    """
+    saved = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    for key in ("lora_alpha", "use_rslora", "use_dora"):
+        now = getattr(model.peft_config["default"], key)
+        if saved.get(key) != now:
+            raise ValueError(f"checkpoint {folder} holds an adapter with {key} {saved.get(key)}, not {now}")
+    adapter = load_file(folder / ADAPTER_WEIGHTS)
+    expected = {name: tensor.shape for name, tensor in adapter_weights(model).items()}
+    if {name: tensor.shape for name, tensor in adapter.items()} != expected:
+        raise ValueError(f"checkpoint {folder} holds an adapter of another rank or for other modules")
+    set_peft_model_state_dict(model, adapter)
+
+
+def load_best(
+    run_dir: Path, evaluations: Sequence[dict[str, Any]], state: TrainState, model: PeftModel
+) -> list[str]:
+    """Put the adapter of the best checkpoint into the model, and its step into `state`; return what there is
+    to say of it."""
+    tried = list(best_first(run_dir, evaluations))
+    damaged = [f"{folder.name} cannot be taken: {fault}" for folder, fault in tried if fault is not None]
+    remarks = [f"Of the lowest eval loss, {damaged[0]}"] if damaged else []
+    if len(damaged) == len(tried):
+        return [*remarks, "No whole checkpoint was evaluated: the adapter is that of the last update."]
+    best, _ = tried[-1]
+    load_adapter(best, model)
+    state.step = int(best.name.removeprefix("step_"))
+    return remarks
+
+
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    """The optimizer's class; a paged or grouped one has the state of the one that is neither."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
+    kind = bnb.optim.AdamW8bit if isinstance(inner, GroupedAdamW8bit) else type(inner)
+    return f"{kind.__module__.partition('.')[0]} {kind.__name__.removeprefix('Paged')}"
+
+
+def _split_tensors(state: dict[Any, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as flat tensors, `0.exp_avg`, and the same of everything else."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for path, value in _leaves(state):
+        if isinstance(value, Tensor):
+            tensors[path] = value.detach().cpu().contiguous().clone()
+        else:
+            values[path] = value
+    return tensors, values
+
+
+def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _merge_tensors(values: dict[str, Any], tensors: dict[str, Tensor]) -> dict[int, dict[str, Any]]:
+    """The inverse of `_split_tensors`: parameter index -> name -> value."""
+    state: dict[int, dict[str, Any]] = {}
+    for path, value in {**values, **tensors}.items():
+        index, *names = path.split(".")
+        entry = state.setdefault(int(index), {})
+        for name in names[:-1]:
+            entry = entry.setdefault(name, {})
+        entry[names[-1]] = value
+    return state
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")

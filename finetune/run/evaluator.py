@@ -1,0 +1,83 @@
+"""The evaluations of a run: when they are due, what they write, and whether the run is over."""
+
+from typing import Any
+
+from finetune.config import Config
+from finetune.data.plan import Plan, plan_evaluation
+from finetune.data.splits import Data
+from finetune.model.generate import generate_answers
+from finetune.model.loss import TokenLoss
+from finetune.run.checkpoint import Checkpointer, TrainState
+from finetune.run.tracker import Tracker
+from finetune.runtime.processes import on_main
+from finetune.runtime.signals import StopRequest
+from finetune.training.evaluate import evaluate, evaluation_metrics, is_out_of_patience, pick_conversations
+
+
+class Evaluator:
+    """Evaluates on the eval rows and writes a few answers, before training, in between and at the end.
+
+    `history` are the eval lines of metrics.jsonl: what a run decides by, also when it was killed and resumed.
+    """
+
+    def __init__(
+        self,
+        accelerator: Any,
+        config: Config,
+        token_loss: TokenLoss,
+        tokenizer: Any,
+        plan: Plan,
+        data: Data,
+        tracker: Tracker,
+        stop: StopRequest,
+        history: list[dict[str, Any]],
+    ) -> None:
+        self._accelerator, self._config, self._plan = accelerator, config, plan
+        self._token_loss, self._tokenizer = token_loss, tokenizer
+        self._eval_set, self._leaks = data.eval, data.leaks
+        self._batches = plan_evaluation(plan, data.eval)
+        self._conversations = pick_conversations(data.rows.eval, config.data.system_prompt)
+        self._tracker, self._stop, self._history = tracker, stop, history
+
+    def is_over(self, step: int) -> bool:
+        """Whether all updates are made, or `train.early_stopping_patience` has run out."""
+        patience = self._config.train.early_stopping_patience
+        return step == self._plan.num_steps or is_out_of_patience(self._history, patience)
+
+    def run_if_due(self, state: TrainState, checkpointer: Checkpointer) -> None:
+        """Make the evaluation and the answers that are due after `state.step` updates, but for those made
+        before a kill. With `keep_best` a checkpoint comes first: it may become the best."""
+        step = state.step
+        due = self._config.eval.at_start if step == 0 else self._plan.is_due(self._config.eval.every, step)
+        if due and len(self._eval_set.dataset) > 0 and not self._tracker.was_made("eval", step):
+            if self._config.checkpoint.keep_best:
+                checkpointer.save(state, self._history)
+            self._evaluate(step)
+        at_either_end = step == 0 or self.is_over(step)
+        if at_either_end and self._conversations and not self._tracker.was_made("answers", step):
+            on_main(self._accelerator, self._write_answers, step)
+
+    def _evaluate(self, step: int) -> None:
+        self._tracker.show_activity("evaluating")
+        sums = evaluate(
+            self._accelerator,
+            self._token_loss,
+            self._batches,
+            self._eval_set.dataset,
+            self._plan.layout.packing,
+            self._stop,
+        )
+        if sums is None:  # stopped midway: it is made when the run resumes
+            return
+        self._tracker.write_example_sums(step, self._eval_set, sums)
+        metrics = evaluation_metrics(sums, self._eval_set, self._leaks)
+        self._tracker.log("eval", step, metrics)
+        self._history.append({"step": step, **metrics})
+
+    def _write_answers(self, step: int) -> None:
+        if self._stop.requested:
+            return
+        self._tracker.show_activity("writing a few answers")
+        model = self._token_loss.model
+        answers = generate_answers(self._accelerator, model, self._tokenizer, self._conversations)
+        self._tracker.log_answers(step, self._conversations, answers)

@@ -1,0 +1,341 @@
+"""A run's folder: whether it is new, unfinished or finished, and what lies in it beside checkpoints."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from finetune.config import Config, flatten
+from finetune.config_parsing import config_to_dict, config_to_yaml, with_current_values
+from finetune.data.plan import Plan
+from finetune.data.splits import Data, fingerprint_of
+from finetune.run.checkpoint import checkpoints_dir, fault_of, list_checkpoints
+from finetune.runtime.files import require_room, write_atomically
+
+CONFIG, ENVIRONMENT, RESULT = "config.yaml", "environment.json", "adapter"
+METRICS, ANSWERS, EVALUATIONS = "metrics.jsonl", "answers.jsonl", "evaluations"
+EXAMPLE_SUMS = ["nll", "entropy", "correct", "num_target_tokens"]
+RECORDED = {"base", "int8", "data", "global_batch_size", "num_processes", "started_from"}
+# Keys that change what is shown and kept, or how an update is laid out, not what it is.
+FREE_KEYS = (
+    "output_dir",
+    "resume",
+    "strict",
+    "log.",
+    "checkpoint.",
+    "train.micro_batch_size",
+    "train.gradient_accumulation_steps",
+    "train.packing",
+    "train.max_tokens_per_micro_batch",
+    "train.gradient_checkpointing",
+    "fast.attention",
+    "fast.head",
+)
+
+
+class RunStatus(Enum):
+    NEW = "new"
+    UNFINISHED = "unfinished"
+    FINISHED = "finished"
+
+
+def run_status(config: Config) -> RunStatus:
+    """What `output_dir` holds; nothing is written.
+
+    Raises:
+        ValueError: it holds a run and `resume` is never, a run of another configuration, or no run but
+            other files.
+    """
+    folder = Path(config.output_dir)
+    # A link that leads nowhere "exists" not, and is in the way all the same.
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise ValueError(f"output_dir {folder}: {existing} is a file, not a folder; choose another")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"output_dir {folder}: {existing} cannot be written; choose another")
+    if not (folder / CONFIG).exists():
+        if folder.exists() and any(not _is_leftover(path) for path in folder.iterdir()):
+            raise ValueError(f"output_dir {folder} holds other files and no run; choose another")
+        return RunStatus.NEW
+    if config.resume == "never":
+        raise ValueError(f"output_dir {folder} holds a run and resume is never; choose another, or delete it")
+    differing = _differing_keys(_saved_config(folder), config)
+    if differing:
+        raise ValueError(
+            f"output_dir {folder} holds a run of another configuration ({'; '.join(differing)}); "
+            "choose another output_dir, or delete it"
+        )
+    return RunStatus.FINISHED if (folder / RESULT).is_dir() else RunStatus.UNFINISHED
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a start that was killed before it wrote config.yaml, its last step, left this."""
+    return path.name in (ENVIRONMENT, f".{ENVIRONMENT}.partial", f".{CONFIG}.partial")
+
+
+@contextmanager
+def only_one_at_a_time(config: Config) -> Iterator[None]:
+    """Keep a second program out of the run's folder, for as long as this process lives.
+
+    Raises:
+        ValueError: another one is at work there: two would write over each other.
+    """
+    folder = os.path.realpath(config.output_dir)
+    if os.environ.get("RANK", "0") != "0":
+        yield  # of the processes of a run the first one holds it for all
+        return
+    name = f"finetune-{os.getuid()}-{hashlib.sha256(folder.encode()).hexdigest()[:24]}.lock"
+    lock = FileLock(Path(tempfile.gettempdir()) / name)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"output_dir {config.output_dir} is in use by another process, which may still be ending its "
+            "last update; wait for it, or stop it"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _saved_config(folder: Path) -> dict[str, Any]:
+    try:
+        saved = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        saved = None
+    if not isinstance(saved, dict):
+        raise ValueError(f"output_dir {folder} holds a {CONFIG} that is no run's; choose another")
+    return with_current_values(saved)
+
+
+def _differing_keys(saved: dict[str, Any], config: Config) -> list[str]:
+    before, now = flatten(saved), flatten(config_to_dict(config))
+    return [
+        f"{key} was {before.get(key)}, is {now.get(key)}"
+        for key in {**before, **now}
+        if before.get(key) != now.get(key) and not key.startswith(FREE_KEYS)
+    ]
+
+
+def training_config(config: Config) -> str:
+    """The configuration (YAML) without the keys that do not change what an update is: two runs that train the
+    same write the same."""
+    kept: dict[str, Any] = {}
+    for key, value in flatten(config_to_dict(config)).items():
+        if not key.startswith(FREE_KEYS):
+            section, _, name = key.partition(".")
+            kept.setdefault(section, {})[name] = value
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+
+
+def start_run(
+    config: Config,
+    environment: dict[str, Any],
+    plan: Plan,
+    data: Data,
+    checkpoint: Path | None,
+    step: int,
+    checkpoint_bytes: int,
+) -> None:
+    """Write environment.json and config.yaml, and clear away what a kill left half written.
+
+    `checkpoint`, saved after update `step`, is what the run goes on from.
+
+    Raises:
+        ValueError: the run goes on, but with other rows, or with updates of another size; or the disk has no
+            room for the checkpoints that the run keeps and the one it writes beside them.
+    """
+    folder = Path(config.output_dir)
+    started_from = _started_from(folder)
+    if checkpoint is not None and checkpoint.parent != checkpoints_dir(folder):
+        started_from = checkpoint.resolve()
+        if step >= plan.num_steps:
+            raise ValueError(
+                f"resume {checkpoint} was saved after update {step}, and this run has {plan.num_steps} in all"
+            )
+    fingerprint = fingerprint_of(data.train, data.eval)
+    if (folder / CONFIG).exists():
+        before = read_environment(folder)
+        if before["data"] != fingerprint:
+            raise ValueError(
+                f"the rows of {config.data.path} are not those that the run in {folder} was trained on; "
+                "restore them, or choose another output_dir"
+            )
+        if before["global_batch_size"] != plan.global_batch_size:
+            raise ValueError(
+                f"the run in {folder} takes {before['global_batch_size']} examples per update, and with "
+                f"{plan.num_processes} process(es) this is {plan.global_batch_size}: set "
+                "train.gradient_accumulation_steps or train.micro_batch_size so that the product is the same"
+            )
+    to_write = config.checkpoint.keep + config.checkpoint.keep_best + 1 - len(list_checkpoints(folder))
+    require_room(folder, to_write * checkpoint_bytes, "the run")
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in (*folder.glob(".*.partial"), *checkpoints_dir(folder).glob(".*.partial")):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    environment = {
+        **environment,
+        "global_batch_size": plan.global_batch_size,
+        "data": fingerprint,
+        # It goes on from there again until it has a checkpoint of its own.
+        "started_from": None if started_from is None else str(started_from),
+    }
+    write_atomically(folder / ENVIRONMENT, json.dumps(environment, indent=1, ensure_ascii=False))
+    write_atomically(folder / CONFIG, config_to_yaml(replace(config, resume="auto")))
+
+
+def record_adapter_step(run_dir: Path, step: int) -> None:
+    """Add to environment.json the update whose adapter is the run's result."""
+    environment = {**read_environment(run_dir), "adapter_step": step}
+    write_atomically(run_dir / ENVIRONMENT, json.dumps(environment, indent=1, ensure_ascii=False))
+
+
+def read_environment(run_dir: Path) -> dict[str, Any]:
+    """What `start_run` wrote.
+
+    Raises:
+        ValueError: it cannot be read, or is none of ours.
+    """
+    path = run_dir / ENVIRONMENT
+    try:
+        environment = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(environment, dict) or not set(environment) >= RECORDED:
+        raise ValueError(f"{path} is no record of a run")
+    return _with_current_names(environment)
+
+
+def _with_current_names(environment: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run of any age: what was `asked` and `got` is `requested` and `actual` since."""
+    names = {"asked": "requested", "got": "actual"}
+    choices = [
+        {names.get(name, name): value for name, value in choice.items()}
+        for choice in environment.get("settings", [])
+    ]
+    int8 = "dequantize" if environment["int8"] == "dequantise" else environment["int8"]
+    return {**environment, "int8": int8, "settings": choices}
+
+
+def _started_from(folder: Path) -> Path | None:
+    """The checkpoint of another run that the run in this folder began with."""
+    if not (folder / CONFIG).exists():
+        return None
+    path = read_environment(folder)["started_from"]
+    return None if path is None else Path(path)
+
+
+def recorded_int8(config: Config) -> str | None:
+    """How the run in output_dir multiplied int8 weights, if there is one."""
+    folder = Path(config.output_dir)
+    return str(read_environment(folder)["int8"]) if (folder / CONFIG).exists() else None
+
+
+def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, if any, and what to say of it: which newer ones are damaged, and how the
+    run that saved it was configured where it is another.
+
+    Raises:
+        ValueError: the checkpoint that `resume` names is damaged, or not the newest of the run in output_dir
+            and not the one that run began with.
+    """
+    run_dir = Path(config.output_dir)
+    own = list_checkpoints(run_dir)
+    origin = _started_from(run_dir)
+    if config.resume not in ("auto", "never"):
+        asked = Path(os.path.realpath(config.resume))  # no error for a link to itself
+        if own and asked not in (origin, own[0].resolve()):
+            raise ValueError(f"output_dir {run_dir} holds the newer {own[0].name}; choose another output_dir")
+        origin = origin if own else asked
+    lines: list[str] = []
+    for folder in own:
+        fault = fault_of(folder)
+        if fault is None:
+            return folder, lines
+        lines.append(f"{folder.name} is damaged and was passed over: {fault}")
+    if origin is None:
+        if lines:
+            lines.append("No checkpoint of this run is whole: it starts anew.")
+        return None, lines
+    if fault := fault_of(origin):
+        named = origin if config.resume in ("auto", "never") else config.resume
+        raise ValueError(f"resume {named} is no whole checkpoint: {fault}")
+    saved = origin.parent.parent / CONFIG
+    if saved.is_file() and (differing := _differing_keys(_saved_config(saved.parent), config)):
+        lines.append(f"The run that saved {origin} was configured otherwise: {'; '.join(differing)}")
+    return origin, lines
+
+
+def keep_lines_until(run_dir: Path, step: int) -> None:
+    """Drop the lines that a run going on from `step` will write again, and a torn last one, of metrics.jsonl
+    and answers.jsonl.
+
+    Lines of step 0 were written before training, and are made anew only when it starts anew.
+    """
+    for path in (run_dir / METRICS, run_dir / ANSWERS):
+        if not path.exists():
+            continue
+        kept = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(entry, dict) and 0 < step >= entry.get("step", step + 1):
+                kept.append(line + "\n")
+        write_atomically(path, "".join(kept))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of metrics.jsonl or answers.jsonl, in order; none where it is not there."""
+    return list(map(json.loads, path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
+
+
+def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
+    """The eval lines of metrics.jsonl, in order."""
+    return [entry for entry in read_lines(run_dir / METRICS) if entry["split"] == "eval"]
+
+
+def write_example_sums(run_dir: Path, step: int, row_numbers: Sequence[int], sums: Tensor) -> None:
+    """Write what an evaluation found of each example, one line each, as `evaluate` gives it.
+
+    sums [E, 4] float64: nll and entropy in nats, correct, number of target tokens.
+    """
+    frame = pd.DataFrame(sums.numpy(), columns=EXAMPLE_SUMS)
+    frame = frame.astype({"correct": int, "num_target_tokens": int})
+    frame.insert(0, "row_number", row_numbers)
+    path = example_sums_file(run_dir, step)
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, frame.to_csv(index=False))
+
+
+def read_example_sums(run_dir: Path, step: int) -> pd.DataFrame:
+    """What `write_example_sums` wrote after `step` updates.
+
+    Raises:
+        ValueError: it is not there, or cannot be read.
+    """
+    path = example_sums_file(run_dir, step)
+    try:
+        frame = pd.read_csv(path, float_precision="round_trip")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if list(frame.columns) != ["row_number", *EXAMPLE_SUMS]:
+        raise ValueError(f"{path} is no record of an evaluation")
+    return frame
+
+
+def example_sums_file(run_dir: Path, step: int) -> Path:
+    return run_dir / EVALUATIONS / f"step_{step:06d}.csv"

@@ -1,0 +1,117 @@
+"""How a run opens: its folder, the record of what it is, and the first screen."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.config import Config
+from finetune.data.duplicates import Match
+from finetune.data.plan import Plan
+from finetune.data.splits import Data
+from finetune.model.load import count_parameters
+from finetune.run import folder, summary
+from finetune.run.checkpoint import Checkpointer, TrainState
+from finetune.runtime.accelerator import device_name, environment
+from finetune.runtime.choice import Choice
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run consists of: recorded in environment.json, and shown when it starts."""
+
+    config: Config
+    model: Any
+    data: Data
+    plan: Plan
+    choices: Sequence[Choice]
+    int8_matmul: str
+    """How int8 weights are multiplied: a resumed run does the same"""
+    flop_per_second: float
+    """Of this device in matrix multiplications"""
+
+
+def open_run(
+    accelerator: Any,
+    facts: RunFacts,
+    state: TrainState,
+    checkpointer: Checkpointer,
+    source: Path | None,
+    remarks: Sequence[str],
+) -> None:
+    """Write environment.json and config.yaml, drop what a kill left half written, and show the start.
+
+    `source` is the checkpoint that the run resumes from; `remarks` are what `find_checkpoint` had to say.
+
+    Raises:
+        ValueError: as `folder.start_run`.
+    """
+    described = describe(facts) + batch_arithmetic(facts.config, facts.plan)
+    record = {
+        **environment(accelerator),
+        "base": state.base,
+        "int8": facts.int8_matmul,
+        "described": described,
+        "settings": [asdict(choice) for choice in facts.choices],
+        "rows": facts.data.counts(),
+    }
+    folder.start_run(
+        facts.config, record, facts.plan, facts.data, source, state.step, checkpointer.estimate_bytes()
+    )
+    folder.keep_lines_until(Path(facts.config.output_dir), state.step)
+    summary.show_start(facts.config, facts.choices, described)
+    summary.show_checkpoint(source, remarks, state.step)
+
+
+def describe(facts: RunFacts) -> list[tuple[str, str]]:
+    """The model; the rows read, kept and dropped, the examples they became, and the eval rows that are
+    trained on too."""
+    config, model, data = facts.config, facts.model, facts.data
+    rows, dropped = data.rows, data.dropped()
+    trainable, total = count_parameters(model)
+    num_taken = len(rows.train) + len(rows.eval)
+    return [
+        ("device", f"{device_name(model.device)}; {facts.flop_per_second / 1e9:,.0f} GFLOP/s in matmuls"),
+        ("model", f"{config.model.name_or_path}, base in {config.model.quantization}"),
+        ("parameters", f"{trainable:,} trainable of {total:,} ({trainable / total:.2%})"),
+        ("rows", f"{rows.num_read:,} read, {rows.num_kept:,} usable, {num_taken:,} taken"),
+        ("dropped", ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()) or "none"),
+        ("cut at max_length", f"{len(data.train.truncated):,} train, {len(data.eval.truncated):,} eval"),
+        ("examples", f"{len(data.train.dataset):,} train, {len(data.eval.dataset):,} eval"),
+        ("leaks", _leaks_in_words(data.leaks, len(rows.eval))),
+    ]
+
+
+def _leaks_in_words(leaks: Mapping[int, Match], num_eval: int) -> str:
+    if not leaks:
+        return "no eval prompt is trained on"
+    same = sum(match.exact for match in leaks.values())
+    return (
+        f"{len(leaks):,} of {num_eval:,} eval prompts are trained on too ({same:,} the same, "
+        f"{len(leaks) - same:,} nearly); the loss is also given without them"
+    )
+
+
+def batch_arithmetic(config: Config, plan: Plan) -> list[tuple[str, str]]:
+    """Examples and tokens of an update, and the number of updates."""
+    train = config.train
+    product = f"{train.micro_batch_size} x {train.gradient_accumulation_steps} x {plan.num_processes}"
+    capped = "" if plan.max_steps is None else f", at most {plan.max_steps}"
+    return [
+        ("examples per update", f"{product} process = {plan.global_batch_size}"),
+        (
+            "updates",
+            f"ceil({len(plan.lengths):,} / {plan.global_batch_size}) = {plan.steps_per_epoch:,} an epoch "
+            f"x {plan.num_epochs}{capped} = {plan.num_steps:,}",
+        ),
+        (
+            "tokens",
+            f"{int(plan.lengths.sum()):,} an epoch, {plan.target_counts.sum() / plan.lengths.sum():.1%} of "
+            f"them targets; longest example {int(plan.lengths.max())}, mean {plan.lengths.mean():.0f}",
+        ),
+        ("tokens per micro-batch", f"{plan.layout.max_tokens:,} at most, {_layout_name(plan)}"),
+    ]
+
+
+def _layout_name(plan: Plan) -> str:
+    return "packed without padding" if plan.layout.packing else "padded"

@@ -1,0 +1,115 @@
+"""What a person reads in the terminal: what is trained on what, and how it ended."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from finetune.config import Config
+from finetune.data.plan import Plan
+from finetune.run.folder import CONFIG, METRICS
+from finetune.runtime.choice import Choice
+from finetune.runtime.console import console, say, show_choices
+from finetune.training.evaluate import is_out_of_patience
+
+# Metric, its name on screen, and how it is written.
+SHOWN = {
+    "loss": ("loss", "{:.4f}"),
+    "loss_without_leaks": ("without leaks", "{:.4f}"),
+    "mean_token_accuracy": ("accuracy", "{:.4f}"),
+    "entropy": ("entropy", "{:.4f}"),
+    "learning_rate": ("lr", "{:.2e}"),
+    "grad_norm": ("grad norm", "{:.3f}"),
+    "useful_tokens_per_second": ("tokens/s", "{:,.0f}"),
+    "mfu": ("MFU", "{:.0%}"),
+    "peak_memory_gib": ("GiB", "{:.2f}"),
+}
+
+
+def show_start(config: Config, settings: Sequence[Choice], facts: Sequence[tuple[str, str]]) -> None:
+    """Print what is trained on what, and asked beside got."""
+    table = Table(title=Text(f"Run {config.output_dir}"), title_justify="left", show_header=False)
+    for name, value in facts:
+        table.add_row(name, Text(value))
+    console.print(table)
+    show_choices(settings)
+
+
+def show_finished(run_dir: Path) -> None:
+    say(f"The run in {run_dir} is finished; its adapter is {run_dir / 'adapter'}.")
+    say("To train again, choose another --output_dir, or delete that folder.")
+
+
+def show_checkpoint(checkpoint: Path | None, remarks: Sequence[str], step: int) -> None:
+    """Print what `find_checkpoint` has to say, and which one the run goes on from."""
+    for line in remarks:
+        say(line)
+    if checkpoint is not None:
+        say(f"Going on from {checkpoint}, after update {step}.")
+
+
+def show_stop(config: Config, accelerator: Any, step: int) -> None:
+    """Print that the run was stopped, and the command that goes on with it."""
+    run_dir = Path(config.output_dir)
+    saved = f"after update {step}; all is saved" if step > 0 else "before its first update"
+    say(f"Stopped {saved}. To go on:")
+    say(f"  {launch_command(run_dir, accelerator.num_processes, accelerator.device.type == 'cuda')}")
+
+
+def launch_command(run_dir: Path, num_processes: int, on_gpu: bool) -> str:
+    """The command that runs the configuration of `run_dir` in as many processes."""
+    launcher = "accelerate launch"
+    if num_processes > 1:
+        launcher += f" --multi_gpu --num_processes {num_processes}"
+        launcher = launcher if on_gpu else f"torchrun --nproc_per_node {num_processes}"
+    return f"{launcher} train.py --config {shlex.quote(str(run_dir / CONFIG))}"
+
+
+def show_end(
+    config: Config,
+    plan: Plan,
+    evaluations: Sequence[dict[str, Any]],
+    adapter_step: int,
+    remarks: Sequence[str],
+) -> None:
+    """Print how the run ended, the first evaluation against that of its adapter, and where things lie.
+
+    `remarks` are what `load_best` had to say.
+    """
+    run_dir = Path(config.output_dir)
+    _show_last_step(config, plan, evaluations)
+    for line in remarks:
+        say(line)
+    of_adapter = [entry for entry in evaluations if entry["step"] == adapter_step]
+    if len(evaluations) > 1 and of_adapter:
+        before, after = evaluations[0], of_adapter[-1]
+        columns = ("eval", f"step {before['step']}", f"step {after['step']}", "change")
+        table = Table(*columns, title="Before and after", title_justify="left")
+        for key in ("loss", "entropy", "mean_token_accuracy"):
+            name, pattern = SHOWN[key]
+            change = f"{after[key] / before[key] - 1:+.1%}" if before[key] else ""
+            table.add_row(name, pattern.format(before[key]), pattern.format(after[key]), change)
+        console.print(table)
+    losses = [entry["loss"] for entry in evaluations]
+    if len(losses) > 1 and evaluations[0]["step"] == 0 and losses[0] <= min(losses[1:]):
+        say(f"No evaluation after training had a lower loss than the untrained model's {losses[0]:.4f}.")
+    if config.checkpoint.keep_best and of_adapter:
+        say(f"The adapter is that after update {adapter_step}, of the lowest eval loss.")
+    say(f"adapter      {run_dir / 'adapter'}")
+    say(f"metrics      {run_dir / METRICS}")
+    say(f"to see it    tensorboard --logdir {run_dir}")
+
+
+def _show_last_step(config: Config, plan: Plan, evaluations: Sequence[dict[str, Any]]) -> None:
+    """Print why the run ended before its planned end, if it did."""
+    patience = config.train.early_stopping_patience
+    if is_out_of_patience(evaluations, patience) and evaluations[-1]["step"] < plan.num_steps:
+        best = min(evaluations, key=lambda entry: entry["loss"])
+        tried = "the last evaluation" if patience == 1 else f"the last {patience} evaluations"
+        say(
+            f"Ended early, after update {evaluations[-1]['step']} of {plan.num_steps}: {tried} had no lower "
+            f"loss than {best['loss']:.4f}, that after update {best['step']}."
+        )

@@ -1,0 +1,149 @@
+"""What this machine is and can do: the Accelerator, the precision, and the record of both."""
+
+import os
+import platform
+import time
+import warnings
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
+
+from finetune.config import Config
+from finetune.runtime.choice import Choice
+from finetune.runtime.memory import GIB
+from finetune.runtime.processes import under_accelerate_launch
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "tensorboard")
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def describe_machine(accelerator: Accelerator) -> list[Choice]:
+    """Device, processes, data workers."""
+    device, processes = accelerator.device, accelerator.num_processes
+    return [_describe_device(device), _describe_processes(processes), Choice("data workers", "0", "0")]
+
+
+def _describe_device(device: torch.device) -> Choice:
+    """A torch that was built for a GPU asks for one, unless the launcher was told to use the CPU."""
+    got = device.type
+    told_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    if got == "cpu" and torch.version.cuda and not told_cpu:
+        reason = f"torch is built for CUDA {torch.version.cuda} and finds no GPU that it can use"
+        return Choice("device", "cuda", got, reason)
+    return Choice("device", got, got)
+
+
+def _describe_processes(num_processes: int) -> Choice:
+    """Several processes asked of `accelerate launch` on a CPU are one: it sets up an address for them to
+    meet at, and starts one."""
+    name, got = "processes", str(num_processes)
+    if under_accelerate_launch() and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        reason = "on a CPU accelerate launch starts one; torchrun --nproc_per_node N train.py starts N"
+        return Choice(name, "several", got, reason)
+    return Choice(name, got, got)
+
+
+def choose_precision(asked: str) -> Choice:
+    """bf16 becomes fp16 with loss scaling on a card that computes bf16 in software or not at all."""
+    name = "precision"
+    if asked == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
+        return Choice(name, asked, "fp16", f"{torch.cuda.get_device_name()} has no bf16; losses are scaled")
+    if asked == "fp16" and not torch.cuda.is_available():
+        return Choice(name, asked, "bf16", "fp16 with loss scaling needs a GPU")
+    return Choice(name, asked, asked)
+
+
+def create_accelerator(config: Config, precision: str) -> Accelerator:
+    """The Accelerator that moves the model, scales fp16 losses, and speaks to the other processes.
+
+    Accumulation and the schedule are the loop's own, so Accelerate is told of no accumulation.
+
+    Raises:
+        ValueError: the launcher started several processes of which Accelerate knows nothing.
+    """
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # but without a successor
+    # Programs that torch's CPU library keeps, one for each shape: 1024, its default, come to hold half a GiB,
+    # since each update has another number of tokens. A forward and backward pass needs about 150.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    # The launcher's environment would override the argument, and divide the loss a second time.
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_steps=1,
+        cpu=not torch.cuda.is_available(),
+        log_with="tensorboard",
+        project_dir=config.output_dir,
+        # The processes of an update may differ in their number of forward passes, so none may wait in one.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    if accelerator.device.type == "cpu":
+        _use_all_cores(accelerator.num_processes)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"{started} processes were started, but Accelerate knows of {accelerator.num_processes}; each "
+            "would train alone on the same data. Launch with `accelerate launch --num_processes` or torchrun"
+        )
+    return accelerator
+
+
+def _use_all_cores(num_processes: int) -> None:
+    """Undo the launchers' OMP_NUM_THREADS=1, which leaves all cores but one idle; a higher one is the
+    user's own."""
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
+        torch.set_num_threads(max(1, cores // num_processes))
+
+
+def reseed(seed: int, step: int, rank: int) -> None:
+    """Set the random state that dropout draws from: its noise depends on these three alone."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads on {psutil.cpu_count(logical=False)} cores"
+
+
+def matmul_rate(device: torch.device, precision: str) -> float:
+    """FLOP/s of the device in matrix multiplications: the best of a few, measured now."""
+    dtype = DTYPES[precision]
+    size = 4096 if device.type == "cuda" else 1024
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    return 2 * size**3 / min(seconds() for _ in range(10))
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """Versions and hardware, for a run's environment.json and a benchmark's results."""
+    return {
+        "python": platform.python_version(),
+        "packages": {package: version(package) for package in PACKAGES},
+        "device": device_name(accelerator.device),
+        "processor": _processor(),
+        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+        "cuda": torch.version.cuda,
+        "num_processes": accelerator.num_processes,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,74 @@
+"""Stopping when asked: SIGTERM and SIGINT let the update end and the run be saved; a second one does not."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from types import FrameType
+from typing import Any, TypeVar
+
+from finetune.runtime.processes import all_reduce_max, under_accelerate_launch
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+T = TypeVar("T")
+
+
+class StopRequest:
+    """Notes the first signal and leaves it to the loop when to stop; a second one ends the process.
+
+    The death of `accelerate launch` counts as a SIGTERM: a signal sent to it alone would otherwise leave its
+    process training unseen.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        self._main = accelerator.is_main_process
+        self._received: list[int] = []
+        # A terminal signals torchrun and its processes, and torchrun then passes its own on: two for one.
+        self._last = 3 if "TORCHELASTIC_RUN_ID" in os.environ else 2
+        self._agreed = 0
+        self._launcher = os.getppid() if under_accelerate_launch() else None
+        self._accelerator = accelerator
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process was asked to stop."""
+        if not self._received and self._launcher is not None and os.getppid() != self._launcher:
+            self._received.append(signal.SIGTERM)
+        return len(self._received) > 0
+
+    def should_stop(self) -> bool:
+        """Whether any rank was asked to stop: the same answer on all. Each must call it equally often."""
+        self._agreed = all_reduce_max(self._accelerator, self._received[0] if self.requested else 0)
+        return self._agreed > 0
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal that was agreed on, as a shell counts; 0 without one."""
+        return 128 + self._agreed if self._agreed else 0
+
+    def until(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, up to a request to stop."""
+        for item in items:
+            if self.requested:
+                return
+            yield item
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self._received.append(number)
+        if len(self._received) >= self._last:
+            raise SystemExit(128 + number)
+        if self._main and len(self._received) == 1:
+            name = signal.Signals(number).name
+            # Another print may be what the signal interrupted, and `| tee` may have got it too and be gone.
+            with suppress(RuntimeError, OSError):
+                print(f"{name}: ending this update and saving; a second stops at once", file=sys.stderr)

@@ -1,0 +1,37 @@
+"""What a command works on: the rows of a configuration as tokens, and its model with a fresh adapter."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.config import Config
+from finetune.data.rows import load_rows
+from finetune.data.splits import tokenize_splits
+from finetune.data.tokenize import Examples
+from finetune.model.load import check_vocabulary, load_model, load_tokenizer
+from finetune.model.loss import TokenLoss
+from finetune.runtime.accelerator import choose_precision, create_accelerator
+from finetune.runtime.choice import Choice
+
+
+@dataclass(frozen=True)
+class Parts:
+    """`train.py` makes them one by one."""
+
+    accelerator: Any
+    precision: Choice
+    tokenizer: Any
+    train_set: Examples
+    eval_set: Examples
+    model: Any
+    token_loss: TokenLoss
+
+
+def load_parts(config: Config) -> Parts:
+    """Raises ValueError for rows, a tokenizer or a model that cannot be used, as train.py does."""
+    precision = choose_precision(config.train.mixed_precision)
+    accelerator = create_accelerator(config, precision.actual)
+    tokenizer = load_tokenizer(config.model)
+    train_set, eval_set = tokenize_splits(load_rows(config.data), tokenizer, config.data)
+    model = load_model(config, precision.actual, accelerator.device)
+    check_vocabulary(model, tokenizer)
+    return Parts(accelerator, precision, tokenizer, train_set, eval_set, model, TokenLoss(model).train())

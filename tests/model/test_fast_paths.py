@@ -1,0 +1,450 @@
+"""Which paths are chosen for which model, why not the fast ones, and that they change no sum."""
+
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from tiny import NAMES, VOCABULARY, adapter_gradients, fill_adapter, random_examples, with_adapter
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from finetune.config import Config, FastConfig, LoraConfig, ModelConfig, TrainConfig
+from finetune.data.collate import collate
+from finetune.data.tokenize import Examples
+from finetune.model import fast_paths
+from finetune.model.fast_paths import FastPaths, choose_fast_paths, use_reference_paths
+from finetune.model.load import add_adapter, load_model
+from finetune.model.loss import TokenLoss
+from finetune.ops import kernels, lora, quantized
+from finetune.ops.attention import PACKED
+from finetune.runtime.choice import Choice
+
+CPU = torch.device("cpu")
+LENGTHS = [20, 60, 33]  # the longest has 60 tokens
+SWITCHES = [field.name for field in fields(FastConfig) if field.type is bool]
+PACKED_NAME, CHUNKS, FUSED = (
+    "packed, compiled kernel",
+    "target tokens in chunks of 128 MiB",
+    "one function for each input",
+)
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="names what computes on a processor")
+
+
+def built(architecture: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    """A tiny random causal model of an architecture, with weights large enough that tokens matter."""
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    torch.manual_seed(0)
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(architecture, **{**sizes, **special, **settings})
+    )
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.to(dtype)
+
+
+def falcon_h1() -> Any:
+    """With a recurrent state beside its attention; only the attention is adapted."""
+    config = LoraConfig(r=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
+    small = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16}
+    return fill_adapter(add_adapter(built("falcon_h1", **small).requires_grad_(False), config))
+
+
+def train_set() -> Examples:
+    return Examples(Dataset.from_list(random_examples(LENGTHS)), truncated=[], dropped={})
+
+
+def choose(
+    token_loss: TokenLoss,
+    fast: FastConfig | None = None,
+    packing: bool = True,
+    precision: str = "no",
+    int8: str | None = None,
+) -> FastPaths:
+    config = Config(fast=fast or FastConfig(), train=TrainConfig(packing=packing))
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    return choose_fast_paths(config, accelerator, token_loss, train_set(), int8)
+
+
+def sums_of(token_loss: TokenLoss, packing: bool, precision: str = "no") -> dict[str, Any]:
+    """The sums of one batch, and the gradients of its mean loss."""
+    token_loss.model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
+        sums = token_loss.eval()(collate(random_examples(LENGTHS, seed=3), packing))
+    (sums.nll / sums.count).backward()
+    gradients = {name: gradient.clone() for name, gradient in adapter_gradients(token_loss.model).items()}
+    return {**{name: getattr(sums, name).item() for name in NAMES}, "gradients": gradients}
+
+
+def assert_same_sums(got: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-4) -> None:
+    for name in ("nll", "entropy", "count"):
+        assert got[name] == pytest.approx(expected[name], rel=tolerance), name
+    flat, right = (torch.cat([g.flatten() for g in each["gradients"].values()]) for each in (got, expected))
+    assert (flat - right).norm() < 10 * tolerance * right.norm()
+
+
+def is_as_asked(setting: Choice) -> bool:
+    return setting.requested == setting.actual and setting.reason == ""
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-4), ("bf16", 2e-2)])
+@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+def test_ordinary_models_get_every_fast_path_and_the_same_sums(architecture, precision, tolerance):
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    token_loss = TokenLoss(with_adapter(built(architecture, dtype)))
+    expected = {packing: sums_of(token_loss, packing, precision) for packing in (True, False)}
+    chosen = choose(token_loss, precision=precision)
+    assert (chosen.layout.actual, chosen.attention.actual) == ("packed", PACKED_NAME)
+    assert (chosen.loss.actual, chosen.lora.actual, chosen.int8.actual) == (CHUNKS, FUSED, "none")
+    assert all(is_as_asked(setting) for setting in chosen)
+    assert (token_loss.masks_packed_rows, token_loss.head_mib) == (False, 128)
+    assert token_loss.base.config._attn_implementation == PACKED
+    for packing in (True, False):
+        assert_same_sums(sums_of(token_loss, packing, precision), expected[packing], tolerance)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "llama", "phi3", "gpt2"])
+def test_models_that_keep_packed_examples_apart_are_packed(architecture):
+    chosen = choose(TokenLoss(with_adapter(built(architecture))))
+    assert is_as_asked(chosen.layout)
+    assert chosen.packed
+    assert chosen.attention.actual == PACKED_NAME
+
+
+@pytest.mark.parametrize(
+    ("make", "attention", "layout"),
+    [
+        (falcon_h1, "other results", "otherwise than each alone"),
+        (
+            # A window shorter than the longest example
+            lambda: with_adapter(built("mistral", sliding_window=40)),
+            "a sliding window shorter than an example",
+            "otherwise than each alone",
+        ),
+        (
+            lambda: with_adapter(built("bloom")),
+            "attention alone",
+            "no mask between packed examples",
+        ),
+    ],
+    ids=["falcon_h1", "mistral", "bloom"],
+)
+def test_models_that_do_not_are_padded_and_the_reason_is_given(make, attention, layout):
+    token_loss = TokenLoss(make())
+    own = token_loss.base.config._attn_implementation
+    expected = sums_of(token_loss, packing=False)
+    chosen = choose(token_loss)
+    assert (chosen.layout.requested, chosen.layout.actual) == ("packed", "padded")
+    assert layout in chosen.layout.reason
+    assert (chosen.attention.requested, chosen.attention.actual) == (PACKED_NAME, own)
+    assert attention in chosen.attention.reason
+    assert token_loss.base.config._attn_implementation == own
+    assert token_loss.masks_packed_rows
+    assert_same_sums(sums_of(token_loss, packing=False), expected)
+
+
+def test_a_window_longer_than_any_example_is_packed():
+    chosen = choose(TokenLoss(with_adapter(built("mistral", sliding_window=64))))
+    assert (chosen.layout.actual, chosen.attention.actual) == ("packed", PACKED_NAME)
+
+
+def test_padded_is_what_is_asked_where_packing_is_off():
+    token_loss = TokenLoss(falcon_h1())
+    chosen = choose(token_loss, packing=False)
+    assert (chosen.layout.requested, chosen.layout.actual, chosen.layout.reason) == ("padded", "padded", "")
+    assert is_as_asked(chosen.attention)
+    assert PACKED not in (chosen.attention.actual, token_loss.base.config._attn_implementation)
+
+
+HEAD_SIZE = {"head_dim": 16}
+ODD_HEADS = [
+    ("gemma2", {**HEAD_SIZE, "final_logit_softcapping": 30.0, "attn_logit_softcapping": None}),
+    ("granite", {"logits_scaling": 8.0}),
+    ("cohere", {"logit_scale": 0.06}),
+]
+
+
+@pytest.mark.parametrize(("architecture", "settings"), ODD_HEADS, ids=[name for name, _ in ODD_HEADS])
+def test_a_model_whose_logits_are_more_than_its_heads_output_keeps_its_own_head(architecture, settings):
+    token_loss = TokenLoss(with_adapter(built(architecture, **settings)))
+    expected = sums_of(token_loss, packing=False)
+    chosen = choose(token_loss)
+    assert (chosen.loss.requested, chosen.loss.actual) == (CHUNKS, "all logits of target tokens")
+    assert "more than its head's output" in chosen.loss.reason
+    assert token_loss.head_mib is None
+    assert_same_sums(sums_of(token_loss, packing=False), expected)
+    # In chunks it would have been another loss.
+    token_loss.head_mib = 1
+    assert sums_of(token_loss, packing=False)["nll"] != pytest.approx(expected["nll"], rel=1e-3)
+
+
+@pytest.mark.parametrize("how", ["bias", "trained"])
+def test_a_head_with_a_bias_or_in_training_is_left_alone(how):
+    base = built("phi", num_key_value_heads=4) if how == "bias" else built("llama")
+    model = with_adapter(base)
+    if how == "trained":
+        base.get_output_embeddings().weight.requires_grad_(True)
+    token_loss = TokenLoss(model)
+    chosen = choose(token_loss)
+    assert (chosen.loss.requested, chosen.loss.actual) == (CHUNKS, "all logits of target tokens")
+    assert "is trained, has a bias" in chosen.loss.reason
+    assert token_loss.head_mib is None
+
+
+def test_attention_that_bounds_its_scores_is_not_packed_attention():
+    settings = {**HEAD_SIZE, "final_logit_softcapping": None, "attn_logit_softcapping": 20.0}
+    token_loss = TokenLoss(with_adapter(built("gemma2", **settings)))
+    chosen = choose(token_loss)
+    packing = chosen.packed
+    assert (chosen.attention.requested, chosen.attention.actual) == (PACKED_NAME, "eager")
+    assert chosen.attention.reason
+    assert token_loss.base.config._attn_implementation == "eager"
+    got = sums_of(token_loss, packing)
+    use_reference_paths(token_loss)
+    assert_same_sums(got, sums_of(token_loss, packing))
+
+
+def test_layers_of_another_kind_keep_pefts_forward_and_the_reason_is_given():
+    token_loss = TokenLoss(with_adapter(built("gpt2")))
+    chosen = choose(token_loss)
+    assert (chosen.lora.requested, chosen.lora.actual) == (FUSED, "PEFT's")
+    assert chosen.lora.reason
+
+
+def test_where_some_layers_are_of_another_kind_the_others_are_fast_and_their_number_is_given():
+    config = LoraConfig(r=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj", "embed_tokens"])
+    base = built("qwen2", tie_word_embeddings=False).requires_grad_(False)
+    token_loss = TokenLoss(fill_adapter(add_adapter(base, config)))
+    expected = sums_of(token_loss, packing=True)
+    chosen = choose(token_loss)
+    assert (chosen.lora.requested, chosen.lora.actual) == (FUSED, f"{FUSED}, but for 1")
+    assert chosen.lora.reason
+    assert len(fast_layers(token_loss)) == 4
+    assert_same_sums(sums_of(token_loss, packing=True), expected)
+
+
+# Switched off
+
+
+PARTS = {name: {"head": "loss"}.get(name, name) for name in SWITCHES}
+FAST = {
+    "attention": PACKED_NAME,
+    "head": CHUNKS,
+    "lora": FUSED,
+    "elementwise": "keep their inputs",
+    "kernels": "compiled",
+}
+PLAIN = {
+    "attention": "sdpa",
+    "head": "all logits of target tokens",
+    "lora": "PEFT's",
+    "elementwise": "the model's",
+    "kernels": "torch's operations",
+}
+
+
+@pytest.mark.parametrize("off", SWITCHES)
+def test_a_path_that_is_switched_off_is_plain_as_asked_and_the_others_are_fast(off):
+    token_loss = TokenLoss(with_adapter(built("qwen2")))
+    expected = sums_of(token_loss, packing=True)
+    chosen = choose(token_loss, FastConfig(**{off: False}))
+    assert all(is_as_asked(setting) for setting in chosen)
+    assert chosen.packed
+    got = {name: getattr(chosen, PARTS[name]).actual for name in SWITCHES}
+    expected_names = {name: PLAIN[name] if name == off else FAST[name] for name in SWITCHES}
+    if off == "kernels":
+        expected_names["attention"] = "packed, per example"
+    assert got == expected_names
+    assert token_loss.masks_packed_rows == (off == "attention")
+    assert token_loss.head_mib == (None if off == "head" else 128)
+    assert len(fast_layers(token_loss)) == (0 if off == "lora" else 14)
+    assert_same_sums(sums_of(token_loss, packing=True), expected)
+
+
+def fast_layers(token_loss: TokenLoss) -> list[Any]:
+    return [m for m in token_loss.modules() if isinstance(m, fast_paths.LoraLayer) and "forward" in vars(m)]
+
+
+def own_forwards(token_loss: TokenLoss) -> set[str]:
+    """The modules that have a forward method other than that of their class."""
+    return {name for name, module in token_loss.named_modules() if "forward" in vars(module)}
+
+
+def test_with_all_switched_off_nothing_is_set():
+    token_loss = TokenLoss(with_adapter(built("qwen2")))
+    expected, before = sums_of(token_loss, packing=True), own_forwards(token_loss)
+    choose(token_loss)
+    assert own_forwards(token_loss) > before
+    chosen = choose(
+        token_loss, FastConfig(**dict.fromkeys(SWITCHES, False))
+    )  # and what an earlier choice had set is put back
+    assert all(is_as_asked(setting) for setting in chosen)
+    assert (token_loss.masks_packed_rows, token_loss.head_mib) == (True, None)
+    assert own_forwards(token_loss) == before
+    assert token_loss.base.config._attn_implementation == "sdpa"
+    got = sums_of(token_loss, packing=True)
+    assert {name: got[name] for name in NAMES} == {name: expected[name] for name in NAMES}
+
+
+def test_plain_paths_put_everything_back():
+    token_loss = TokenLoss(with_adapter(built("qwen2")))
+    expected, before = sums_of(token_loss, packing=True), own_forwards(token_loss)
+    choose(token_loss)
+    assert own_forwards(token_loss) > before
+    use_reference_paths(token_loss)
+    assert (token_loss.masks_packed_rows, token_loss.head_mib) == (True, None)
+    assert own_forwards(token_loss) == before
+    assert token_loss.base.config._attn_implementation == "sdpa"
+    got = sums_of(token_loss, packing=True)
+    assert {name: got[name] for name in NAMES} == {name: expected[name] for name in NAMES}
+    assert all(torch.equal(got["gradients"][name], right) for name, right in expected["gradients"].items())
+
+
+def test_the_budget_of_the_head_is_the_configured_one():
+    token_loss = TokenLoss(with_adapter(built("qwen2")))
+    chosen = choose(token_loss, FastConfig(head_mib=3))
+    assert chosen.loss.actual == "target tokens in chunks of 3 MiB"
+    assert token_loss.head_mib == 3
+
+
+def test_choosing_leaves_the_mode_and_the_gradients_as_they_are():
+    model = with_adapter(built("qwen2"), lora_dropout=0.1)
+    token_loss = TokenLoss(model).train()
+    choose(token_loss)
+    assert all(module.training for module in token_loss.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("fast_lora", [False, True])
+def test_nf4_layers_without_an_adapter_pass_gradients_on_after_the_choice(fast_lora, tiny_model_dir):
+    def gradients(chosen: bool) -> Any:
+        source = ModelConfig(name_or_path=str(tiny_model_dir), quantization="nf4")
+        adapter = LoraConfig(lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
+        token_loss = TokenLoss(
+            fill_adapter(load_model(Config(model=source, lora=adapter), "bf16", CPU))
+        ).train()
+        if chosen:
+            choose(token_loss, FastConfig(lora=fast_lora), precision="bf16")
+        with torch.autocast("cpu", torch.bfloat16):
+            sums = token_loss(collate(random_examples(LENGTHS), packing=True))
+        sums.nll.backward()
+        return torch.cat([g.flatten() for g in adapter_gradients(token_loss.model).values()])
+
+    plain = gradients(chosen=False)
+    assert (gradients(chosen=True) - plain).norm() < 0.1 * plain.norm()
+
+
+# What is tried and found wrong
+
+
+def test_a_fast_layer_that_computes_something_else_is_not_used(monkeypatch):
+    token_loss = TokenLoss(with_adapter(built("qwen2")))
+    expected = sums_of(token_loss, packing=True)
+    real = quantized.multiply
+    monkeypatch.setattr(lora, "multiply", lambda *arguments: 1.5 * real(*arguments))
+    chosen = choose(token_loss)
+    assert (chosen.lora.requested, chosen.lora.actual) == (FUSED, "PEFT's")
+    assert "other results" in chosen.lora.reason
+    assert fast_layers(token_loss) == []
+    assert_same_sums(sums_of(token_loss, packing=True), expected)
+
+
+def test_an_attention_that_computes_something_else_is_not_used(monkeypatch):
+    token_loss = TokenLoss(with_adapter(built("qwen2")))
+    expected = sums_of(token_loss, packing=True)
+    real = kernels.attention_forward
+    monkeypatch.setattr(kernels, "attention_forward", lambda *arguments: -3 * real(*arguments))
+    chosen = choose(token_loss)
+    assert (chosen.attention.requested, chosen.attention.actual) == (PACKED_NAME, "sdpa")
+    assert "other results" in chosen.attention.reason
+    assert chosen.packed
+    assert_same_sums(sums_of(token_loss, packing=True), expected)
+
+
+def test_a_path_that_runs_out_of_memory_is_no_path_that_computes_something_else(monkeypatch):
+    def out_of_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(kernels, "attention_forward", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        choose(TokenLoss(with_adapter(built("qwen2"))))
+
+
+# int8
+
+
+@pytest.fixture
+def int8_loss(tiny_model_dir: Path) -> TokenLoss:
+    source = ModelConfig(name_or_path=str(tiny_model_dir), quantization="int8")
+    config = Config(model=source, lora=LoraConfig(lora_dropout=0.0))
+    return TokenLoss(load_model(config, "bf16", CPU))
+
+
+@pytest.fixture
+def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_paths, "_seconds", lambda *_: pytest.fail("it was measured"))
+
+
+def assert_all_layers_multiply(token_loss: TokenLoss, in_int8: bool) -> None:
+    layers = fast_layers(token_loss)
+    assert len(layers) == 14
+    assert all(layer.int8_matmul is in_int8 for layer in layers)
+
+
+@pytest.mark.usefixtures("no_clock")
+@pytest.mark.parametrize("recorded", ["int8", "dequantize"])
+def test_how_a_run_began_is_kept_and_not_measured_again(int8_loss, recorded):
+    chosen = choose(int8_loss, precision="bf16", int8=recorded)
+    assert (chosen.int8.requested, chosen.int8.actual) == (recorded, recorded)
+    assert "as this run began" in chosen.int8.reason
+    assert_all_layers_multiply(int8_loss, recorded == "int8")
+
+
+@pytest.mark.usefixtures("no_clock")
+@pytest.mark.parametrize("recorded", [None, "int8", "dequantize"])
+@pytest.mark.parametrize("asked", ["int8", "dequantize"])
+def test_a_way_that_is_asked_for_is_taken(int8_loss, asked, recorded):
+    chosen = choose(int8_loss, FastConfig(int8_matmul=asked), precision="bf16", int8=recorded)
+    assert (chosen.int8.requested, chosen.int8.actual) == (asked, asked)
+    assert_all_layers_multiply(int8_loss, asked == "int8")
+
+
+@pytest.mark.parametrize(
+    ("in_int8", "dequantized", "got"),
+    [(1.0, 1.3, "int8"), (1.0, 1.1, "dequantize"), (1.0, 0.5, "dequantize")],
+)
+def test_int8_is_taken_where_it_is_faster_by_more_than_a_fifth(
+    int8_loss, monkeypatch, in_int8, dequantized, got
+):
+    times = iter([in_int8, dequantized])
+    monkeypatch.setattr(fast_paths, "_seconds", lambda *_: next(times))
+    chosen = choose(int8_loss, precision="bf16")
+    assert (chosen.int8.requested, chosen.int8.actual) == (got, got)
+    assert f"dequantized {dequantized * 1e3:.1f} ms, in int8 {in_int8 * 1e3:.1f} ms" in chosen.int8.reason
+    assert_all_layers_multiply(int8_loss, got == "int8")
+
+
+@pytest.mark.usefixtures("no_clock")
+def test_pefts_layers_multiply_int8_as_bitsandbytes_does(int8_loss):
+    chosen = choose(int8_loss, FastConfig(lora=False, int8_matmul="int8"), precision="bf16")
+    assert (chosen.int8.requested, chosen.int8.actual) == ("bitsandbytes'", "bitsandbytes'")
+
+
+@pytest.mark.usefixtures("no_clock")
+def test_a_model_without_int8_weights_has_no_way_of_multiplying_them():
+    chosen = choose(TokenLoss(with_adapter(built("qwen2"))), FastConfig(int8_matmul="int8"), int8="int8")
+    assert chosen.int8 == replace(chosen.int8, requested="none", actual="none", reason="")

@@ -1,0 +1,183 @@
+"""Sums become means once, over all that was added; the stopwatch counts training and nothing else."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from finetune.model.loss import TokenSums
+from finetune.training.metrics import Stopwatch, SumWindow, means
+
+CPU = torch.device("cpu")
+
+
+def sums(nll: float, entropy: float, correct: float, count: float, **options: Any) -> TokenSums:
+    return TokenSums(*(torch.tensor(float(value), **options) for value in (nll, entropy, correct, count)))
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def test_means_are_per_target_token():
+    assert means(torch.tensor([6.0, 3.0, 2.0, 4.0], dtype=torch.float64)) == {
+        "loss": 1.5,
+        "entropy": 0.75,
+        "mean_token_accuracy": 0.5,
+        "num_target_tokens": 4,
+    }
+    assert type(means(torch.ones(4))["num_target_tokens"]) is int
+
+
+def test_a_window_weighs_every_token_the_same_and_not_every_micro_batch(accelerator):
+    window = SumWindow(CPU)
+    window.add(sums(nll=10, entropy=2, correct=0, count=1))
+    window.add(sums(nll=9, entropy=9, correct=9, count=9))
+    window.add(sums(nll=0, entropy=0, correct=0, count=0))
+    assert window.reduce(accelerator) == {
+        "loss": 1.9,
+        "entropy": 1.1,
+        "mean_token_accuracy": 0.9,
+        "num_target_tokens": 10,
+    }
+
+
+def test_a_window_is_empty_after_it_was_reduced(accelerator):
+    window = SumWindow(CPU)
+    window.add(sums(100, 100, 100, 100))
+    window.reduce(accelerator)
+    window.add(sums(4, 2, 1, 2))
+    assert window.reduce(accelerator)["loss"] == 2
+    assert window.total(accelerator).tolist() == [0, 0, 0, 0]
+
+
+def test_the_total_leaves_the_window_as_it_is_and_can_be_restored(accelerator):
+    window = SumWindow(CPU)
+    window.add(sums(1, 2, 3, 4))
+    saved = window.total(accelerator).tolist()
+    window.add(sums(5, 6, 7, 8))
+    again = SumWindow(CPU)
+    again.restore(saved)
+    again.add(sums(5, 6, 7, 8))
+    assert saved == [1, 2, 3, 4]
+    assert again.total(accelerator).tolist() == window.total(accelerator).tolist() == [6, 8, 10, 12]
+
+
+def test_the_window_sums_over_all_processes():
+    class Four:
+        """Four processes with the same sums."""
+
+        def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+            assert reduction == "sum"
+            return tensor * 4
+
+    window = SumWindow(CPU)
+    window.add(sums(6, 3, 2, 4))
+    assert window.reduce(Four()) == {
+        "loss": 1.5,
+        "entropy": 0.75,
+        "mean_token_accuracy": 0.5,
+        "num_target_tokens": 16,
+    }
+
+
+def test_one_more_token_still_counts_after_very_many(accelerator):
+    window = SumWindow(CPU)
+    window.restore([2.0**24] * 4)  # in fp32 adding one to this gives the same number
+    for _ in range(3):
+        window.add(sums(1, 1, 1, 1))
+    assert window.total(accelerator).tolist() == [2**24 + 3] * 4
+
+
+def test_a_window_keeps_no_graph():
+    weight = torch.tensor(2.0, requires_grad=True)
+    window = SumWindow(CPU)
+    window.add(TokenSums(weight * 3, torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1.0)))
+    assert not window._sums.requires_grad
+
+
+def test_adding_does_not_wait_for_the_device():
+    # A tensor on the device `meta` has no values: whoever asks for one gets an error.
+    window = SumWindow(torch.device("meta"))
+    window.add(sums(1, 2, 3, 4, device="meta"))
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        window._sums.tolist()
+
+
+# Stopwatch
+
+
+class Clock:
+    """Tells the time it is told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("finetune.training.metrics.time", SimpleNamespace(perf_counter=clock.perf_counter))
+    return clock
+
+
+def batch_of(num_tokens: int, num_targets: int) -> Any:
+    return SimpleNamespace(num_tokens=num_tokens, target_ids=[0] * num_targets)
+
+
+def test_the_rate_is_tokens_by_seconds(clock):
+    stopwatch = Stopwatch((1, 2), 100.0)
+    stopwatch.count(30, [])
+    clock.now += 2
+    stopwatch.count(50, [])
+    clock.now += 2
+    assert stopwatch.speed()["useful_tokens_per_second"] == 20
+
+
+def test_the_share_of_the_matmul_rate_counts_tokens_and_targets_by_what_they_take(clock):
+    stopwatch = Stopwatch((3, 50), 1000.0)
+    stopwatch.count(150, [batch_of(60, 4), batch_of(40, 6)])
+    clock.now += 2
+    assert stopwatch.speed()["mfu"] == (100 * 3 + 10 * 50) / 2 / 1000
+    clock.now += 1
+    assert stopwatch.speed()["mfu"] == 0
+
+
+def test_each_reading_starts_anew(clock):
+    stopwatch = Stopwatch((1, 2), 100.0)
+    stopwatch.count(1000, [])
+    clock.now += 1
+    stopwatch.speed()["useful_tokens_per_second"]
+    stopwatch.count(10, [])
+    clock.now += 5
+    assert stopwatch.speed()["useful_tokens_per_second"] == 2
+
+
+def test_pauses_do_not_count(clock):
+    stopwatch = Stopwatch((1, 2), 100.0)
+    clock.now += 1
+    for seconds in (100, 200):
+        with stopwatch.paused():
+            clock.now += seconds
+        clock.now += 1
+    stopwatch.count(12, [])
+    clock.now += 1
+    assert stopwatch.speed()["useful_tokens_per_second"] == 3
+
+
+def test_a_pause_belongs_to_its_own_reading(clock):
+    stopwatch = Stopwatch((1, 2), 100.0)
+    stopwatch.count(8, [])
+    clock.now += 2
+    assert stopwatch.speed()["useful_tokens_per_second"] == 4
+    with stopwatch.paused():
+        clock.now += 50
+    stopwatch.count(8, [])
+    clock.now += 4
+    assert stopwatch.speed()["useful_tokens_per_second"] == 2

@@ -1,0 +1,227 @@
+"""The learning rate follows transformers' schedules; the optimizer is the one asked for, or says why not."""
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from conftest import tiny_model
+from tiny import CPU, VOCABULARY, random_examples, with_adapter
+from transformers import get_scheduler
+
+from finetune.config import Config, LoraConfig, ModelConfig, OptimConfig
+from finetune.data.collate import collate
+from finetune.model.load import load_model
+from finetune.model.loss import TokenLoss
+from finetune.run.checkpoint import _kind
+from finetune.runtime.choice import Choice
+from finetune.training.optim import (
+    GroupedAdamW8bit,
+    choose_optimizer,
+    create_optimizer,
+    learning_rate_at,
+    set_learning_rate,
+)
+
+CUDA = torch.device("cuda")
+ALL = ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "sgd"]
+
+
+def transformers_rates(name: str, warmup_steps: int, num_steps: int, learning_rate: float) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
+    scheduler = get_scheduler(name, optimizer, warmup_steps, num_steps)
+    rates = []
+    for _ in range(num_steps):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 40])
+@pytest.mark.parametrize(
+    ("warmup_ratio", "warmup_steps"),
+    [
+        (0.0, {1: 0, 2: 0, 7: 0, 40: 0}),
+        (0.03, {1: 1, 2: 1, 7: 1, 40: 2}),
+        (0.25, {1: 1, 2: 1, 7: 2, 40: 10}),
+        (1.0, {1: 1, 2: 2, 7: 7, 40: 40}),
+    ],
+)
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_every_learning_rate_is_that_of_transformers(schedule, warmup_ratio, warmup_steps, num_steps):
+    config = OptimConfig(schedule=schedule, warmup_ratio=warmup_ratio, learning_rate=3e-4)
+    name = "constant_with_warmup" if schedule == "constant" and warmup_ratio > 0 else schedule
+    rates = [learning_rate_at(step, num_steps, config) for step in range(num_steps)]
+    expected = transformers_rates(name, warmup_steps[num_steps], num_steps, 3e-4)
+    assert rates == pytest.approx(expected, rel=1e-12)
+
+
+def test_without_warm_up_the_first_update_has_the_full_rate_and_the_last_is_above_zero():
+    for schedule in ("linear", "cosine"):
+        config = OptimConfig(schedule=schedule, warmup_ratio=0.0, learning_rate=1.0)
+        rates = [learning_rate_at(step, 5, config) for step in range(5)]
+        assert rates[0] == 1.0
+        assert rates == sorted(rates, reverse=True)
+        assert rates[-1] > 0
+        assert learning_rate_at(5, 5, config) == pytest.approx(0, abs=1e-15)
+
+
+def test_a_new_learning_rate_reaches_every_group():
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": [p], "lr": 0.5} for p in parameters])
+    set_learning_rate(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+@pytest.mark.parametrize(("asked", "got"), [("paged_adamw_8bit", "adamw_8bit"), ("paged_adamw", "adamw")])
+def test_a_paged_optimizer_becomes_the_same_one_without_paging_on_a_cpu_and_says_why(asked, got):
+    setting = choose_optimizer(asked, CPU)
+    assert (setting.name, setting.requested, setting.actual) == ("optimizer", asked, got)
+    assert "GPU memory" in setting.reason
+
+
+@pytest.mark.parametrize("asked", ALL)
+def test_every_other_optimizer_is_the_one_asked_for(asked):
+    assert choose_optimizer(asked, CUDA) == Choice("optimizer", asked, asked, reason="")
+    if not asked.startswith("paged"):
+        assert choose_optimizer(asked, CPU) == Choice("optimizer", asked, asked, reason="")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "bits", "paged"),
+    [
+        ("adamw", torch.optim.AdamW, None, None),
+        ("adamw_8bit", bnb.optim.AdamW8bit, 8, False),
+        ("paged_adamw", bnb.optim.PagedAdamW32bit, 32, True),
+        ("paged_adamw_8bit", bnb.optim.AdamW8bit, 8, True),
+        ("sgd", torch.optim.SGD, None, None),
+    ],
+)
+def test_each_name_makes_its_optimizer_with_the_settings_of_the_config(name, kind, bits, paged):
+    config = OptimConfig(learning_rate=0.01, betas=(0.8, 0.9), eps=1e-5, weight_decay=0.1)
+    optimizer = create_optimizer(name, [torch.nn.Parameter(torch.zeros(3))], config)
+    assert isinstance(optimizer, kind)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.01, 0.1)
+    if name != "sgd":
+        assert (tuple(group["betas"]), group["eps"]) == ((0.8, 0.9), 1e-5)
+    if bits is not None:
+        assert optimizer.args.optim_bits == bits
+        assert optimizer.is_paged == paged
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_an_update_of_adamw_is_the_one_of_the_formula(name):
+    torch.manual_seed(0)
+    # Large enough for bitsandbytes to keep its state in 8 bits.
+    weight = torch.nn.Parameter(torch.randn(64, 128))
+    before = weight.detach().clone()
+    config = OptimConfig(learning_rate=0.01, weight_decay=0.1)
+    optimizer = create_optimizer(name, [weight], config)
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    # In the first update both averages are the gradient's own, so the step is its sign.
+    expected = before - 0.01 * (0.1 * before + weight.grad.sign())
+    assert torch.allclose(weight, expected, atol=1e-4)
+    if name == "adamw_8bit":
+        assert optimizer.state[weight]["state1"].dtype == torch.uint8
+
+
+# In whole blocks of 256 numbers or not; with states in 8 bits or (below 4,096 numbers) in fp32; so large that
+# they could be paged.
+SHAPES = [(8, 576), (64, 64), (5, 1000), (8, 32), (400, 256), (16, 512)]
+
+
+def test_small_tensors_in_one_call_get_bitsandbytes_own_updates_to_the_bit():
+    def run(kind: type[torch.optim.Optimizer]) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+        generator = torch.Generator().manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+        optimizer = kind(weights, lr=0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6)
+        for step in range(5):
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=generator)
+            if step == 1:  # from now on it has had one update less than the others
+                weights[0].grad = None
+            if step == 3:  # as a run that goes on
+                again = kind(weights, lr=0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6)
+                again.load_state_dict(optimizer.state_dict())
+                optimizer = again
+            set_learning_rate(optimizer, 0.01 / (1 + step))
+            optimizer.step()
+        return weights, optimizer
+
+    (plain, plain_optimizer), (grouped, optimizer) = run(bnb.optim.AdamW8bit), run(GroupedAdamW8bit)
+    for weight, expected in zip(grouped, plain, strict=True):
+        assert torch.equal(weight, expected)
+        state, expected_state = optimizer.state[weight], plain_optimizer.state[expected]
+        assert state.keys() == expected_state.keys()
+        for key, value in expected_state.items():
+            assert torch.equal(state[key], value) if isinstance(value, torch.Tensor) else state[key] == value
+
+
+def test_small_tensors_take_one_call(monkeypatch):
+    sizes = []
+    real = bnb.functional.optimizer_update_8bit_blockwise
+    monkeypatch.setattr(
+        bnb.functional,
+        "optimizer_update_8bit_blockwise",
+        lambda name, gradient, *others, **more: (
+            sizes.append(gradient.numel()),
+            real(name, gradient, *others, **more),
+        ),
+    )
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    optimizer = create_optimizer("adamw_8bit", weights, OptimConfig())
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    assert sorted(sizes) == sorted([8 * 576 + 64 * 64 + 16 * 512, 5 * 1000, 400 * 256])
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+def test_a_checkpoint_names_it_as_bitsandbytes_own_whose_state_it_has(name):
+    optimizer = create_optimizer(name, [torch.nn.Parameter(torch.zeros(3))], OptimConfig())
+    assert _kind(optimizer) == "bitsandbytes AdamW8bit"
+
+
+def test_sgd_is_the_plain_rule():
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = create_optimizer("sgd", [weight], OptimConfig(learning_rate=0.5, weight_decay=0.1))
+    weight.grad = torch.tensor([1.0, 3.0])
+    optimizer.step()
+    assert torch.allclose(weight, torch.tensor([1 - 0.5 * (1 + 0.1), -2 - 0.5 * (3 - 0.2)]))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "name"), [("none", "adamw"), ("int8", "adamw_8bit"), ("none", "sgd")]
+)
+def test_training_changes_every_tensor_of_the_adapter_and_nothing_else(quantization, name, tiny_model_dir):
+    source = ModelConfig(name_or_path=str(tiny_model_dir), quantization=quantization)
+    model = load_model(Config(model=source, lora=LoraConfig(r=64)), "no", CPU)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = create_optimizer(name, trainable, OptimConfig(learning_rate=0.01))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    token_loss = TokenLoss(model).train()
+    for _ in range(2):  # in the first update B is zero, so A has no gradient
+        token_loss(collate(random_examples([9, 14], vocabulary=800), packing=True)).nll.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    changed = {
+        name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])
+    }
+    assert changed == {name for name in before if "lora_" in name}
+
+
+def test_training_with_8_bit_states_lowers_the_loss():
+    model = with_adapter(tiny_model(VOCABULARY))
+    token_loss = TokenLoss(model).train()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = create_optimizer("adamw_8bit", trainable, OptimConfig(learning_rate=0.01))
+    batch = collate(random_examples([9, 14]), packing=True)
+    losses = []
+    for _ in range(20):
+        sums = token_loss(batch)
+        sums.nll.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append((sums.nll / sums.count).item())
+    assert losses[-1] < 0.5 * losses[0]
