@@ -6,7 +6,7 @@ optimizer, and the sums of the log window that was open. Tensors lie in safetens
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,10 @@ ADAPTER_WEIGHTS, ADAPTER_CONFIG, OPTIMIZER, STATE, MANIFEST = (
 TRAINING_CONFIG = "training_config.yaml"  # beside a result: the configuration of its run
 
 CARD = "README.md"  # and what it is, as the Hugging Face Hub shows it
+
+
+History = list[dict[str, Any]]
+"""The eval lines of metrics.jsonl, in order: what a run decides by, before and after a kill alike"""
 
 
 @dataclass
@@ -81,10 +85,10 @@ class Checkpointer:
             self._window.restore(state.window_sums)
         return state
 
-    def save(self, state: TrainState, history: Sequence[dict[str, Any]]) -> None:
+    def save(self, state: TrainState, history: History) -> None:
         """Write the checkpoint of `state.step`, unless it is there; nothing before the first update.
 
-        `history` are the eval lines of metrics.jsonl: with `keep_best` they say which checkpoint to keep.
+        With `keep_best`, `history` says which checkpoint to keep besides the newest.
         """
         state.window_sums = self._window.total(self._accelerator).tolist()
         if state.step > 0:
@@ -100,7 +104,7 @@ class Checkpointer:
                 history,
             )
 
-    def load_best(self, state: TrainState, history: Sequence[dict[str, Any]]) -> list[str]:
+    def load_best(self, state: TrainState, history: History) -> list[str]:
         """As the function `load_best`, of this run."""
         return load_best(self.run_dir, history, state, self.model)
 
@@ -134,10 +138,10 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None,
     config: CheckpointConfig,
-    evaluations: Sequence[dict[str, Any]],
+    history: History,
 ) -> Path:
     """Write checkpoints/step_NNNNNN, unless it is there, and remove all but the `keep` newest and, with
-    `keep_best`, the best of `evaluations`.
+    `keep_best`, the best of `history`.
 
     Raises:
         ValueError: the disk is full; what was there before is as it was.
@@ -154,20 +158,20 @@ def save_checkpoint(
     # Newer ones are damaged: the run went back behind them.
     written = list_checkpoints(run_dir)
     position = written.index(folder)
-    best = [path for path, _ in best_first(run_dir, evaluations)] if config.keep_best else []
+    best = [path for path, _ in best_first(run_dir, history)] if config.keep_best else []
     for other in written[:position] + written[position + config.keep :]:
         if other not in best:
             shutil.rmtree(other)
     return folder
 
 
-def best_first(run_dir: Path, evaluations: Sequence[dict[str, Any]]) -> Iterator[tuple[Path, str | None]]:
+def best_first(run_dir: Path, history: History) -> Iterator[tuple[Path, str | None]]:
     """The checkpoints that were evaluated, with what is wrong with them: from the lowest eval loss, of equal
     ones the oldest, to the first that is whole.
 
-    `evaluations` are eval lines of metrics.jsonl. Of step 0 there is no checkpoint.
+    Of step 0 there is no checkpoint.
     """
-    trained = [entry for entry in evaluations if entry["step"] > 0]
+    trained = [entry for entry in history if entry["step"] > 0]
     for entry in sorted(trained, key=lambda entry: (entry["loss"], entry["step"])):
         folder = checkpoint_dir(run_dir, entry["step"])
         fault = fault_of(folder)
@@ -317,12 +321,10 @@ def load_adapter(folder: Path, model: PeftModel) -> None:
     set_peft_model_state_dict(model, adapter)
 
 
-def load_best(
-    run_dir: Path, evaluations: Sequence[dict[str, Any]], state: TrainState, model: PeftModel
-) -> list[str]:
+def load_best(run_dir: Path, history: History, state: TrainState, model: PeftModel) -> list[str]:
     """Put the adapter of the best checkpoint into the model, and its step into `state`; return what there is
     to say of it."""
-    tried = list(best_first(run_dir, evaluations))
+    tried = list(best_first(run_dir, history))
     damaged = [f"{folder.name} cannot be taken: {fault}" for folder, fault in tried if fault is not None]
     remarks = [f"Of the lowest eval loss, {damaged[0]}"] if damaged else []
     if len(damaged) == len(tried):
