@@ -45,8 +45,8 @@ class Evaluator:
         return step == self._plan.num_steps or is_out_of_patience(self._history, patience)
 
     def run_if_due(self, state: TrainState, checkpointer: Checkpointer) -> None:
-        """Make the evaluation and the answers that are due after `state.step` updates, but for those made
-        before a kill. With `keep_best` a checkpoint comes first: it may become the best."""
+        """Make the evaluation and the answers that are due after `state.step` updates, unless they were made
+        before a kill. With `keep_best` a checkpoint is saved first: it may become the best."""
         step = state.step
         due = self._config.eval.at_start if step == 0 else self._plan.is_due(self._config.eval.every, step)
         if due and len(self._eval_set.dataset) > 0 and not self._tracker.was_made("eval", step):
