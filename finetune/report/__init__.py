@@ -1,1 +1,1 @@
-"""TODO"""
+"""What people look at after a run: reports, comparisons, evaluations, audits and model cards."""

@@ -18,25 +18,6 @@ _CSS = {_INK: "var(--dim)", _GRID: "var(--line)"} | {
     colour: f"var(--c{number})" for number, colour in _COLOURS.items()
 }
 
-STYLE = Markup("""
-:root { --c1: #2563c9; --c2: #c2570c; --c3: #18793a; --c4: #7b3fd0; --c5: #b8245e; --c6: #0b7480;
-  --c7: #7a5c00; --c8: #5d6872; }
-@media (prefers-color-scheme: dark) {
-  :root { --c1: #7fb0ff; --c2: #ffa657; --c3: #6bd390; --c4: #c8a2ff; --c5: #ff8fb8; --c6: #5fd3dc;
-    --c7: #d9b84a; --c8: #a8b3be; }
-}
-.charts { display: grid; gap: 1.2rem 1.5rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
-figure { margin: 0; break-inside: avoid; }
-figcaption { line-height: 1.35; }
-figure svg { display: block; width: 100%; height: auto; margin-top: .3rem; font-family: inherit; }
-.legend { font-size: .85rem; color: var(--dim); overflow-wrap: anywhere; }
-.legend span { margin-right: .9rem; }
-.legend i { display: inline-block; width: 1.3rem; border-top: 3px solid; vertical-align: .25rem;
-  margin-right: .35rem; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-@media print { .charts { grid-template-columns: 1fr 1fr; } }
-""")
-
 
 class Line(NamedTuple):
     """Points by update; None or NaN leaves a gap. `name` is shown by the page, beside `colour`, 1 to 8."""

@@ -2,10 +2,11 @@
 
 The interval is Hesterberg's expanded percentile interval ("What Teachers Should Know About the Bootstrap",
 The American Statistician 69, 2015). A plain percentile interval of few examples is too narrow, as one of a
-normal distribution is where Student's is due: of 20 simulated examples it holds the truth in 88 % of cases,
-this one in 91 %; of 100 examples it is 94 % with both.
+normal distribution is where Student's is due: with 20 simulated examples it covers the true mean in 88 % of
+cases, this one in 91 %; with 100 examples both cover it in 94 %.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -23,10 +24,10 @@ class Interval(NamedTuple):
 
 
 def mean_interval(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> Interval:
-    """The mean per token of E examples, sum of `sums` [E] by sum of `counts` [E], and where 95 % of the means
-    of examples drawn anew lie: the tokens of an example belong together, so examples are what is drawn.
+    """The mean per token of E examples, sum(`sums` [E]) / sum(`counts` [E]), with its 95 % interval.
 
-    Of fewer than two examples nothing is known: the limits are NaN.
+    Examples are resampled, not tokens: the tokens of one example depend on each other. With fewer than two
+    examples the bounds are NaN.
     """
     value, num = float(sums.sum() / counts.sum()), len(sums)
     if num < 2:
@@ -53,5 +54,18 @@ def mean_interval(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> Int
 def difference_interval(
     before: NDArray[np.float64], after: NDArray[np.float64], counts: NDArray[np.float64]
 ) -> Interval:
-    """The same of how much the mean changed, on the same examples (paired)."""
+    """The change of the mean on the same examples, with its paired interval; all arrays are [E]."""
     return mean_interval(after - before, counts)
+
+
+def signed(value: float, digits: int) -> str:
+    r"""Format with a sign that is as wide as a digit, such as \u22120.120."""
+    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def between(interval: Interval, digits: int, sign: bool = False) -> str:
+    """Format the bounds as "low to high"; an empty string where they are unknown."""
+    if math.isnan(interval.low):
+        return ""
+    low, high = (signed(x, digits) if sign else f"{x:.{digits}f}" for x in (interval.low, interval.high))
+    return f"{low} to {high}"

@@ -16,6 +16,7 @@ from finetune.config_parsing import config_to_dict
 from finetune.data.files import is_local
 from finetune.model import starter
 from finetune.model.load import hub_name
+from finetune.report.html import TEMPLATES
 from finetune.run.folder import (
     METRICS,
     example_sums_file,
@@ -33,113 +34,6 @@ NO_SETTINGS = (
     *("output_dir", "resume", "strict", "log.", "checkpoint.", "eval."),
     *("data.path", "data.system_prompt", "model.name_or_path"),
 )
-
-TEMPLATE = """\
----
-{{ front_matter }}---
-
-{{ made_here }}
-
-# LoRA adapter for {{ base.name | code }}
-
-A LoRA adapter (r={{ config.lora.r }}) that fine-tunes the chat model {{ base.name | code }} on instructions,
-trained by a loop on Hugging Face Accelerate and PEFT.
-{%- if base.is_starter %}
-
-The weights it was trained on are a 4-bit version of that model (GGUF, Q4_1), dequantized. With the model's
-own weights, which the code below loads, its figures were not measured.
-{%- endif %}
-
-## Results
-{% if figures %}
-{% if figures[0].before %}
-| {{ num_eval }} eval examples, {{ num_target_tokens }} target tokens | before | after | change |
-|---|---|---|---|
-{%- for figure in figures %}
-| {{ figure.name }} | {{ figure.before }} | {{ figure.after }} | {{ figure.change }} |
-{%- endfor %}
-{% else %}
-| {{ num_eval }} eval examples, {{ num_target_tokens }} target tokens | after |
-|---|---|
-{%- for figure in figures %}
-| {{ figure.name }} | {{ figure.after }} |
-{%- endfor %}
-{% endif %}
-{%- if has_intervals %}
-In brackets: 95 % confidence intervals, from a bootstrap over the eval examples.
-{%- endif %}
-{%- if without_leaks %}
-Some eval prompts are also, or nearly, among the training rows; without them the loss afterwards is
-{{ without_leaks }}.
-{%- endif %}
-{% else %}
-Not measured: the run had no evaluation.
-{% endif %}
-## Data
-
-| | |
-|---|---|
-| source | {{ sources }} |
-| licence of the data | not stated |
-{%- if rows %}
-| rows | {{ rows.read }} read, {{ rows.usable }} usable |
-| dropped | {{ dropped }} |
-| cut at {{ config.data.max_length }} tokens | {{ rows.cut }} |
-{%- endif %}
-| examples | {{ data.train_examples }} trained on, {{ data.eval_examples }} for evaluation |
-| system prompt | {% if config.data.system_prompt is none %}none of its own\
-{% else %}{{ config.data.system_prompt | code }}{% endif %} |
-| loss on | {% if config.data.train_on == "all" %}every token{% else %}the answers only{% endif %} |
-
-## Training
-
-{{ num_updates }} updates of {{ global_batch_size }} examples, on {{ hardware | code }}.
-
-| setting | value |
-|---|---|
-{%- for key, value in settings %}
-| `{{ key }}` | {{ value | code }} |
-{%- endfor %}
-
-Versions: Python {{ python }}, {{ versions }}.
-
-## How to use it
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer{% if base.gguf %}, GgufConfig{% endif %}
-
-base = AutoModelForCausalLM.from_pretrained({{ base.arguments }}){{ base.comment }}
-model = PeftModel.from_pretrained(base, {{ adapter }}){{ adapter_comment }}
-tokenizer = AutoTokenizer.from_pretrained({{ adapter }})
-messages = [
-{%- if config.data.system_prompt is not none %}
-    {"role": "system", "content": {{ config.data.system_prompt | literal }}},
-{%- endif %}
-    {"role": "user", "content": "Your question"},
-]
-inputs = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-)
-answer = model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1] :]
-print(tokenizer.decode(answer, skip_special_tokens=True))
-```
-{% if base.on_hub and not config.lora.use_dora and vllm_rank %}
-```
-vllm serve {{ base.name }} --enable-lora --max-lora-rank {{ vllm_rank }} \\
-    --lora-modules adapter={{ repo or "." }}
-```
-{% endif %}
-## Limits
-
-{% if figures -%}
-- Measured on {{ num_eval }} examples of the same kind as those it was trained on, by loss and token accuracy
-  alone. How it does on other questions, and how good its answers are to a reader, was not measured.
-{% else -%}
-- Nothing about its answers was measured.
-{% endif -%}
-- No evaluation of safety, bias or truthfulness was made; what the base gets wrong, this may get wrong too.
-"""
 
 
 class Figure(NamedTuple):
@@ -206,9 +100,11 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
         "vllm_rank": next((rank for rank in VLLM_RANKS if rank >= config.lora.r), None),
     }
     # No HTML escapes: what comes from a user stands in code spans, where Markdown shows it as it is.
-    markdown = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    markdown = Environment(
+        loader=TEMPLATES, undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
+    )
     markdown.filters |= {"code": _code, "literal": _literal}
-    return re.sub(r"\n{3,}", "\n\n", markdown.from_string(TEMPLATE).render(values))
+    return re.sub(r"\n{3,}", "\n\n", markdown.get_template("model_card.md").render(values))
 
 
 def without_folder(path: str) -> str:

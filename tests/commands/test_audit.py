@@ -15,18 +15,13 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from finetune.__main__ import main
-from finetune.commands.audit import (
-    find_listings,
-    find_problems,
-    length_histogram,
-    pick_rows,
-    run_audit,
-    segments_of,
-)
 from finetune.config import Config, DataConfig, ModelConfig
+from finetune.data.audit import measure
+from finetune.data.findings import find_listings, find_problems
 from finetune.data.rows import load_rows
 from finetune.data.splits import tokenize_splits
 from finetune.data.tokenize import IGNORE, ROLES, dissect, encode, to_messages
+from finetune.report.audit import length_histogram, pick_rows, segments_of
 from finetune.report.html import check_page_path
 
 SAMPLE = str(ROOT / "data" / "finance_sample.csv")
@@ -53,7 +48,7 @@ def write(path: Path, rows: list[dict]) -> str:
 
 
 def audit_of(path: str, tokenizer=TOKENIZER, **data):
-    return run_audit(Config(model=ModelConfig(), data=DataConfig(path=path, **data)), tokenizer)
+    return measure(Config(model=ModelConfig(), data=DataConfig(path=path, **data)), tokenizer)
 
 
 def listed(audit) -> dict[str, list[tuple[int, ...]]]:
@@ -314,7 +309,7 @@ def test_labels_that_training_would_not_use_stop_the_audit(monkeypatch):
         tokens = encode(*arguments)
         return tokens._replace(labels=[IGNORE, *tokens.labels[:-1]])
 
-    monkeypatch.setattr("finetune.commands.audit.encode", shifted)
+    monkeypatch.setattr("finetune.data.audit.encode", shifted)
     with pytest.raises(AssertionError):
         audit_of(SAMPLE)
 
@@ -645,7 +640,7 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_work(
 ):
     Path("folder.html").mkdir()
     Path("rows.csv").write_text("instruction,output\na,b\n", encoding="utf-8")
-    monkeypatch.setattr("finetune.commands.audit.load_rows", lambda _: pytest.fail("the work began"))
+    monkeypatch.setattr("finetune.data.audit.load_rows", lambda _: pytest.fail("the work began"))
     code, printed, _ = run_audit_command(SAMPLE, "--page", page)
     assert code == 2
     assert (

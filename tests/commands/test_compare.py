@@ -11,7 +11,7 @@ import pytest
 from browser import look_at
 
 from finetune.__main__ import main
-from finetune.commands.compare import write_comparison
+from finetune.report.comparison import write_comparison
 from finetune.report.intervals import difference_interval
 
 MINUS = "\N{MINUS SIGN}"

@@ -137,8 +137,8 @@ def test_data_settings_machine_and_command_are_the_run_s(finished):
     assert "r 8, alpha 16, dropout 0.1, on all-linear" in said
     assert "learning rate 0.001, linear, no warm-up" in said
     assert f"torch {environment['packages']['torch']}" in said
-    asked = next(setting for setting in environment["settings"] if setting["name"] == "optimizer")
-    assert f"optimizer {asked['got']}" in said
+    optimizer = next(choice for choice in environment["settings"] if choice["name"] == "optimizer")
+    assert f"optimizer {optimizer['actual']}" in said
     again = f"accelerate launch train.py --config {finished}/config.yaml --output_dir {finished}-again"
     assert again in said
     assert "Finished, after 6 updates." in said
@@ -237,7 +237,7 @@ def test_an_unfinished_run_has_a_report_of_what_there_is(finished):
     said = text_of(report(finished))
     assert "Not finished: this is what there is, logged up to update 2 of 6." in said
     assert "There is one evaluation" in said
-    assert f"To go on accelerate launch train.py --config {finished}/config.yaml " in said
+    assert f"To resume accelerate launch train.py --config {finished}/config.yaml " in said
     (finished / "metrics.jsonl").unlink()
     (finished / "answers.jsonl").unlink()
     said = text_of(report(finished))
@@ -362,7 +362,7 @@ def test_a_report_that_fails_loses_no_run(run_train, tmp_path, monkeypatch, caps
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("finetune.report.write_page", fail)
+    monkeypatch.setattr("finetune.report.page.write_page", fail)
     with pytest.raises(AssertionError, match=r"report\.html"):  # the fixture's: train.main has returned 0
         run_train(output_dir=tmp_path / "run", train__max_steps=1)
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
