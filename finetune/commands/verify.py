@@ -7,22 +7,22 @@ same weights in fp32, and the fast paths must come as near to that as the plain 
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from rich.table import Table
 from torch import Tensor
-from torch.nn import functional as F
 
 from finetune.config import Config
 from finetune.config_parsing import parse_config
 from finetune.data.collate import iterate_batches
 from finetune.data.plan import Plan, make_plan
 from finetune.model.fast_paths import choose_fast_paths, use_reference_paths
+from finetune.model.precision import in_fp32
+from finetune.ops.quantized import dequantized
 from finetune.runtime.cli import config_parser, split_arguments
 from finetune.runtime.console import console, say, show_choices
 from finetune.runtime.memory import peak_memory_gib, reset_peak_memory
@@ -79,10 +79,14 @@ def _compare(config: Config, parts: Parts, packing: bool, num_updates: int) -> i
     use_reference_paths(parts.token_loss)
     # On a GPU bitsandbytes rounds activations to int8: no reference for what does not round them.
     on_gpu = parts.accelerator.device.type == "cuda"
-    with _dequantized(parts.model) if on_gpu else nullcontext():
+    with dequantized(parts.model) if on_gpu else nullcontext():
         plain = _run(parts, plain_plan, steps)
     precision = parts.precision.actual
-    exact = plain.outcomes if precision == "no" else _in_fp32(parts, plain_plan, steps)
+    if precision == "no":
+        exact = plain.outcomes
+    else:
+        with in_fp32(parts.model):
+            exact = [compute_update(parts, plain_plan, step, nullcontext()) for step in steps]
     tolerances = TOLERANCES[precision]
     table = Table("update", "loss, plain", "fast", "differs by", "gradient by", "off fp32: plain", "fast")
     plain_off = [_distances(*pair) for pair in zip(plain.outcomes, exact, strict=True)]
@@ -167,41 +171,3 @@ def _fill_adapter(model: Any) -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
-
-
-def _in_fp32(parts: Parts, plan: Plan, steps: range) -> list[Outcome]:
-    """The updates computed in fp32, with the weights as they are, quantized or rounded. They stay in fp32."""
-    for parameter in parts.model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.float()
-    with _dequantized(parts.model), torch.autocast(parts.accelerator.device.type, enabled=False):
-        return [compute_update(parts, plan, step, nullcontext()) for step in steps]
-
-
-@contextmanager
-def _dequantized(model: Any) -> Iterator[None]:
-    """Let quantized layers dequantize their weights and multiply, all by torch."""
-    kinds = (bnb.nn.Linear8bitLt, bnb.nn.Linear4bit)
-    layers = [module for module in model.modules() if isinstance(module, kinds)]
-
-    def dequantize(layer: Any) -> Tensor:  # not by the fast path's own function
-        if isinstance(layer, bnb.nn.Linear4bit):
-            weight: Tensor = bnb.functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
-        else:
-            scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
-            weight = bnb.functional.int8_vectorwise_dequant(layer.weight.data, scales)
-        return weight
-
-    def forward(layer: Any, x: Tensor) -> Tensor:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        bias = None if layer.bias is None else layer.bias.to(dtype)
-        return F.linear(x.to(dtype), dequantize(layer).to(dtype), bias)
-
-    for layer in layers:
-        layer.forward = forward.__get__(layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
