@@ -14,6 +14,21 @@ def config_arguments(folder: Path, keys: dict[str, Any]) -> list[str]:
     return ["--config", str(folder / "empty.yaml"), *(f"--{key}={value}" for key, value in keys.items())]
 
 
+def six_updates(model_dir: Path, rows_file: Path) -> dict[str, Any]:
+    """Keys for six updates of a tiny model in fp32 on 16 of 20 rows."""
+    return {
+        "model.name_or_path": model_dir,
+        "model.quantization": "none",
+        "data.path": rows_file,
+        "data.max_length": 128,
+        "train.num_epochs": 2,
+        "train.micro_batch_size": 2,
+        "train.gradient_accumulation_steps": 3,
+        "train.mixed_precision": "no",
+        "optim.name": "adamw",
+    }
+
+
 def enter_empty_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `folder` and change into it."""
     folder.mkdir()
