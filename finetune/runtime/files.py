@@ -1,5 +1,6 @@
 """Files and folders: written whole or not at all, flushed to disk, with room checked first."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -26,8 +27,22 @@ GO_ON = "earlier checkpoints are as they were: mend that, and the same command g
 
 @contextmanager
 def atomic_folder(folder: Path, num_bytes: int) -> Iterator[Path]:
-    """A folder to write into, which then takes the name `folder` and its place; gone where that fails."""
+    """A `staged_folder` of a run's, which replaces an older one; ValueError where there is no room for it."""
     require_room(folder.parent, num_bytes, folder.name)
+    try:
+        with staged_folder(folder, overwrite=True) as staging:
+            yield staging
+    except OSError as error:
+        raise ValueError(cannot_write(folder, error)) from error
+
+
+@contextmanager
+def staged_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write into, which takes the name `folder` at the end; on failure it is removed.
+
+    Raises:
+        OSError: it could not be written; or `folder` exists, is not empty, and `overwrite` is not set.
+    """
     staging = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -35,12 +50,14 @@ def atomic_folder(folder: Path, num_bytes: int) -> Iterator[Path]:
         yield staging
         for path in [*staging.iterdir(), staging]:
             flush_to_disk(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(staging, folder)
+        if overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
+        os.replace(staging, folder)  # an empty folder of that name gives way
         flush_to_disk(folder.parent)
-    except (OSError, SafetensorError) as error:  # safetensors has its own kind for a full disk
+    except SafetensorError as error:  # safetensors has its own kind for a full disk
+        raise OSError(errno.EIO, str(error), str(folder)) from error
+    finally:
         shutil.rmtree(staging, ignore_errors=True)
-        raise ValueError(cannot_write(folder, error)) from error
 
 
 def cannot_write(folder: Path, error: Exception) -> str:
@@ -49,14 +66,14 @@ def cannot_write(folder: Path, error: Exception) -> str:
     return f"{folder} could not be written ({reason}); {GO_ON}"
 
 
-def require_room(folder: Path, num_bytes: int, name: str) -> None:
+def require_room(folder: Path, num_bytes: int, name: str, advice: str = GO_ON) -> None:
     """Raise ValueError where the disk of `folder` has not `num_bytes` free, and some for small files."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     needed, free = num_bytes + SMALL_FILES_BYTES, shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
             f"no room for {name} in {folder}: it takes {needed / 2**20:.1f} MiB, and "
-            f"{free / 2**20:.1f} MiB are free; make room; {GO_ON}"
+            f"{free / 2**20:.1f} MiB are free; make room{advice and '; '}{advice}"
         )
 
 
