@@ -19,17 +19,10 @@ from rich.text import Text
 from transformers import TextStreamer
 
 from finetune.data.tokenize import Message
-from finetune.model.generate import (
-    Answer,
-    Sampler,
-    answer_prompts,
-    check_limits,
-    dequantize_on_cpu,
-    encode_prompt,
-    require_room,
-)
+from finetune.model.generate import Answer, check_limits, dequantize_on_cpu
 from finetune.report.html import visible
 from finetune.run.adapter import Trained, TrainedModel, find_trained, load_trained, trained_parser
+from finetune.run.answers import answer, encode_question
 from finetune.runtime.cli import split_arguments
 from finetune.runtime.console import console, say
 
@@ -177,8 +170,8 @@ def _talk(chat: Chat) -> None:
 def _ask(chat: Chat, question: str) -> None:
     """Answer a question on screen; both join the conversation, also where the answer was stopped."""
     turns = [*chat.turns, {"role": "user", "content": question}]
-    if answer := _show_answer(chat, turns):
-        chat.turns = [*turns, {"role": "assistant", "content": answer}]
+    if text := _show_answer(chat, turns):
+        chat.turns = [*turns, {"role": "assistant", "content": text}]
 
 
 def _obey(chat: Chat, line: str) -> None:
@@ -241,14 +234,14 @@ def _show_answer(chat: Chat, turns: list[Message]) -> str:
     screen = _Screen(chat.model.tokenizer)
     start = time.perf_counter()
     try:
-        answer = _answer(chat, turns, screen)
+        made = _answer(chat, turns, screen)
     except KeyboardInterrupt:
         screen.end()
         console.print(Text("stopped", style="dim"))
     else:
-        speed = answer.num_tokens / (time.perf_counter() - start)
-        cut = "" if answer.ended else "; cut there, /length N allows more"
-        console.print(Text(f"{answer.num_tokens} tokens, {speed:.1f} a second{cut}", style="dim"))
+        speed = made.num_tokens / (time.perf_counter() - start)
+        cut = "" if made.ended else "; cut there, /length N allows more"
+        console.print(Text(f"{made.num_tokens} tokens, {speed:.1f} a second{cut}", style="dim"))
     return screen.text.strip()
 
 
@@ -259,13 +252,7 @@ def _answer(chat: Chat, turns: list[Message], streamer: Any = None) -> Answer:
         ValueError: the chat template refuses them, or they leave no room for an answer.
     """
     system = [] if chat.system_prompt is None else [{"role": "system", "content": chat.system_prompt}]
-    accelerator, tokenizer, model = chat.model.accelerator, chat.model.tokenizer, chat.model.model
-    prompt = encode_prompt(tokenizer, [*system, *turns])
-    require_room(model, len(prompt), chat.max_new_tokens)
-    sampler = None
-    if chat.temperature > 0:
-        sampler = Sampler(chat.temperature, [secrets.randbits(63)], accelerator.device)
-    (answer,) = answer_prompts(
-        accelerator, model, tokenizer, [prompt], chat.max_new_tokens, sampler, streamer
-    )
-    return answer
+    prompt = encode_question(chat.model, [*system, *turns], chat.max_new_tokens)
+    seeds = [secrets.randbits(63)]
+    (made,) = answer(chat.model, [prompt], chat.max_new_tokens, chat.temperature, seeds, streamer)
+    return made

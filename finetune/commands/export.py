@@ -1,14 +1,12 @@
 """`python -m finetune export RUN --output DIR`: a GGUF file of the merged model, for llama.cpp and Ollama."""
 
-import os
 import re
 import shlex
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.config import Config
-from finetune.export.merge import load_merged
+from finetune.export.merge import load_merged, require_new_folder
 from finetune.export.modelfile import modelfile
 from finetune.model.load import load_architecture, load_tokenizer
 from finetune.model.starter import starter_model_dir
@@ -16,21 +14,21 @@ from finetune.report.model_card import VLLM_RANKS
 from finetune.run.adapter import Trained, parse_trained, trained_parser
 from finetune.runtime.cli import CommandParser
 from finetune.runtime.console import say
+from finetune.runtime.files import staged_folder
 
 CONVERTER = "python llama.cpp/convert_hf_to_gguf.py"
 
 
 def command(argv: Sequence[str]) -> None:
-    """Write OUTPUT with the GGUF file and the Modelfile, whole or not at all.
+    """Write the GGUF file and the Modelfile to the output folder, both or neither.
 
     Raises:
-        ValueError: OUTPUT holds something, the base cannot be loaded, or it is a model that only llama.cpp's
-            converter has rules for.
+        ValueError: the folder is not empty, the base cannot be loaded, or only llama.cpp's converter supports
+            its architecture.
     """
     arguments, trained = parse_trained(_parser(), argv)
     output: Path = arguments.output
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output {output} exists already: name a folder that is new or empty")
+    require_new_folder(output)
     try:
         from finetune.export.gguf import unsupported, write_gguf
     except ModuleNotFoundError as error:
@@ -38,7 +36,7 @@ def command(argv: Sequence[str]) -> None:
     base = trained.config.model
     if reason := unsupported(load_architecture(base), load_tokenizer(base)):
         raise ValueError(
-            f"{base.name_or_path} cannot be written as GGUF here ({reason}), but by llama.cpp: "
+            f"{base.name_or_path} cannot be written as GGUF here ({reason}); llama.cpp may: "
             f"python -m finetune merge {shlex.quote(str(arguments.trained))} --output merged && "
             f"{CONVERTER} merged --outtype {arguments.format} --outfile merged.gguf"
         )
@@ -46,34 +44,28 @@ def command(argv: Sequence[str]) -> None:
     name = _name(trained)
     gguf_name = f"{name}-{arguments.format.upper()}.gguf"
     text, left_out = modelfile(gguf_name, merged.tokenizer, trained.config.data.system_prompt)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
-        staging = Path(folder) / "whole"
-        staging.mkdir()
+    with staged_folder(output.absolute()) as staging:
         write_gguf(staging / gguf_name, merged.model, merged.tokenizer, name, arguments.format)
         (staging / "Modelfile").write_text(text, encoding="utf-8")
-        os.replace(staging, output)
-    show(trained, output, gguf_name, left_out)
+    _show(trained, output, gguf_name, left_out)
 
 
 def _parser() -> CommandParser:
     parser = trained_parser("export", "--output DIR [--format q8_0|f16]", __doc__ or "")
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="the folder to create")
     parser.add_argument(
-        "--output", metavar="DIR", type=Path, required=True, help="a folder to make, for both files"
-    )
-    parser.add_argument(
-        "--format", choices=("q8_0", "f16"), default="q8_0", help="how matrices are stored (default: q8_0)"
+        "--format", choices=("q8_0", "f16"), default="q8_0", help="data type of the matrices (default q8_0)"
     )
     return parser
 
 
 def _name(trained: Trained) -> str:
-    """What to call the model: as the run's folder, of the letters that Ollama takes."""
+    """The model's name: that of the run's folder, in characters that Ollama accepts."""
     folder = trained.run_dir or trained.adapter
     return re.sub(r"[^a-z0-9._-]+", "-", folder.resolve().name.lower()).strip("-._") or "model"
 
 
-def show(trained: Trained, output: Path, gguf_name: str, left_out: Sequence[str]) -> None:
+def _show(trained: Trained, output: Path, gguf_name: str, left_out: Sequence[str]) -> None:
     """Print what was written, and the commands that serve it."""
     size = (output / gguf_name).stat().st_size
     say(f"gguf         {output / gguf_name} ({size / 2**20:,.0f} MiB)")
@@ -87,7 +79,7 @@ def show(trained: Trained, output: Path, gguf_name: str, left_out: Sequence[str]
 
 
 def _vllm(config: Config, name: str, adapter: Path) -> str:
-    # The starter's weights are not quite the hub's: it is served from the folder it was trained from.
+    # The starter's weights differ slightly from the hub's: serve it from the folder that was trained on.
     named = config.model.name_or_path
     base = str(starter_model_dir()) if named == "starter" else named
     rank = next((rank for rank in VLLM_RANKS if rank >= config.lora.r), None)

@@ -1,9 +1,10 @@
-"""Attention within each example of a packed row: no mask in memory, and no work between examples.
+"""Attention within each example of a packed sequence: no mask in memory, and no work between examples.
 
-It is called through transformers' attention interface, under the name PACKED, by any model that uses it. A
-call without the examples' boundaries (generation, padded rows) is transformers' own "sdpa".
+Models call it through transformers' attention interface, under the name PACKED. A call without the examples'
+boundaries (generation, padded examples) is transformers' own "sdpa".
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -21,9 +22,12 @@ from finetune.ops import kernels
 
 PACKED = "packed"
 
-# What models tell every attention function, and what changes nothing here.
+# Arguments that models pass to every attention function and that change nothing here.
 HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states"}
 HARMLESS |= {"position_embeddings", "past_key_values", "logits_to_keep", "output_router_logits"}
+
+Maker = Callable[[Tensor, Tensor, Tensor, Boundaries, float], Tensor]
+"""(query [1, H, T, D], key and value [1, K, T, D], boundaries, scale) -> [1, T, H, D]"""
 
 
 def packed_attention(
@@ -37,10 +41,10 @@ def packed_attention(
     dropout: float = 0.0,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, H, T, D], key and value [1, K, T, D] with K a divisor of H: returns [1, T, H, D].
+    """query [1, H, T, D], key and value [1, K, T, D] where K divides H: returns [1, T, H, D].
 
     Raises:
-        NotImplementedError: the model asks for more than causal attention within each example.
+        NotImplementedError: the model needs more than causal attention within each example.
     """
     if boundaries is None:
         result, _ = sdpa_attention_forward(
@@ -49,47 +53,11 @@ def packed_attention(
         return result, None
     _refuse_others(boundaries, dropout, others)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    grouped, kind = query.shape[1] != key.shape[1], query.device.type
-    if torch.is_autocast_enabled(kind):  # torch's own function casts too: positions may have made fp32
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # as torch's own function: rotary positions may have returned fp32
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
-    if kernels.can_compute(query, key, value):
-        size = value.shape[-1]
-        if query.shape[-1] != size:  # zeros change no score, and nothing before them in the output
-            largest = max(query.shape[-1], size)
-            query, key, value = (F.pad(x, (0, largest - x.shape[-1])) for x in (query, key, value))
-        attended: Tensor = _KernelAttention.apply(  # type: ignore[no-untyped-call]
-            query, key, value, boundaries.lengths, boundaries.prefix, scale
-        )
-        return attended[..., :size], None
-    rows = _rows_of(boundaries.lengths, boundaries.prefix, query.device)
-    # Each example with keys and values of its own for what all begin with.
-    key, value = (x if rows.key_places is None else x[:, :, rows.key_places] for x in (key, value))
-    if _has_varlen_kernel(query):
-        tokens_first = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-        kernel: Any = varlen_attn
-        attended = kernel(
-            *tokens_first,
-            rows.query_starts,
-            rows.key_starts,
-            max(rows.num_queries),
-            max(rows.num_keys),
-            scale=scale,
-            window_size=(-1, 0),  # causal; the last query sees the last key, and all before
-            enable_gqa=grouped,
-        )
-        return attended[None], None
-    dtype = query.dtype
-    if kind == "cpu":  # where torch's attention takes bf16 two to four times as long, and loses more
-        query, key, value = (x.float() for x in (query, key, value))
-    parts = [torch.split(query, rows.num_queries, dim=2)]
-    parts += [torch.split(tensor, rows.num_keys, dim=2) for tensor in (key, value)]
-    outputs = []
-    for q, k, v in zip(*parts, strict=True):
-        before = k.shape[2] - q.shape[2]  # what all begin with
-        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(before)
-        how: dict[str, Any] = {"attn_mask": seen} if before > 0 else {"is_causal": True}  # faster kernels
-        outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped, **how))
-    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype), None
+    make = _choose_maker(query, key, value)
+    return make(query, key, value, boundaries, scale), None
 
 
 AttentionInterface.register(PACKED, packed_attention)
@@ -99,26 +67,30 @@ AttentionMaskInterface.register(PACKED, sdpa_mask)
 def describe_kernel(device: torch.device, dtype: torch.dtype) -> str:
     """What computes packed attention on this device."""
     query = torch.empty(1, 1, 1, 64, dtype=dtype, device=device)
-    if kernels.can_compute(query):
-        return "compiled kernel"
-    return "variable-length kernel" if _has_varlen_kernel(query) else "per example"
+    return NAMES[_choose_maker(query, query, query)]
+
+
+def _choose_maker(query: Tensor, key: Tensor, value: Tensor) -> Maker:
+    if kernels.can_compute(query, key, value):
+        return by_compiled_kernel
+    return by_varlen_kernel if _has_varlen_kernel(query) else by_example
 
 
 def _refuse_others(boundaries: Boundaries, dropout: float, others: dict[str, Any]) -> None:
     window = others.pop("sliding_window", None)
     if window is not None and window < boundaries.prefix + max(boundaries.lengths):
         raise NotImplementedError("a sliding window shorter than an example")
-    asked = sorted(name for name, value in others.items() if value is not None and name not in HARMLESS)
+    refused = sorted(name for name, value in others.items() if value is not None and name not in HARMLESS)
     if others.get("is_causal") in (None, True):
-        asked = [name for name in asked if name != "is_causal"]
+        refused = [name for name in refused if name != "is_causal"]
     if dropout > 0:
-        asked.append("dropout")
-    if asked:
-        raise NotImplementedError(f"attention with {', '.join(asked)}")
+        refused.append("dropout")
+    if refused:
+        raise NotImplementedError(f"attention with {', '.join(refused)}")
 
 
 def _has_varlen_kernel(query: Tensor) -> bool:
-    """FlashAttention: 16-bit numbers, heads of at most 256, a card of the Ampere generation or newer."""
+    """FlashAttention needs 16 bits, head sizes up to 256 and a GPU of the Ampere generation or newer."""
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
@@ -128,42 +100,107 @@ def _has_varlen_kernel(query: Tensor) -> bool:
     )
 
 
-class _Rows(NamedTuple):
-    """A packed row as sequences: what all examples begin with, if anything, and then each of them."""
+def by_compiled_kernel(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries, scale: float
+) -> Tensor:
+    """A `Maker` on a CPU, by kernels.cpp."""
+    size = value.shape[-1]
+    if query.shape[-1] != size:  # zeros change no score, and add only outputs that are cut off
+        largest = max(query.shape[-1], size)
+        query, key, value = (F.pad(x, (0, largest - x.shape[-1])) for x in (query, key, value))
+    attended: Tensor = _KernelAttention.apply(  # type: ignore[no-untyped-call]
+        query, key, value, boundaries.lengths, boundaries.prefix, scale
+    )
+    return attended[..., :size]
+
+
+def by_varlen_kernel(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries, scale: float
+) -> Tensor:
+    """A `Maker` in 16 bits on a recent GPU, by FlashAttention."""
+    sequences = _sequences(boundaries.lengths, boundaries.prefix, query.device)
+    kernel: Any = varlen_attn
+    attended: Tensor = kernel(
+        *(x[0].transpose(0, 1) for x in (query, sequences.gather(key), sequences.gather(value))),
+        sequences.query_starts,
+        sequences.key_starts,
+        max(sequences.num_queries),
+        max(sequences.num_keys),
+        scale=scale,
+        window_size=(-1, 0),  # causal; aligned at the end: the last query sees the last key
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return attended[None]
+
+
+def by_example(query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries, scale: float) -> Tensor:
+    """A `Maker` on any device, by torch's attention, one call for each example."""
+    sequences = _sequences(boundaries.lengths, boundaries.prefix, query.device)
+    grouped, dtype = query.shape[1] != key.shape[1], query.dtype
+    key, value = sequences.gather(key), sequences.gather(value)
+    if (
+        query.device.type == "cpu"
+    ):  # where torch's attention is two to four times slower in bf16, and less exact
+        query, key, value = (x.float() for x in (query, key, value))
+    queries = torch.split(query, sequences.num_queries, dim=2)
+    keys, values = (torch.split(x, sequences.num_keys, dim=2) for x in (key, value))
+    outputs = []
+    for q, k, v in zip(queries, keys, values, strict=True):
+        prefix = k.shape[2] - q.shape[2]
+        visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(prefix)
+        mask: dict[str, Any] = {"attn_mask": visible} if prefix > 0 else {"is_causal": True}  # faster kernels
+        outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped, **mask))
+    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype)
+
+
+NAMES: dict[Maker, str] = {
+    by_compiled_kernel: "compiled kernel",
+    by_varlen_kernel: "variable-length kernel",
+    by_example: "per example",
+}
+
+
+class _Sequences(NamedTuple):
+    """A packed sequence as S separate ones: the prefix that all examples share, if any, then each example."""
 
     num_queries: list[int]
     num_keys: list[int]
+    """An example's own and the prefix's"""
     query_starts: Tensor
-    """[S + 1] int32, as `key_starts`: where the S sequences begin, and the end of the last"""
+    """[S + 1] int32, as `key_starts`: where each sequence begins, and the end of the last"""
     key_starts: Tensor
-    key_places: Tensor | None
-    """Which of the row's keys those of the sequences are; None: the same, in order"""
+    key_indices: Tensor | None
+    """The tokens whose keys the sequences see, end to end; None: each token once, in order"""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Keys or values [1, K, T, D] of the tokens -> [1, K, sum(num_keys), D]."""
+        return x if self.key_indices is None else x[:, :, self.key_indices]
 
 
 @lru_cache(maxsize=2)
-def _rows_of(lengths: tuple[int, ...], prefix: int, device: torch.device) -> _Rows:
-    """Made once a row, and used by all layers."""
+def _sequences(lengths: tuple[int, ...], prefix: int, device: torch.device) -> _Sequences:
+    """Cached: every layer of a forward pass uses the same."""
 
     def starts(counts: list[int]) -> Tensor:
         return torch.tensor([*accumulate(counts, initial=0)], dtype=torch.int32).to(device, non_blocking=True)
 
     if prefix == 0:
         counts = list(lengths)
-        return _Rows(counts, counts, starts(counts), starts(counts), None)
+        return _Sequences(counts, counts, starts(counts), starts(counts), None)
     ends = [*accumulate(lengths, initial=prefix)]
     shared = torch.arange(prefix)
-    places = [shared]
+    indices = [shared]
     for start, end in pairwise(ends):
-        places += [shared, torch.arange(start, end)]
+        indices += [shared, torch.arange(start, end)]
     num_queries, num_keys = [prefix, *lengths], [prefix, *(prefix + length for length in lengths)]
-    key_places = torch.cat(places).to(device, non_blocking=True)
-    return _Rows(num_queries, num_keys, starts(num_queries), starts(num_keys), key_places)
+    key_indices = torch.cat(indices).to(device, non_blocking=True)
+    return _Sequences(num_queries, num_keys, starts(num_queries), starts(num_keys), key_indices)
 
 
 class _KernelAttention(torch.autograd.Function):
-    """query [1, H, T, D], key and value [1, K, T, D] of a packed row on a CPU: [1, T, H, D].
+    """query [1, H, T, D], key and value [1, K, T, D] of a packed sequence on a CPU -> [1, T, H, D].
 
-    All in fp32, and rounded once; the backward pass computes the probabilities again.
+    Computed in fp32 and rounded once; the backward pass recomputes the probabilities.
     """
 
     @staticmethod

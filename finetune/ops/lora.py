@@ -6,7 +6,8 @@ plain path. Dropout noise is another too, with the same mean and variance.
 """
 
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -43,6 +44,19 @@ def disable(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.__dict__.pop("forward", None)
+
+
+@contextmanager
+def int8_matmul_off(model: nn.Module) -> Iterator[None]:
+    """Let layers that multiply in int8 dequantize their weights instead: their inputs are not rounded."""
+    layers: list[Any] = [module for module in model.modules() if getattr(module, "int8_matmul", False)]
+    for layer in layers:
+        layer.int8_matmul = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.int8_matmul = True
 
 
 def _is_plain_lora(layer: Any) -> bool:

@@ -1,5 +1,6 @@
 """Frozen linear layers in 16 bits, int8 or nf4: their weights dequantized, and multiplied."""
 
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -62,3 +63,35 @@ def dropout_off(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def dequantized(model: torch.nn.Module) -> Iterator[None]:
+    """Let quantized layers dequantize their weights and multiply by torch: no rounding of the activations.
+
+    This is the reference for `frozen_weight`, and dequantizes by bitsandbytes' own functions.
+    """
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, bnb.nn.Linear8bitLt | bnb.nn.Linear4bit)]
+    for layer in layers:
+        layer.forward = types.MethodType(_multiply_dequantized, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _multiply_dequantized(layer: Any, x: Tensor) -> Tensor:
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return F.linear(x.to(dtype), _dequantize(layer).to(dtype), bias)
+
+
+def _dequantize(layer: Any) -> Tensor:
+    if isinstance(layer, bnb.nn.Linear4bit):
+        weight: Tensor = bnb.functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
+    else:
+        scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
+        weight = bnb.functional.int8_vectorwise_dequant(layer.weight.data, scales)
+    return weight

@@ -1,5 +1,6 @@
 """Files and folders: written whole or not at all, flushed to disk, with room checked first."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -28,8 +29,22 @@ HOW_TO_RESUME = (
 
 @contextmanager
 def atomic_folder(folder: Path, num_bytes: int) -> Iterator[Path]:
-    """A temporary folder to write into, flushed and renamed to `folder` on success, removed on failure."""
+    """A `staged_folder` that replaces an older one; ValueError if the disk has no room or the write fails."""
     require_room(folder.parent, num_bytes, folder.name)
+    try:
+        with staged_folder(folder, overwrite=True) as staging:
+            yield staging
+    except OSError as error:
+        raise ValueError(cannot_write(folder, error)) from error
+
+
+@contextmanager
+def staged_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder to write into, flushed and renamed to `folder` on success, removed on failure.
+
+    Raises:
+        OSError: it could not be written; or `folder` exists, is not empty, and `overwrite` is not set.
+    """
     staging = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -37,12 +52,14 @@ def atomic_folder(folder: Path, num_bytes: int) -> Iterator[Path]:
         yield staging
         for path in [*staging.iterdir(), staging]:
             flush_to_disk(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(staging, folder)
+        if overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
+        os.replace(staging, folder)  # an empty folder of that name gives way
         flush_to_disk(folder.parent)
-    except (OSError, SafetensorError) as error:  # safetensors has its own kind for a full disk
+    except SafetensorError as error:  # safetensors has its own kind for a full disk
+        raise OSError(errno.EIO, str(error), str(folder)) from error
+    finally:
         shutil.rmtree(staging, ignore_errors=True)
-        raise ValueError(cannot_write(folder, error)) from error
 
 
 def cannot_write(folder: Path, error: Exception) -> str:
@@ -51,14 +68,14 @@ def cannot_write(folder: Path, error: Exception) -> str:
     return f"{folder} could not be written ({reason}); {HOW_TO_RESUME}"
 
 
-def require_room(folder: Path, num_bytes: int, name: str) -> None:
+def require_room(folder: Path, num_bytes: int, name: str, advice: str = HOW_TO_RESUME) -> None:
     """Raise ValueError if the disk of `folder` has less than `num_bytes` free, plus some for small files."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     needed, free = num_bytes + SMALL_FILES_BYTES, shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
             f"no room for {name} in {folder}: it takes {needed / 2**20:.1f} MiB, and "
-            f"{free / 2**20:.1f} MiB are free; make room; {HOW_TO_RESUME}"
+            f"{free / 2**20:.1f} MiB are free; make room{advice and '; '}{advice}"
         )
 
 

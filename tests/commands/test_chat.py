@@ -171,7 +171,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_chat(talk, monkeypatch):
             streamer.put(torch.tensor([token]))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat, "answer_prompts", half_an_answer)
+    monkeypatch.setattr("finetune.run.answers.answer_prompts", half_an_answer)
     screen = talk("What is a bond?", "Not heard", "Why?")
     assert screen.count("It is a loan\nstopped\n") == 2
     assert "Not heard" not in asked[2]

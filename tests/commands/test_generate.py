@@ -18,6 +18,7 @@ from datasets import Dataset
 from finetune.__main__ import main
 from finetune.commands import generate
 from finetune.model.generate import generate_answers
+from finetune.run import answers
 from finetune.run.adapter import find_trained, load_trained
 from finetune.runtime import files
 
@@ -150,7 +151,7 @@ def test_a_csv_cell_holds_whatever_a_model_may_say(tmp_path):
         n: {"row_number": n, "answer": text, "num_tokens": 1, "ended": True} for n, text in enumerate(said, 1)
     }
     path = tmp_path / "answers.csv"
-    files.write_atomically(path, generate._written(rows, records, ".csv"))
+    files.write_atomically(path, answers.format_answers(rows, records, ".csv"))
     assert pd.read_csv(path, keep_default_na=False)["answer"].tolist() == said
 
 
@@ -161,8 +162,8 @@ def test_a_draw_depends_on_the_seed_and_the_row_alone(ask):
     other_seed = ask(*drawing, "--seed", "1", name="other.jsonl").read_bytes()
     greedy = ask(name="greedy.jsonl").read_bytes()
     assert len({first, other_seed, greedy}) == 3
-    answers = [line["answer"] for line in read(ask(*drawing, name="a.jsonl"))]
-    assert len(set(answers)) == len(answers)
+    texts = [line["answer"] for line in read(ask(*drawing, name="a.jsonl"))]
+    assert len(set(texts)) == len(texts)
 
 
 def test_killed_it_goes_on_and_no_row_is_missing_or_twice(ask, run_dir, questions, tmp_path, capsys):
@@ -172,8 +173,8 @@ def test_killed_it_goes_on_and_no_row_is_missing_or_twice(ask, run_dir, question
     options = arguments(run_dir, questions, output, "--batch_size", "1")
     # Slowed down, so that it is killed amid the rows.
     program = (
-        "import sys, time; from finetune.commands import generate; f = generate._answer_batch\n"
-        "generate._answer_batch = lambda *a: (time.sleep(0.2), f(*a))[1]\n"
+        "import sys, time; from finetune.run import answers; f = answers.answer_batch\n"
+        "answers.answer_batch = lambda *a: (time.sleep(0.2), f(*a))[1]\n"
         "from finetune.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
     process = subprocess.Popen([sys.executable, "-c", program, *options], cwd=ROOT)
@@ -188,12 +189,12 @@ def test_killed_it_goes_on_and_no_row_is_missing_or_twice(ask, run_dir, question
         file.write(b'{"row_number": 3, "ans')  # a line that the kill has torn
     capsys.readouterr()
     assert ask("--batch_size", "3").read_bytes() == whole
-    assert f"Going on: {num_answered} of 13 rows are answered." in capsys.readouterr().out
+    assert f"Resuming: {num_answered} of 13 rows are answered." in capsys.readouterr().out
     assert not partial.exists()
 
 
 def test_no_row_is_asked_again(ask, monkeypatch, capsys):
-    answer_batch, asked = generate._answer_batch, []
+    answer_batch, asked = answers.answer_batch, []
 
     def stop_at_the_third(model: Any, batch: Any, arguments: Any) -> Any:
         if len(asked) == 2:
@@ -201,15 +202,15 @@ def test_no_row_is_asked_again(ask, monkeypatch, capsys):
         asked.append([question.row_number for question in batch])
         return answer_batch(model, batch, arguments)
 
-    monkeypatch.setattr(generate, "_answer_batch", stop_at_the_third)
+    monkeypatch.setattr(answers, "answer_batch", stop_at_the_third)
     ask("--batch_size", "4", expect=130)
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "rerun the same command to resume" in capsys.readouterr().out
     lengths = [len(QUESTIONS[number - 1]) for batch in asked for number in batch]
     assert lengths == sorted(lengths, reverse=True)
     before = asked.copy()
     asked.clear()
     monkeypatch.setattr(
-        generate, "_answer_batch", lambda *a: asked.append([q.row_number for q in a[1]]) or answer_batch(*a)
+        answers, "answer_batch", lambda *a: asked.append([q.row_number for q in a[1]]) or answer_batch(*a)
     )
     ask("--batch_size", "4")
     assert sorted(number for batch in before + asked for number in batch) == list(range(1, 14))
@@ -222,7 +223,7 @@ def test_an_answer_begun_otherwise_is_not_gone_on_with(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "_answer_batch", stop)
+        patch.setattr(answers, "answer_batch", stop)
         output = ask(expect=130)
     partial = output.with_name("answers.jsonl.partial")
     assert partial.exists()
@@ -255,7 +256,7 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(ask, tmp_path, monkeypat
     empty.write_text('{"prompt": " "}\n', encoding="utf-8")
     for call, told in (
         (lambda: ask(name="answers.txt", expect=2), "ends in .jsonl or .csv"),
-        (lambda: ask(name="there.jsonl", expect=2), "is there already"),
+        (lambda: ask(name="there.jsonl", expect=2), "exists already"),
         (lambda: ask(name="none/answers.csv", expect=2), "is no folder that can be written"),
         (lambda: ask(rows=tmp_path / "none.csv", expect=2), "none.csv is no file"),
         (lambda: ask(rows=empty, expect=2), "has no row to answer"),

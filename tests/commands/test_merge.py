@@ -1,4 +1,4 @@
-"""A merged folder predicts what was trained, loads with transformers alone, and is written whole or not."""
+"""A merged folder predicts what the trained model does, loads with transformers alone, and is whole."""
 
 import json
 import subprocess
@@ -11,9 +11,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import finetune.export.merge
 from finetune.__main__ import main
-from finetune.commands.merge import Candidate, Difference, Predictions, choose, difference
 from finetune.ops.quantized import dropout_off
 from finetune.run.adapter import find_trained, load_trained
 
@@ -124,7 +122,7 @@ def test_a_write_that_fails_leaves_nothing(run_train, tmp_path, monkeypatch, cap
         assert list(path.parent.parent.glob(".merged.partial/model.safetensors"))
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(finetune.export.merge, "flush_to_disk", fail)
+    monkeypatch.setattr("finetune.runtime.files.flush_to_disk", fail)
     capsys.readouterr()
     assert main(["merge", str(run_dir), "--output", str(output)]) == 2
     assert "No space left on device" in capsys.readouterr().err
@@ -134,7 +132,7 @@ def test_a_write_that_fails_leaves_nothing(run_train, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--output", "{run}"], "is there already"),
+        (["--output", "{run}"], "exists already"),
         (["--output", "new", "--rows", "0"], "--rows must be at least 1"),
         (["--output", "new", "--which", "dequantized"], "was not quantized"),
         ([], "--output"),
@@ -158,36 +156,6 @@ def test_without_eval_rows_the_training_rows_are_compared_on(run_train, tmp_path
     printed = capsys.readouterr().out
     assert "rows that it was trained on" in printed
     assert "of 5 rows" in printed
-
-
-# The comparison
-
-
-def test_the_difference_of_predictions_is_that_of_their_distributions():
-    torch.manual_seed(0)
-    hidden, weights, ids = torch.randn(600, 8), torch.randn(2, 30, 8), torch.randint(30, (600,))
-    p, q = ((hidden @ weight.t()).log_softmax(-1) for weight in weights)
-    found = difference(Predictions(hidden, weights[0]), Predictions(hidden, weights[1]), ids)
-    expected = torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")
-    assert found.kl == pytest.approx(expected.item(), rel=1e-5)
-    assert found.loss == pytest.approx(torch.nn.functional.nll_loss(q, ids).item(), rel=1e-5)
-    assert found.agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item())
-    same = difference(Predictions(hidden, weights[0]), Predictions(hidden, weights[0]), ids)
-    assert (same.kl, same.agreement) == (0, 1)
-
-
-def candidate(dtype: str, size: int, kl: float, agreement: float, loss: float = 2.0) -> Candidate:
-    return Candidate("dequantized", dtype, size, Difference(kl, agreement, loss), 0.97)
-
-
-def test_the_smallest_faithful_one_is_written_and_else_the_nearest():
-    exact, half = candidate("fp32", 4, 1e-9, 1.0), candidate("bf16", 2, 1e-4, 0.995)
-    assert choose([exact, half], 2.0) is half
-    rough = candidate("bf16", 2, 1e-3, 0.98)
-    assert choose([exact, rough], 2.0) is exact
-    worse = candidate("bf16", 2, 1e-4, 0.995, loss=2.02)
-    assert choose([exact, worse], 2.0) is exact
-    assert choose([rough, candidate("bf16", 2, 1e-2, 0.97)], 2.0) is rough
 
 
 def test_an_adapter_on_a_tied_head_is_refused(tiny_model_dir, tmp_path, rows_file, capsys):

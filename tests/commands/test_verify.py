@@ -1,4 +1,4 @@
-"""`verify` agrees where the fast paths compute what the plain ones do, and sees a small mistake in each."""
+"""`verify` agrees if the fast paths compute what the reference paths do, and finds small mistakes in each."""
 
 import math
 import re
@@ -10,24 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import read_metrics
+from command_line import assert_one_line_error, config_arguments, enter_empty_folder, help_of, six_updates
 from transformers import AutoModelForCausalLM
 
-import finetune.commands.verify
 from finetune.__main__ import main
-from finetune.commands.verify import compute_update
 from finetune.config import FastConfig
-from finetune.config_parsing import parse_config
-from finetune.data.plan import make_plan
 from finetune.model import loss
-from finetune.model.fast_paths import choose_fast_paths, use_reference_paths
+from finetune.model.fast_paths import choose_fast_paths
 from finetune.ops import elementwise, kernels, lora, quantized
-from finetune.training.setup import load_parts
+from finetune.training.comparison import Outcome, compute_update
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="breaks what computes on a processor")
 
 PRECISIONS = [("none", "no"), ("none", "bf16"), ("int8", "no"), ("int8", "bf16"), ("nf4", "bf16")]
-ALL_PLAIN = [f"--fast.{f.name}=false" for f in fields(FastConfig) if f.default is True]
+NO_FAST_PATHS = [f"--fast.{f.name}=false" for f in fields(FastConfig) if f.default is True]
 Break = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -46,28 +42,14 @@ def calm_model_dir(tmp_path_factory, tiny_model_dir) -> Path:
 @pytest.fixture
 def arguments(tmp_path, calm_model_dir, rows_file, monkeypatch) -> list[str]:
     """The configuration of 16 rows in six updates of the model, for a command in an empty folder."""
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
+    enter_empty_folder(tmp_path / "here", monkeypatch)
     monkeypatch.setenv("COLUMNS", "200")  # so that no cell is folded
-    (tmp_path / "empty.yaml").write_text("{}\n", encoding="utf-8")
-    keys = {
-        "model.name_or_path": calm_model_dir,
-        "model.quantization": "none",
-        "data.path": rows_file,
-        "data.max_length": 128,
-        "train.num_epochs": 2,
-        "train.micro_batch_size": 2,
-        "train.gradient_accumulation_steps": 3,
-        "train.mixed_precision": "no",
-        "optim.name": "adamw",
-    }
-    return ["--config", str(tmp_path / "empty.yaml"), *(f"--{key}={value}" for key, value in keys.items())]
+    return config_arguments(tmp_path, six_updates(calm_model_dir, rows_file))
 
 
 @pytest.fixture
 def verify(arguments, capsys) -> Callable[..., tuple[int, str]]:
-    """Run the command; gives its exit code and what it printed."""
+    """Run the command; returns its exit code and what it printed."""
 
     def run(*more: str) -> tuple[int, str]:
         code = main(["verify", *arguments, *more])
@@ -80,7 +62,7 @@ def verify(arguments, capsys) -> Callable[..., tuple[int, str]]:
 
 @pytest.fixture
 def break_fast_paths(monkeypatch) -> Callable[[Break], None]:
-    """Break them once they are chosen: the trial of `choose_fast_paths` is not what is to find it."""
+    """Break them after they are chosen: it is not the trial in `choose_fast_paths` that has to find it."""
 
     def set_break(break_it: Break) -> None:
         def choose_and_break(*arguments: Any) -> Any:
@@ -107,7 +89,7 @@ def updates_of(printed: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(("quantization", "precision"), PRECISIONS)
-def test_the_fast_paths_agree_with_the_plain_ones_in_every_update(verify, quantization, precision):
+def test_the_fast_paths_agree_with_the_reference_paths_in_every_update(verify, quantization, precision):
     code, printed = verify("--updates", "4", *asked_for(quantization, precision))
     assert code == 0, printed
     updates = updates_of(printed)
@@ -120,25 +102,25 @@ def test_the_fast_paths_agree_with_the_plain_ones_in_every_update(verify, quanti
 
 def test_a_difference_of_nothing_but_rounding_is_shown_as_such(verify):
     _, printed = verify("--updates", "2")
-    for _, plain, fast, loss_by, gradient_by, plain_off, _ in updates_of(printed):
-        assert float(plain) == pytest.approx(float(fast), rel=1e-5)
+    for _, reference, fast, loss_by, gradient_by, reference_off, _ in updates_of(printed):
+        assert float(reference) == pytest.approx(float(fast), rel=1e-5)
         assert float(loss_by) < 1e-5
         assert 0 < float(gradient_by) < 1e-4
-        assert plain_off == "0.0e+00, 0.0e+00"  # in fp32 it is the reference itself
+        assert reference_off == "0.0e+00, 0.0e+00"  # in fp32 it is the reference itself
 
 
 @pytest.mark.parametrize(("quantization", "precision"), PRECISIONS)
 def test_without_a_fast_path_and_without_packing_both_sides_are_the_same_bits(
     verify, quantization, precision
 ):
-    code, printed = verify(*ALL_PLAIN, "--train.packing=false", *asked_for(quantization, precision))
+    code, printed = verify(*NO_FAST_PATHS, "--train.packing=false", *asked_for(quantization, precision))
     assert code == 0
     assert [row[3:5] for row in updates_of(printed)] == 3 * [["0.0e+00", "0.0e+00"]]
 
 
 @pytest.mark.parametrize(("quantization", "precision"), PRECISIONS)
-def test_packed_rows_without_a_fast_path_agree(verify, quantization, precision):
-    code, printed = verify(*ALL_PLAIN, *asked_for(quantization, precision))
+def test_packed_sequences_without_a_fast_path_agree(verify, quantization, precision):
+    code, printed = verify(*NO_FAST_PATHS, *asked_for(quantization, precision))
     assert code == 0, printed
     assert "one function for each input" not in printed
     assert "target tokens in chunks" not in printed
@@ -155,7 +137,7 @@ def test_it_writes_nothing(verify, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-# Mistakes of five percent, and one between the examples of a row
+# Mistakes of five percent, and one between the examples of a packed sequence
 
 
 def scale_lora(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,65 +272,10 @@ def bad_update_is_found(
         seen.append(number)
         if number != step or seen.count(step) > 1:  # the fast paths come first
             return outcome
-        return finetune.commands.verify.Outcome(factor * outcome.loss, factor * outcome.gradient)
+        return Outcome(factor * outcome.loss, factor * outcome.gradient)
 
-    monkeypatch.setattr("finetune.commands.verify.compute_update", compute)
+    monkeypatch.setattr("finetune.training.comparison.compute_update", compute)
     return verify(*asked_for("none", precision))[0] == 1
-
-
-# What it computes
-
-
-@pytest.mark.parametrize("packing", [True, False])
-def test_an_update_has_the_loss_and_the_gradient_of_the_run_s(run_train, calm_model_dir, arguments, packing):
-    settings = {"micro_batch_size": 2, "gradient_accumulation_steps": 3, "packing": packing}
-    run_dir = run_train(
-        **{f"train__{key}": value for key, value in settings.items()},
-        model__name_or_path=calm_model_dir,
-        lora__lora_dropout=0,
-        optim__name="sgd",
-        optim__learning_rate=1e-30,  # the adapter stays as it came
-        optim__max_grad_norm=1e-3,  # the norm that is logged is that before clipping
-    )
-    lines = [entry for entry in read_metrics(run_dir) if entry["split"] == "train"]
-    config = parse_config([*arguments, f"--train.packing={packing}".lower(), "--lora.lora_dropout=0"])
-    parts = load_parts(config)
-    choose_fast_paths(config, parts.accelerator, parts.token_loss, parts.train_set)
-    plan = make_plan(config, parts.train_set, packing, 0, 1)
-    assert len(lines) == plan.num_steps == 6
-    for step, line in enumerate(lines):
-        outcome = compute_update(parts, plan, step)
-        assert outcome.loss == pytest.approx(line["loss"], rel=1e-6)
-        assert float(outcome.gradient.norm()) == pytest.approx(line["grad_norm"], rel=1e-5)
-
-
-def test_a_gradient_is_of_one_update_alone_and_none_is_left_behind(arguments):
-    config = parse_config([*arguments, "--lora.lora_dropout=0"])
-    parts = load_parts(config)
-    plan = make_plan(config, parts.train_set, True, 0, 1)
-    first = compute_update(parts, plan, 0)
-    assert all(parameter.grad is None for parameter in parts.model.parameters())
-    compute_update(parts, plan, 1)
-    again = compute_update(parts, plan, 0)
-    assert torch.equal(first.gradient, again.gradient)
-    assert len(first.gradient) == sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
-
-
-@pytest.mark.parametrize("targets", ["all-linear", "[q_proj, v_proj]"])
-@pytest.mark.parametrize(("quantization", "precision"), PRECISIONS)
-def test_trying_the_paths_leaves_what_the_plain_ones_compute_as_it_was(
-    arguments, quantization, precision, targets
-):
-    more = [*asked_for(quantization, precision), "--lora.lora_dropout=0", f"--lora.target_modules={targets}"]
-    config = parse_config([*arguments, *more])
-    parts = load_parts(config)
-    plan = make_plan(config, parts.train_set, False, 0, 1)
-    before = compute_update(parts, plan, 0)
-    choose_fast_paths(config, parts.accelerator, parts.token_loss, parts.train_set)
-    use_reference_paths(parts.token_loss)
-    after = compute_update(parts, plan, 0)
-    assert after.loss == pytest.approx(before.loss, rel=1e-6)
-    assert (after.gradient - before.gradient).norm() < 1e-5 * before.gradient.norm()
 
 
 # Mistakes of the user
@@ -369,18 +296,10 @@ def test_trying_the_paths_leaves_what_the_plain_ones_compute_as_it_was(
     ],
 )
 def test_a_mistake_is_one_line_and_2(arguments, capsys, more, said):
-    assert main(["verify", *arguments, *more]) == 2
-    printed = capsys.readouterr()
-    assert (printed.out, printed.err.count("\n")) == ("", 1)
-    assert printed.err.startswith("error: ")
-    assert said in printed.err
-    assert list(Path.cwd().iterdir()) == []
+    assert_one_line_error(capsys, ["verify", *arguments, *more], said)
 
 
-def test_help_says_what_is_accepted(capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["verify", "--help"])
-    assert end.value.code == 0
-    said = " ".join(capsys.readouterr().out.split())
+def test_help_names_the_options(capsys):
+    said = help_of(capsys, "verify")
     for expected in ("python -m finetune verify", "--updates N", "--config FILE", "Exit code 1"):
         assert expected in said

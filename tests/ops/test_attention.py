@@ -1,4 +1,4 @@
-"""Attention within each example of a packed row, against a plain fp64 computation, example by example."""
+"""Attention within each example of a packed sequence, against a plain computation in fp64, by example."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from finetune.data.collate import Boundaries
 from finetune.ops import kernels
-from finetune.ops.attention import _rows_of, packed_attention
+from finetune.ops.attention import _sequences, packed_attention
 
 BLOCK = 32  # queries that the kernels take at a time
-any_row = settings(deadline=None, max_examples=25)
+any_sequence = settings(deadline=None, max_examples=25)
 fp32_and_bf16 = pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
 )
@@ -66,14 +66,30 @@ def reference(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], sca
     return torch.cat(outputs, dim=1).transpose(0, 1)[None]
 
 
-def distance(got: Tensor, expected: Tensor) -> float:
-    """The norm of the difference, relative to that of what is expected."""
-    assert got.shape == expected.shape
-    return float(((got.double() - expected).norm() / expected.norm()).detach())
+def assert_near(
+    output: Tensor,
+    inputs: list[Tensor],
+    expected: Tensor,
+    exact_inputs: list[Tensor],
+    tolerance: float,
+    seed: int,
+) -> None:
+    """The output, and the gradients of its inputs for a random gradient of it, are those expected in fp64."""
+    dtype = inputs[0].dtype
+    assert (output.dtype, output.shape) == (dtype, expected.shape)
+    assert (output.double() - expected).norm() < tolerance * expected.norm()
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    gradients = torch.autograd.grad(output, inputs, grad)
+    expected_gradients = torch.autograd.grad(expected, exact_inputs, grad.double())
+    least = least_norm(dtype, expected_gradients)
+    tolerance *= 1 if kernels.can_compute(*inputs) else 4  # torch's own, where probabilities are near 1
+    for got, right in zip(gradients, expected_gradients, strict=True):
+        assert (got.dtype, got.shape) == (dtype, right.shape)
+        assert (got.double() - right).norm() < tolerance * max(right.norm(), least)
 
 
 def least_norm(dtype: Any, gradients: Any) -> Tensor:
-    """What errors are measured by where a gradient is smaller: where a token sees itself alone, or nearly,
+    """Smaller gradients have their errors measured by this norm: where a token sees hardly more than itself,
     those of q and k are small differences of large numbers. In fp32 the tolerance times this is 8 roundings
     of the largest."""
     share = 1e-1 if dtype == torch.float32 else 1e-2
@@ -81,7 +97,7 @@ def least_norm(dtype: Any, gradients: Any) -> Tensor:
 
 
 @fp32_and_bf16
-@any_row
+@any_sequence
 @given(lengths=lists_of_lengths, heads=heads, size=st.sampled_from([8, 16, 20]), seed=st.integers(0, 999))
 @example(lengths=[BLOCK, BLOCK, 1], heads=(4, 2), size=16, seed=0)
 @example(lengths=[1, 2 * BLOCK + 1, BLOCK - 1], heads=(6, 1), size=8, seed=0)
@@ -94,31 +110,22 @@ def test_output_and_gradients_are_those_of_each_example_alone(dtype, tolerance, 
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     expected = reference(*exact, lengths, scale)
     output = attend(inputs, lengths, scale)
-    assert output.dtype == dtype
-    assert distance(output, expected) < tolerance
-    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    gradients = torch.autograd.grad(output, inputs, grad)
-    expected_gradients = torch.autograd.grad(expected, exact, grad.double())
-    least = least_norm(dtype, expected_gradients)
-    tolerance *= 1 if kernels.can_compute(*inputs) else 4  # torch's own, of probabilities near 1
-    for got, right in zip(gradients, expected_gradients, strict=True):
-        assert (got.dtype, got.shape) == (dtype, right.shape)
-        assert (got.double() - right).norm() < tolerance * max(right.norm(), least)
+    assert_near(output, inputs, expected, exact, tolerance, seed)
 
 
 def expand(tensor: Tensor, lengths: list[int], prefix: int) -> Tensor:
-    """[1, heads, tokens, size] in which each example has what all begin with for its own."""
+    """[1, heads, tokens, size] in which each example has its own copy of the shared prefix."""
     shared, *own = tensor.split([prefix, *lengths], dim=2)
     return torch.cat([part for one in own for part in (shared, one)], dim=2)
 
 
 @fp32_and_bf16
-@any_row
+@any_sequence
 @given(lengths=lists_of_lengths, prefix=st.integers(1, 150), heads=heads, seed=st.integers(0, 999))
 @example(lengths=[BLOCK, BLOCK, 1], prefix=BLOCK, heads=(4, 2), seed=0)
 @example(lengths=[1, 1], prefix=1, heads=(2, 2), seed=0)
 @example(lengths=[3, 200, 200], prefix=17, heads=(6, 2), seed=0)
-def test_what_examples_begin_with_counts_as_if_each_had_its_own(
+def test_a_shared_prefix_counts_as_if_each_example_had_its_own(
     dtype, tolerance, lengths, prefix, heads, seed
 ):
     scale, size = 0.3, 8
@@ -131,33 +138,26 @@ def test_what_examples_begin_with_counts_as_if_each_had_its_own(
     output, _ = packed_attention(
         None, *inputs, None, boundaries=make_boundaries(lengths, prefix), scaling=scale
     )
-    assert distance(output, expected) < tolerance
-    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    gradients = torch.autograd.grad(output, inputs, grad)
-    expected_gradients = torch.autograd.grad(expected, exact, grad.double())
-    least = least_norm(dtype, expected_gradients)
-    tolerance *= 1 if kernels.can_compute(*inputs) else 4  # torch's own, of probabilities near 1
-    for got, right in zip(gradients, expected_gradients, strict=True):
-        assert (got.double() - right).norm() < tolerance * max(right.norm(), least)
+    assert_near(output, inputs, expected, exact, tolerance, seed)
 
 
-def test_the_sequences_of_a_row_are_what_a_kernel_for_several_lengths_takes():
-    rows = _rows_of((2, 3), 2, torch.device("cpu"))
-    assert (rows.num_queries, rows.num_keys) == ([2, 2, 3], [2, 4, 5])
-    assert rows.query_starts.tolist() == [0, 2, 4, 7]
-    assert rows.key_starts.tolist() == [0, 2, 6, 11]
-    assert rows.key_places.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5, 6]
-    alone = _rows_of((2, 3), 0, torch.device("cpu"))
-    assert (alone.num_queries, alone.num_keys, alone.key_places) == ([2, 3], [2, 3], None)
+def test_the_sequences_are_what_a_variable_length_kernel_takes():
+    sequences = _sequences((2, 3), 2, torch.device("cpu"))
+    assert (sequences.num_queries, sequences.num_keys) == ([2, 2, 3], [2, 4, 5])
+    assert sequences.query_starts.tolist() == [0, 2, 4, 7]
+    assert sequences.key_starts.tolist() == [0, 2, 6, 11]
+    assert sequences.key_indices.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5, 6]
+    alone = _sequences((2, 3), 0, torch.device("cpu"))
+    assert (alone.num_queries, alone.num_keys, alone.key_indices) == ([2, 3], [2, 3], None)
 
 
-def test_without_a_scale_it_is_the_root_of_the_head_size():
+def test_the_default_scale_is_one_over_the_root_of_the_head_size():
     inputs = random_inputs(9, 2, 1, 16)
     assert torch.equal(attend(inputs, [4, 5]), attend(inputs, [4, 5], 0.25))
 
 
 @fp32_and_bf16
-def test_no_example_hears_of_another(dtype, tolerance):
+def test_no_example_sees_another(dtype, tolerance):
     lengths = [5, BLOCK + 7, 1, 40]
     inputs = random_inputs(sum(lengths), 4, 2, 8, dtype)
     before = attend(inputs, lengths).split(lengths, dim=1)
@@ -182,7 +182,7 @@ def test_no_gradient_flows_between_examples():
             assert [norm > 0 for norm in norms] == [number == chosen for number in range(len(lengths))]
 
 
-def test_a_token_hears_of_no_later_one():
+def test_no_token_sees_a_later_one():
     lengths = [BLOCK + 20]
     inputs = random_inputs(*lengths, 2, 1, 8)
     before = attend(inputs, lengths)
@@ -205,7 +205,7 @@ def test_a_token_hears_of_no_later_one():
         ({"position_bias": torch.zeros(1)}, "position_bias"),
     ],
 )
-def test_what_it_does_not_compute_is_refused_by_name(others, named):
+def test_an_argument_it_does_not_support_is_refused_by_name(others, named):
     with pytest.raises(NotImplementedError, match=named):
         attend(random_inputs(10, 2, 1, 8), [3, 7], **others)
 
@@ -220,12 +220,12 @@ def test_what_it_does_not_compute_is_refused_by_name(others, named):
         {"position_ids": torch.arange(10)[None], "use_cache": False, "output_attentions": True},
     ],
 )
-def test_what_changes_nothing_is_taken(others):
+def test_arguments_that_change_nothing_are_accepted(others):
     inputs = random_inputs(10, 2, 1, 8)
     assert torch.equal(attend(inputs, [3, 7], **others), attend(inputs, [3, 7]))
 
 
-def test_without_boundaries_it_is_transformers_own():
+def test_without_boundaries_it_is_transformers_sdpa():
     module = nn.Module()
     module.is_causal, module.num_key_value_groups, module.training = True, 2, False
     inputs = random_inputs(10, 4, 2, 8)

@@ -1,0 +1,164 @@
+"""How faithfully a merged model predicts what the trained one does, and which merge to write."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from finetune.data.collate import iterate_batches
+from finetune.data.plan import make_plan, plan_evaluation
+from finetune.data.tokenize import Examples
+from finetune.export.merge import DEQUANTIZED, load_unmerged, merge, model_bytes, round_weights
+from finetune.model.fast_paths import choose_fast_paths
+from finetune.model.loss import TokenLoss
+from finetune.ops.quantized import dropout_off
+from finetune.run.adapter import Trained, TrainedModel
+from finetune.run.folder import read_environment
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What a faithful merge keeps of the trained model, on its eval rows.
+LEAST_AGREEMENT = 0.99
+MOST_LOSS_CHANGE = 0.005
+CHUNK = 256  # target tokens whose logits exist at a time
+
+
+class Predictions(NamedTuple):
+    """Predictions for N target tokens, in compact form: hidden [N, d] and the head's weight [V, d]."""
+
+    hidden: Tensor
+    weight: Tensor
+
+    def logits(self, part: slice) -> Tensor:
+        """[n, V] fp32, multiplied in the precision of the hidden states."""
+        hidden = self.hidden[part]
+        return (hidden @ self.weight.to(hidden.dtype).t()).float()
+
+
+class Difference(NamedTuple):
+    """Of predictions q from p, per target token."""
+
+    kl: float
+    """KL(p || q) in nats"""
+    agreement: float
+    """The share of tokens for which both predict the same most likely token"""
+    loss: float
+    """Of q, in nats"""
+
+
+class Candidate(NamedTuple):
+    """A merge that may be written."""
+
+    base: str
+    dtype: str
+    num_bytes: int
+    difference: Difference
+    """From the trained model in fp32"""
+    agreement_as_run: float
+    """With the trained model in the run's own precision"""
+
+
+class Comparison(NamedTuple):
+    """The examples to compare on, and what the trained model predicts for them."""
+
+    examples: Examples
+    batches: list[list[int]]
+    packing: bool
+    target_ids: Tensor
+    as_run: Predictions
+    """In the run's own precision and on its paths"""
+    trained: Predictions
+    """With the same weights in fp32: without rounding, which differs between any two computations"""
+    loss: float
+    """Of `trained`"""
+
+
+def start_comparison(
+    trained: Trained, opened: TrainedModel, train_set: Examples, examples: Examples
+) -> Comparison | None:
+    """Compute the predictions of the trained model; None if its logits are not its head times its last hidden
+    states.
+
+    `train_set` is what the run was trained on: it decides the layout of the batches.
+    """
+    config = replace(trained.config, fast=replace(trained.config.fast, head=True))
+    token_loss = TokenLoss(opened.model)
+    int8 = None if trained.run_dir is None else str(read_environment(trained.run_dir)["int8"])
+    packing = choose_fast_paths(config, opened.accelerator, token_loss, train_set, int8).packed
+    if token_loss.head_mib is None:
+        return None
+    batches = plan_evaluation(make_plan(config, train_set, packing, 0, 1), examples)
+    device = opened.accelerator.device
+    ids = [batch.target_ids for batch in iterate_batches(batches, examples.dataset, packing, device)]
+    precision = opened.accelerator.autocast()
+    as_run = predict(token_loss, batches, examples, packing, precision)
+    # With the adapter unmerged, so that the merge itself is tested too.
+    reference = load_unmerged(trained, opened, DEQUANTIZED)
+    in_fp32 = predict(TokenLoss(reference), batches, examples, packing, nullcontext())
+    in_fp32 = Predictions(in_fp32.hidden, as_run.weight)  # the same head: rounded to the run's precision
+    loss = difference(as_run, in_fp32, torch.cat(ids)).loss
+    return Comparison(examples, batches, packing, torch.cat(ids), as_run, in_fp32, loss)
+
+
+@torch.no_grad()
+def predict(
+    token_loss: TokenLoss,
+    batches: Sequence[list[int]],
+    examples: Examples,
+    packing: bool,
+    precision: AbstractContextManager[Any],
+) -> Predictions:
+    """The predictions for all target tokens, without dropout."""
+    weight: Tensor = token_loss.base.get_output_embeddings().weight
+    micro_batches = iterate_batches(batches, examples.dataset, packing, weight.device)
+    with dropout_off(token_loss), precision:
+        hidden = [token_loss.target_hidden(batch) for batch in micro_batches]
+    return Predictions(torch.cat(hidden), weight)
+
+
+@torch.no_grad()
+def difference(p: Predictions, q: Predictions, target_ids: Tensor) -> Difference:
+    """How q differs from p on N target tokens; target_ids [N]."""
+    sums = torch.zeros(3, dtype=torch.float64, device=target_ids.device)
+    for start in range(0, len(target_ids), CHUNK):
+        part = slice(start, start + CHUNK)
+        log_p, log_q = (predictions.logits(part).log_softmax(-1) for predictions in (p, q))
+        same = log_p.argmax(-1) == log_q.argmax(-1)
+        nll = -log_q.gather(-1, target_ids[part, None])
+        sums += torch.stack([(log_p.exp() * (log_p - log_q)).sum(), same.sum(), nll.sum()]).double()
+    kl, agreement, loss = (sums / len(target_ids)).tolist()
+    return Difference(kl, agreement, loss)
+
+
+def compare_merge(
+    trained: Trained, opened: TrainedModel, comparison: Comparison, base: str, dtypes: Sequence[str]
+) -> list[Candidate]:
+    """The merge into one base, rounded to each of `dtypes` in turn, computed in fp32."""
+    candidates = []
+    model = merge(load_unmerged(trained, opened, base))
+    batches, packing = comparison.batches, comparison.packing
+    for name in dtypes:
+        round_weights(model, DTYPES[name])
+        predictions = predict(TokenLoss(model), batches, comparison.examples, packing, nullcontext())
+        to_trained, to_run = (
+            difference(expected, predictions, comparison.target_ids)
+            for expected in (comparison.trained, comparison.as_run)
+        )
+        size = model_bytes(model, DTYPES[name])
+        candidates.append(Candidate(base, name, size, to_trained, to_run.agreement))
+    return candidates
+
+
+def choose(candidates: Sequence[Candidate], loss: float) -> Candidate:
+    """The smallest faithful merge, or else the nearest to the trained model, whose loss is `loss`."""
+    faithful = [candidate for candidate in candidates if is_faithful(candidate, loss)]
+    if faithful:
+        return min(faithful, key=lambda candidate: (candidate.num_bytes, candidate.difference.kl))
+    return min(candidates, key=lambda candidate: candidate.difference.kl)
+
+
+def is_faithful(candidate: Candidate, loss: float) -> bool:
+    _, agreement, own = candidate.difference
+    return agreement >= LEAST_AGREEMENT and abs(own / loss - 1) <= MOST_LOSS_CHANGE

@@ -1,0 +1,211 @@
+"""Answers to the rows of a file, in batches; what is answered is kept line by line in a partial file.
+
+A generation that was killed resumes from it.
+"""
+
+import csv
+import json
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from finetune.data.cleaning import turns_asked
+from finetune.data.tokenize import Message, to_messages
+from finetune.model.generate import Answer, Sampler, answer_prompts, encode_prompt, require_room
+from finetune.run.adapter import Trained, TrainedModel
+from finetune.run.checkpoint import ADAPTER_WEIGHTS
+from finetune.runtime.console import console
+from finetune.runtime.files import file_sha256, write_atomically
+
+PROMPT_COLUMNS = ("messages", "instruction", "input", "prompt")
+MODELS = {"tuned": ("tuned",), "base": ("base",), "both": ("tuned", "base")}
+ANSWER_COLUMNS = ("answer", "num_tokens", "ended")
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """How the rows are answered."""
+
+    which: str
+    """A key of MODELS"""
+    max_new_tokens: int
+    temperature: float
+    """0: the most likely token"""
+    seed: int
+    system_prompt: str | None
+
+
+class Question(NamedTuple):
+    row_number: int
+    prompt: list[int]
+    """Token ids"""
+
+
+def settings_of(request: Request, rows: Path, trained: Trained) -> Record:
+    """All that the answers depend on. The batch size is not part of it: it changes rounding only."""
+    model = trained.config.model
+    return {
+        "rows": file_sha256(rows),
+        "adapter": file_sha256(trained.adapter / ADAPTER_WEIGHTS),
+        "model": model.name_or_path,
+        "revision": model.revision,
+        "quantization": model.quantization,
+        "mixed_precision": trained.config.train.mixed_precision,
+        **asdict(request),
+    }
+
+
+def read_partial(path: Path, settings: Record) -> dict[int, Record]:
+    """The answers of an earlier launch by row number; a last line that a kill left incomplete is cut off.
+
+    Raises:
+        ValueError: the settings were different, or the file is no record of a generation.
+    """
+    if not path.exists():
+        return {}
+    whole, _, torn = path.read_bytes().rpartition(b"\n")
+    try:
+        lines = [json.loads(line) for line in whole.split(b"\n")]
+        before, records = dict(lines[0]["settings"]), {record["row_number"]: record for record in lines[1:]}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is no record of a generation; delete it, or choose another --output"
+        ) from error
+    if before != settings:
+        differing = [
+            _difference(key, before.get(key), now) for key, now in settings.items() if before.get(key) != now
+        ]
+        raise ValueError(
+            f"{path} holds answers that were made otherwise ({'; '.join(differing)}); delete it, or choose "
+            "another --output"
+        )
+    os.truncate(path, path.stat().st_size - len(torn))
+    return records
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    if key in ("rows", "adapter"):
+        return f"the {key} {'were' if key == 'rows' else 'was'} another"
+    short = [textwrap.shorten(str(value), 60, placeholder=" ...") for value in (before, now)]
+    return f"{key} was {short[0]}, is {short[1]}"
+
+
+def encode_question(model: TrainedModel, messages: list[Message], max_new_tokens: int) -> list[int]:
+    """The prompt, as token ids, that asks for the answer to a conversation.
+
+    Raises:
+        ValueError: the chat template refuses the messages, or they leave no room for an answer.
+    """
+    prompt = encode_prompt(model.tokenizer, messages)
+    require_room(model.model, len(prompt), max_new_tokens)
+    return prompt
+
+
+def answer(
+    model: TrainedModel,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    seeds: Sequence[int],
+    streamer: Any = None,
+) -> list[Answer]:
+    """Answers to prompts as one batch. With a temperature above 0, each draws from a seed of its own."""
+    sampler = Sampler(temperature, seeds, model.accelerator.device) if temperature > 0 else None
+    return answer_prompts(
+        model.accelerator, model.model, model.tokenizer, prompts, max_new_tokens, sampler, streamer
+    )
+
+
+def encode_questions(model: TrainedModel, rows: Dataset, request: Request) -> list[Question]:
+    """The prompts, longest first: batches waste little padding, and too little memory shows immediately."""
+    questions = []
+    for row in rows:
+        try:
+            asked = turns_asked(to_messages(row, request.system_prompt))
+            prompt = encode_question(model, asked, request.max_new_tokens)
+        except ValueError as error:
+            raise ValueError(f"row {row['row_number']}: {error}") from error
+        questions.append(Question(row["row_number"], prompt))
+    return sorted(questions, key=lambda question: (-len(question.prompt), question.row_number))
+
+
+def answer_rows(
+    model: TrainedModel,
+    questions: Sequence[Question],
+    partial: Path,
+    settings: Record,
+    request: Request,
+    batch_size: int,
+) -> dict[int, Record]:
+    """The answers to these questions by row number; each batch is appended to `partial` immediately."""
+    records: dict[int, Record] = {}
+    bar = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    if not partial.exists():
+        write_atomically(partial, json.dumps({"settings": settings}) + "\n")
+    with (
+        partial.open("a", encoding="utf-8") as file,
+        Progress(*bar, console=console, disable=not console.is_terminal) as progress,
+    ):
+        task = progress.add_task("", total=len(questions))
+        for first in range(0, len(questions), batch_size):
+            batch = questions[first : first + batch_size]
+            made = answer_batch(model, batch, request)
+            file.write("".join(json.dumps(record) + "\n" for record in made))
+            file.flush()
+            records |= {record["row_number"]: record for record in made}
+            progress.advance(task, len(batch))
+    return records
+
+
+def answer_batch(model: TrainedModel, batch: Sequence[Question], request: Request) -> list[Record]:
+    records: list[Record] = [{"row_number": question.row_number} for question in batch]
+    for which in MODELS[request.which]:
+        seeds = [_seed_of(request.seed, question.row_number) for question in batch]
+        try:
+            with model.model.disable_adapter() if which == "base" else nullcontext():
+                prompts = [question.prompt for question in batch]
+                answers = answer(model, prompts, request.max_new_tokens, request.temperature, seeds)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"out of memory for {len(batch)} prompts of {len(batch[0].prompt):,} tokens and their "
+                "answers; lower --batch_size"
+            ) from error
+        prefix = "base_" if which == "base" and request.which == "both" else ""
+        for record, made in zip(records, answers, strict=True):
+            names = zip(ANSWER_COLUMNS, made, strict=True)
+            record.update({f"{prefix}{name}": value for name, value in names})
+    return records
+
+
+def _seed_of(seed: int, row_number: int) -> int:
+    """The seed of a row's draws: the same in any batch, and after a kill."""
+    return int(np.random.SeedSequence([seed, row_number]).generate_state(1, np.uint64)[0])
+
+
+def format_answers(rows: Dataset, records: Mapping[int, Record], suffix: str) -> str:
+    """The text of the output file: a line for each row, in the file's order, with its prompt columns."""
+    columns = [column for column in rows.column_names if column in PROMPT_COLUMNS]
+    lines = []
+    for row in rows:
+        answers = records[row["row_number"]]
+        prompt = {column: row[column] for column in columns}
+        lines.append({"row_number": row["row_number"], **prompt, **answers})
+    if suffix == ".jsonl":
+        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    frame = pd.DataFrame(lines)
+    if "messages" in columns:
+        frame["messages"] = [json.dumps(messages, ensure_ascii=False) for messages in frame["messages"]]
+    # A carriage return in an answer would end the line, unquoted.
+    return frame.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)

@@ -1,0 +1,225 @@
+"""The memory that a run will take, by part: predicted for any number of tokens, and measured on its largest.
+
+What autograd keeps is counted on two short sequences and grows linearly with the tokens of a micro-batch. The
+rest follows from the sizes of the model, the adapter and the optimizer.
+"""
+
+import math
+import time
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from finetune.config import Config
+from finetune.config_checks import LARGEST_WHOLE_NUMBER
+from finetune.data.collate import MicroBatch, collate, iterate_batches
+from finetune.data.plan import Layout, Plan, plan_evaluation
+from finetune.data.tokenize import Examples
+from finetune.ops import chunked_head
+from finetune.ops.quantized import dropout_off
+from finetune.runtime.accelerator import DTYPES, reseed
+from finetune.runtime.memory import GIB, peak_memory_gib, reset_peak_memory
+from finetune.training.metrics import SumWindow
+from finetune.training.optim import choose_optimizer, create_optimizer, state_bytes
+from finetune.training.setup import Parts
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes, by part."""
+
+    process: int
+    """What Python and the libraries hold; 0 on a GPU, where only tensors count"""
+    base: int
+    adapter: int
+    """Weights and gradients, fp32"""
+    optimizer: int
+    kept_per_token: float
+    """What autograd keeps for each token of a micro-batch"""
+    per_layer_and_token: float
+    """What the largest layer allocates temporarily for each token"""
+    weight: int
+    """The largest weight, dequantized"""
+    head_per_token: float
+    """The logits of a target token, and what is computed from them"""
+    head_most: float
+    """The same for a chunk of target tokens; infinite without chunks"""
+
+    @property
+    def held(self) -> int:
+        """What stays allocated between updates."""
+        return self.process + self.base + self.adapter + self.optimizer
+
+    def of_update(self, num_tokens: int) -> float:
+        """The peak of an update whose largest micro-batch has `num_tokens` tokens."""
+        return self.held + self.temporary(num_tokens) + num_tokens * self.kept_per_token
+
+    def temporary(self, num_tokens: int) -> float:
+        """What the forward and backward passes allocate temporarily: in a layer or in the head."""
+        at_head = min(num_tokens * self.head_per_token, self.head_most)
+        return max(self.weight + num_tokens * self.per_layer_and_token, at_head)
+
+    def largest_budget(self, gib: float) -> int:
+        """The largest token budget per micro-batch whose update fits into `gib` GiB; 0 if none fits."""
+        return bisect_right(range(1, LARGEST_WHOLE_NUMBER), gib * GIB, key=self.of_update)
+
+
+def predict(config: Config, parts: Parts, packing: bool) -> Prediction:
+    """Predict the memory by part. Runs the forward passes of two short sequences."""
+    model, device = parts.model, parts.accelerator.device
+    adapter = [p for p in model.parameters() if p.requires_grad]
+    tensors = [*model.parameters(), *model.buffers(), *_quantization_states(model)]
+    base = storage_bytes([tensor for tensor in tensors if not tensor.requires_grad])
+    optimizer = choose_optimizer(config.optim.name, device).actual
+    num_trained = sum(p.numel() for p in adapter)
+    rss = psutil.Process().memory_info().rss
+    itemsize = DTYPES[parts.precision.actual].itemsize
+    widths = [m.in_features + m.out_features for m in _linear_layers(model)]
+    weights = [m.in_features * m.out_features for m in _linear_layers(model)]
+    return Prediction(
+        process=0 if device.type == "cuda" else max(0, rss - base - storage_bytes(adapter)),
+        base=base,
+        adapter=2 * storage_bytes(adapter),
+        optimizer=num_trained * state_bytes(optimizer),
+        kept_per_token=_kept_per_token(parts, packing),
+        per_layer_and_token=4 * max(widths) * itemsize,
+        weight=max(weights) * itemsize,
+        **_head_bytes(parts, itemsize),
+    )
+
+
+def _kept_per_token(parts: Parts, packing: bool) -> float:
+    """Bytes that autograd keeps for a token: the slope between a sequence and one of twice its length."""
+    kept, short = [], 64
+    for length in (short, 2 * short):
+        ids = [1] * length
+        labels = [-100] * (length - 1) + [1]  # one target token: the head is counted separately
+        batch = collate([{"input_ids": ids, "labels": labels}], packing).to(parts.accelerator.device)
+        kept.append(kept_bytes(parts, batch))
+    return (kept[1] - kept[0]) / short
+
+
+def kept_bytes(parts: Parts, batch: MicroBatch) -> int:
+    """Bytes that autograd keeps for the backward pass of a micro-batch, the parameters aside."""
+    storages: dict[int, int] = {}
+    parameters = {p.untyped_storage().data_ptr() for p in parts.model.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    reseed(0, 0, 0)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), parts.accelerator.autocast():
+        kept = parts.token_loss(batch)
+    del kept  # only now: a storage that is freed may give its address to the next
+    return sum(storages.values())
+
+
+def _head_bytes(parts: Parts, itemsize: int) -> dict[str, float]:
+    """Bytes of a target token's logits and of the passes over them, and the most that exist at once."""
+    vocabulary = parts.model.get_output_embeddings().weight.shape[0]
+    if parts.token_loss.head_mib is None:
+        # The logits, and in fp32: the logits, their log-probabilities and their gradient.
+        return {"head_per_token": vocabulary * (itemsize + 3 * 4), "head_most": math.inf}
+    size = chunked_head.bytes_per_logit(DTYPES[parts.precision.actual], parts.accelerator.device)
+    rows = chunked_head.tokens_per_chunk(parts.token_loss.head_mib, vocabulary, size)
+    most = rows * vocabulary * size + 2 * chunked_head.ROWS * vocabulary * 4
+    return {"head_per_token": vocabulary * size, "head_most": most}
+
+
+@dataclass(frozen=True)
+class Measured:
+    num_tokens: int
+    """Of the whole update, or of the whole evaluation batch"""
+    largest_batch: int
+    """Tokens of the largest micro-batch, including padding"""
+    seconds: float
+    peak_gib: float
+
+
+def measure_update(config: Config, parts: Parts, plan: Plan) -> Measured:
+    """Run the update of the first epoch that has the largest micro-batch, including the optimizer's step."""
+    updates = [plan.update(step) for step in range(plan.steps_per_epoch)]
+
+    def largest(micro_batches: Sequence[Sequence[int]]) -> int:
+        return max(_num_tokens(plan.lengths, batch, plan.layout) for batch in micro_batches)
+
+    update = max(updates, key=lambda update: (largest(update.micro_batches), update.num_tokens))
+    device = parts.accelerator.device
+    trainable = [p for p in parts.model.parameters() if p.requires_grad]
+    name = choose_optimizer(config.optim.name, device).actual
+    optimizer = create_optimizer(name, trainable, config.optim)
+    window = SumWindow(device)
+    dataset, packing = parts.train_set.dataset, plan.layout.packing
+    reset_peak_memory(device)
+    start = time.perf_counter()
+    for batch in iterate_batches(update.micro_batches, dataset, packing, device):
+        with parts.accelerator.autocast():
+            sums = parts.token_loss(batch)
+        torch.autograd.backward(sums.nll / update.num_target_tokens)
+        window.add(sums)
+    torch.nn.utils.clip_grad_norm_(trainable, config.optim.max_grad_norm or 1.0)
+    optimizer.step()
+    window.total(parts.accelerator).tolist()  # waits for the device
+    seconds = time.perf_counter() - start
+    return Measured(update.num_tokens, largest(update.micro_batches), seconds, peak_memory_gib(device))
+
+
+def measure_evaluation(parts: Parts, plan: Plan, eval_set: Examples) -> Measured | None:
+    """Run the largest batch of the evaluation; None without eval rows."""
+    if len(eval_set.dataset) == 0:
+        return None
+    batches = plan_evaluation(plan, eval_set)
+    indices = max(batches, key=lambda batch: _num_tokens(eval_set.lengths, batch, plan.layout))
+    num_tokens = _num_tokens(eval_set.lengths, indices, plan.layout)
+    device = parts.accelerator.device
+    reset_peak_memory(device)
+    start = time.perf_counter()
+    with torch.no_grad(), dropout_off(parts.token_loss), parts.accelerator.autocast():
+        batch = collate([eval_set.dataset[i] for i in indices], plan.layout.packing)
+        parts.token_loss.token_stats(batch.to(device)).cpu()
+    seconds = time.perf_counter() - start
+    return Measured(num_tokens, num_tokens, seconds, peak_memory_gib(device))
+
+
+def _num_tokens(lengths: Any, batch: Sequence[int], layout: Layout) -> int:
+    """Tokens of a micro-batch, including padding."""
+    if layout.packing:
+        return sum(int(lengths[i]) for i in batch)
+    return len(batch) * max((int(lengths[i]) for i in batch), default=0)
+
+
+def device_memory_gib(device: torch.device) -> float:
+    """The memory of the GPU, or the RAM of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / GIB
+    return psutil.virtual_memory().total / GIB
+
+
+def _linear_layers(model: Any) -> list[Any]:
+    output = model.get_output_embeddings()
+    return [m for m in model.modules() if hasattr(m, "in_features") and m is not output]
+
+
+def _quantization_states(model: Any) -> list[Tensor]:
+    """What quantized layers keep beside their weights."""
+    states = []
+    for module in model.modules():
+        state = getattr(module, "state", None)
+        states += [tensor for tensor in (getattr(state, "SCB", None),) if tensor is not None]
+        quant = getattr(getattr(module, "weight", None), "quant_state", None)
+        states += [] if quant is None else [quant.absmax, quant.code]
+    return states
+
+
+def storage_bytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes of the tensors' storages; one that several tensors share counts once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
