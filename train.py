@@ -30,7 +30,7 @@ from finetune.report.model_card import model_card
 from finetune.report.page import leave_report
 from finetune.run import folder, summary
 from finetune.run.bad_update import record_bad_update
-from finetune.run.checkpoint import Checkpointer, TrainState
+from finetune.run.checkpoint import Checkpointer, History, TrainState
 from finetune.run.evaluator import Evaluator
 from finetune.run.opening import RunFacts, open_run
 from finetune.run.tracker import Tracker
@@ -136,20 +136,15 @@ def train(config: Config) -> int:
     if accelerator.is_main_process and stop.exit_code:
         summary.show_stop(config, accelerator, state.step)
     elif accelerator.is_main_process:
-        finish(config, checkpointer, tokenizer, plan, state, history)
+        finish(checkpointer, tokenizer, plan, state, history)
     return stop.exit_code
 
 
 def finish(
-    config: Config,
-    checkpointer: Checkpointer,
-    tokenizer: Any,
-    plan: Plan,
-    state: TrainState,
-    history: Sequence[dict[str, Any]],
+    checkpointer: Checkpointer, tokenizer: Any, plan: Plan, state: TrainState, history: History
 ) -> None:
     """Write the result (with `keep_best`, the adapter of the best checkpoint), its card and the report."""
-    run_dir = Path(config.output_dir)
+    config, run_dir = checkpointer.config, checkpointer.run_dir
     remarks = checkpointer.load_best(state, history) if config.checkpoint.keep_best else []
     folder.record_adapter_step(run_dir, state.step)
     texts = folder.training_config(config), model_card(run_dir, config)

@@ -1,4 +1,4 @@
-"""Which rows have something to learn from, and why the others are left out."""
+"""Which rows can be trained on, and why the others are dropped."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ from datasets import Dataset
 
 
 def clean_rows(table: Dataset) -> tuple[Dataset, dict[str, list[int]]]:
-    """The rows with something to learn from, and the numbers of the others, by reason."""
+    """The rows that can be trained on, and the numbers of the others, by reason."""
     return sort_out(table, reason_to_drop)
 
 
@@ -59,7 +59,7 @@ def _reason_to_drop_messages(row: Mapping[str, Any]) -> str | None:
 
 
 def reason_to_ask_nothing(row: Mapping[str, Any]) -> str | None:
-    """As `_reason_to_drop`, whatever the row's last answer is."""
+    """As `reason_to_drop`, ignoring the row's last answer."""
     if "messages" not in row:
         return reason_to_drop({**row, "output" if "output" in row else "completion": "an answer"})
     turns = row["messages"]
@@ -72,7 +72,7 @@ def reason_to_ask_nothing(row: Mapping[str, Any]) -> str | None:
 
 
 def turns_asked(turns: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The messages up to the last answer, or all of them where the last one is the user's."""
+    """The messages before the last answer; all of them if the last one is the user's."""
     if not turns or turns[-1].get("role") == "user":
         return turns
     last = max((i for i, turn in enumerate(turns) if turn.get("role") == "assistant"), default=len(turns))
@@ -84,5 +84,5 @@ def _require_text(cell: Any, place: str) -> None:
         raise ValueError(f"{place} must be text, not {cell!r:.60}")
     try:
         (cell or "").encode()
-    except UnicodeEncodeError as error:  # JSON's escapes can write half of a surrogate pair
+    except UnicodeEncodeError as error:  # a JSON escape can encode half of a surrogate pair
         raise ValueError(f"{place} holds {error.object[error.start]!r}, which is no character") from error

@@ -11,39 +11,39 @@ from torch import Tensor
 from finetune.data.plan import Indices, Plan, Update
 from finetune.data.tokenize import IGNORE
 
-WORTH_SHARING = 8  # tokens that all examples of a row begin with
+MIN_SHARED = 8  # tokens; a shorter prefix is not worth sharing
 
 
 class Boundaries(NamedTuple):
-    """Where the E examples of a packed row lie: what all begin with, once, then what is each one's own."""
+    """Where the E examples of a packed sequence lie: their shared prefix once, then the rest of each."""
 
     lengths: tuple[int, ...]
-    """Tokens of each one's own: the host's numbers, so that reading them waits for no device"""
+    """Tokens of each example behind the prefix, as host numbers: reading them waits for no device"""
     starts: Tensor
-    """[E + 1] int32: the place of each one's own first token, and the end of the last"""
+    """[E + 1] int32: where each example continues behind the prefix, and the end of the last"""
     prefix: int = 0
-    """Tokens that all begin with: every example sees them, and they see none of it"""
+    """Length of the shared prefix: every example attends to it, and it attends to none of them"""
 
     def to(self, device: torch.device) -> "Boundaries":
         return self._replace(starts=self.starts.to(device, non_blocking=True))
 
     def mask(self) -> Tensor:
-        """[1, 1, T, T] bool: True where the token of the row may see that of the column, which is of its own
-        example, or of what all begin with, and not later."""
+        """[1, 1, T, T] bool: True where a query may attend to a key: one of its own example or of the shared
+        prefix, and not later."""
         places = torch.arange(self.prefix + sum(self.lengths), device=self.starts.device)
-        example_of_token = torch.searchsorted(self.starts, places, right=True)  # from 1; 0 is everybody's
+        example_of_token = torch.searchsorted(self.starts, places, right=True)  # from 1; 0 is the prefix
         sees = (example_of_token[:, None] == example_of_token) | (example_of_token == 0)
         return sees.tril()[None, None]
 
 
 class MicroBatch(NamedTuple):
-    """The tensors of one forward pass: B rows of T tokens, N targets.
+    """The tensors of one forward pass: B sequences of T tokens, N targets.
 
     input_ids, position_ids [B, T] long.
-    target_positions [N] long: the places, in the B*T tokens laid end to end, that predict a target token.
+    target_positions [N] long: positions in the B*T flattened tokens that predict a target token.
     target_ids [N] long: the token each of them should predict.
-    limits: of a packed row its Boundaries; of padded rows [B, T] bool, True for tokens that are no padding.
-    num_tokens: how many of the B*T are no padding.
+    limits: of a packed sequence its Boundaries; of padded ones [B, T] bool, True for tokens, not padding.
+    num_tokens: how many of the B*T are not padding.
     """
 
     input_ids: Tensor
@@ -71,10 +71,10 @@ class MicroBatch(NamedTuple):
 
 
 def pack(examples: Sequence[dict[str, Any]]) -> MicroBatch:
-    """Lay examples side by side in one row: positions restart, each example is blind to the others.
+    """Pack examples into one sequence: positions restart, and no example attends to another.
 
-    What all of them begin with (a system prompt, a template's first words) stands in the row once: the tokens
-    behind it see the same as if each example had its own.
+    Their shared prefix (a system prompt, a template's first words) is in the sequence once: the tokens behind
+    it attend to the same tokens as if each example had its own copy.
     """
     prefix = shared_prefix(examples)
     lengths = tuple(len(example["input_ids"]) - prefix for example in examples)
@@ -96,26 +96,27 @@ def pack(examples: Sequence[dict[str, Any]]) -> MicroBatch:
 
 
 def shared_prefix(examples: Sequence[dict[str, Any]]) -> int:
-    """How many tokens all examples begin with, of those that predict no target; 0 where hardly any."""
+    """Length of the prefix that all examples share, up to the first that predicts a target; 0 if below
+    MIN_SHARED."""
     if len(examples) < 2:
         return 0
-    # The last of them predicts each example's own first token, so this must not be a target either.
+    # The last shared token predicts the first one that is not, so that must not be a target either.
     most = min(_first_target(example["labels"]) for example in examples) - 1
     columns = zip(*(example["input_ids"][:most] for example in examples), strict=False)
     prefix = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
-    return prefix if prefix >= WORTH_SHARING else 0
+    return prefix if prefix >= MIN_SHARED else 0
 
 
 def _first_target(labels: Sequence[int]) -> int:
-    """Its place; that behind the end where there is none."""
+    """The position of the first target; the length if there is none."""
     return next((place for place, label in enumerate(labels) if label != IGNORE), len(labels))
 
 
 def pad(examples: Sequence[dict[str, Any]]) -> MicroBatch:
-    """Each example in a row of its own, filled up on the right: the plain layout."""
+    """Pad each example on the right to the longest: the reference layout."""
     width = max(len(example["input_ids"]) for example in examples)
     shape = (len(examples), width)
-    input_ids = torch.zeros(shape, dtype=torch.long)  # padding is told by its place, not by a token
+    input_ids = torch.zeros(shape, dtype=torch.long)  # padding is known by position, not by token
     labels = torch.full(shape, IGNORE)
     is_token = torch.zeros(shape, dtype=torch.bool)
     for row, example in enumerate(examples):
@@ -134,8 +135,8 @@ def _micro_batch(
     limits: Boundaries | Tensor,
     num_tokens: int,
 ) -> MicroBatch:
-    # The token at t predicts the one at t + 1. The first label of an example, and that behind a shared
-    # prefix, is IGNORE, so in a packed row no example predicts the start of the next.
+    # The token at t predicts the one at t + 1. The first label of an example, and the one behind a shared
+    # prefix, is IGNORE, so that in a packed sequence no example predicts the start of the next.
     next_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
     target_positions = (next_labels != IGNORE).nonzero().squeeze(1)
     target_ids = next_labels[target_positions]
@@ -143,8 +144,8 @@ def _micro_batch(
 
 
 def collate(examples: Sequence[dict[str, Any]], packing: bool) -> MicroBatch:
-    """The tensors of these examples; of none, one token without a target, so that the process can join in
-    with a gradient of zero."""
+    """The tensors of these examples. Of none: one token without a target, so that the rank takes part with a
+    gradient of zero."""
     if not examples:
         examples = [{"input_ids": [0], "labels": [IGNORE]}]
     return pack(examples) if packing else pad(examples)
@@ -153,8 +154,8 @@ def collate(examples: Sequence[dict[str, Any]], packing: bool) -> MicroBatch:
 def iterate_updates(
     plan: Plan, dataset: Any, first_step: int, device: torch.device
 ) -> Iterator[tuple[Update, list[MicroBatch]]]:
-    """Updates from `first_step` on, each with its micro-batches on the device: built while the one before is
-    computed."""
+    """Updates from `first_step` on, each with its micro-batches on the device, built while the previous one
+    is computed."""
 
     def build(step: int) -> tuple[Update, list[MicroBatch]]:
         update = plan.update(step)

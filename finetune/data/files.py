@@ -13,7 +13,7 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 
 from finetune.data.cleaning import reason_to_drop
 
-# Required columns of each format, and the optional ones. Where several fit, the first is taken.
+# Required and optional columns of each format. If several match, the first is taken.
 FORMATS = {
     "messages": (("messages",), ()),
     "instruction": (("instruction", "output"), ("input",)),
@@ -41,7 +41,7 @@ def read_rows(path: str | list[str]) -> Dataset:
 
 
 def read_column(path: str | list[str], column: str) -> list[str]:
-    """Any column of the files or the hub data set as text, missing cells as "": that of row n at n - 1.
+    """Any column of the files or the hub data set as text, missing cells as ""; row n is at index n - 1.
 
     Raises:
         ValueError: as `read_rows`, or there is no such column.
@@ -66,7 +66,11 @@ def to_table(frame: pd.DataFrame, file: str) -> Dataset:
         frame["messages"] = [_role_and_content(cell) for cell in frame["messages"]]
     try:
         table = Dataset.from_pandas(frame, preserve_index=False)
-    except (pa.ArrowException, UnicodeError, OverflowError) as error:  # a cell of another type, or no Unicode
+    except (
+        pa.ArrowException,
+        UnicodeError,
+        OverflowError,
+    ) as error:  # a cell of another type, or invalid Unicode
         rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
         for number, row in enumerate(rows, 1):
             reason_to_drop({"row_number": number, **{column: row[column] for column in columns}})
@@ -75,7 +79,7 @@ def to_table(frame: pd.DataFrame, file: str) -> Dataset:
 
 
 def _role_and_content(messages: Any) -> Any:
-    """Messages without their other keys; what is no list of objects is left for `clean_rows` to refuse."""
+    """Messages reduced to role and content; `clean_rows` refuses what is not a list of objects."""
     if not isinstance(messages, list | np.ndarray):
         return messages
     return [
@@ -87,7 +91,7 @@ def _role_and_content(messages: Any) -> Any:
 
 
 def is_local(path: str) -> bool:
-    """Whether `data.path` names a file, not a data set of the hub."""
+    """Whether `data.path` names a file rather than a hub data set."""
     return Path(path).exists() or path.lower().endswith(FILE_SUFFIXES)
 
 
@@ -96,17 +100,17 @@ def read_file(file: str) -> pd.DataFrame:
     suffix = path.suffix.lower()
     if path.is_dir():
         raise ValueError(f"data.path {file} is a folder; name the files in it")
-    if path.exists() and not path.is_file():  # to read a pipe is to wait for one who writes
+    if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
         raise ValueError(f"data.path {file} is no ordinary file")
     if suffix not in FILE_SUFFIXES:
         raise ValueError(f"data.path {file} is none of {', '.join(FILE_SUFFIXES)}")
     try:
         with path.open("rb"):
-            pass  # pandas does not say of every kind of file that it is not there
+            pass  # for some formats pandas does not report a missing file
         if path.stat().st_size == 0:
             raise ValueError(f"{file} is empty")
         if suffix == ".csv":
-            # As the seeds read it: pandas takes empty cells and words like "n/a" for missing.
+            # As the seeds read it: pandas treats empty cells and words such as "n/a" as missing.
             frame = pd.read_csv(path, dtype=str)
             if not isinstance(frame.index, pd.RangeIndex):
                 raise ValueError(f"{file} has more cells in its rows than names in its header")
@@ -119,7 +123,7 @@ def read_file(file: str) -> pd.DataFrame:
             raise ValueError(f"{file} is empty")
         try:
             return pd.DataFrame(objects)
-        except UnicodeEncodeError:  # a cell that is no Unicode, which `_to_table` finds and names
+        except UnicodeEncodeError:  # a cell of invalid Unicode, which `to_table` finds and names
             return pd.DataFrame(objects, dtype=object)
     except OSError as error:
         raise ValueError(f"data.path {file}: {error.strerror or error}") from error
@@ -143,7 +147,7 @@ def _first_bad_byte(path: Path) -> int:
 
 
 def _json_objects(text: str, file: str) -> list[dict[str, Any]]:
-    """The objects of a JSON array, or of JSON lines: told apart by what the text starts with."""
+    """The objects of a JSON array or of JSON lines, distinguished by the first character."""
     objects: list[dict[str, Any]] = []
     if text.lstrip().startswith("["):
         try:
@@ -172,7 +176,7 @@ def _read_hub(name: str) -> Dataset:
         raise ValueError(f"data.path {name!r} is neither a file that exists nor the name of a hub data set")
     try:
         return load_dataset(name, split="train")
-    except Exception as error:  # the hub's client raises many kinds, from no network to no such name
+    except Exception as error:  # the hub's client raises many kinds: no network, no such name, ...
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"data.path {name!r} is no local file, and as a hub data set it could not be loaded: {reason}"
@@ -188,7 +192,7 @@ def _keep_format(table: Dataset, source: str) -> Dataset:
 
 
 def _format_columns(found: list[str], source: str) -> list[str]:
-    """Those of the columns that make a row of one of FORMATS."""
+    """The columns that make up a row of one of FORMATS."""
     for required, optional in FORMATS.values():
         if set(required) <= set(found):
             return [c for c in (*required, *optional) if c in found]

@@ -1,7 +1,7 @@
-"""The plan: which examples each update takes, how every process lays them out, and the tensors of it.
+"""The plan: which examples each update takes, and how each rank arranges them in micro-batches.
 
 A plan is a pure function of its fields. Update k is the same set of examples with the same number of target
-tokens however it is packed, padded, cut into micro-batches or spread over processes.
+tokens, however they are packed, padded, split into micro-batches or distributed over ranks.
 """
 
 from collections.abc import Iterable
@@ -21,8 +21,8 @@ Indices = list[int]
 class Layout:
     """How examples become micro-batches.
 
-    Packed: whole examples side by side in one row of at most `max_tokens`. Padded: at most
-    `micro_batch_size` examples, each in a row of its own, at most `max_tokens` with the padding.
+    Packed: one sequence of whole examples, at most `max_tokens` long. Padded: at most `micro_batch_size`
+    sequences of one example each, at most `max_tokens` including the padding.
     """
 
     packing: bool
@@ -32,16 +32,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer update as one process sees it."""
+    """One optimizer update as one rank sees it."""
 
     epoch: int
     """From 0"""
     micro_batches: list[Indices]
-    """This process's examples; an empty list stands for a process that has none but still takes part"""
+    """The examples of this rank; one empty list if it has none, since it takes part all the same"""
     num_target_tokens: int
-    """Of all processes together: what the loss is divided by"""
+    """Over all ranks: the divisor of the loss"""
     num_tokens: int
-    """Tokens of the examples, of all processes together; padding does not count"""
+    """Tokens of the examples over all ranks, without padding"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ class Plan:
         epoch, position = divmod(step, self.steps_per_epoch)
         order = epoch_order(self.seed, epoch, len(self.lengths))
         examples = order[position * self.global_batch_size :][: self.global_batch_size]
-        mine = split_over_processes(examples, self.lengths, self.num_processes)[self.rank]
+        mine = balance_over_ranks(examples, self.lengths, self.num_processes)[self.rank]
         return Update(
             epoch=epoch,
             micro_batches=lay_out(mine, self.lengths, self.layout) or [[]],
@@ -91,7 +91,7 @@ class Plan:
 
 
 def make_plan(config: Config, train_set: Examples, packing: bool, rank: int, num_processes: int) -> Plan:
-    """The plan of a configuration for one of `num_processes` processes."""
+    """The plan of a configuration for rank `rank` of `num_processes`."""
     train = config.train
     return Plan(
         lengths=train_set.lengths,
@@ -112,15 +112,14 @@ def make_plan(config: Config, train_set: Examples, packing: bool, rank: int, num
 
 @cache
 def epoch_order(seed: int, epoch: int, num_examples: int) -> NDArray[np.int64]:
-    """The order of the examples in an epoch: a permutation that depends on nothing but these three."""
+    """The order of the examples in an epoch: a permutation that depends on these three numbers alone."""
     return np.random.default_rng([seed, epoch]).permutation(num_examples)
 
 
-def split_over_processes(
+def balance_over_ranks(
     examples: Iterable[int], lengths: NDArray[np.int64], num_processes: int
 ) -> list[Indices]:
-    """Share the examples out so that each process has about as many tokens: longest first, each to the
-    process that has least."""
+    """Balance tokens across ranks: longest example first, to the least-loaded rank."""
     shares: list[Indices] = [[] for _ in range(num_processes)]
     loads = [0] * num_processes
     for example in sorted(map(int, examples), key=lambda i: (-int(lengths[i]), i)):
@@ -131,12 +130,12 @@ def split_over_processes(
 
 
 def lay_out(examples: Indices, lengths: NDArray[np.int64], layout: Layout) -> list[Indices]:
-    """Cut examples, longest first, into micro-batches that keep to the layout's limits.
+    """Split examples into micro-batches within the layout's limits.
 
-    Packed rows are filled first-fit, which wastes little and is deterministic.
+    Packed sequences are filled by first-fit decreasing: deterministic, with little waste.
     """
     longest_first = sorted(examples, key=lambda i: (-int(lengths[i]), i))
-    assert all(lengths[i] <= layout.max_tokens for i in examples), "examples are cut to the budget before"
+    assert all(lengths[i] <= layout.max_tokens for i in examples), "max_length is within the budget"
     batches: list[Indices] = []
     loads: list[int] = []  # tokens in each
     for example in longest_first:
@@ -163,8 +162,8 @@ def lay_out(examples: Indices, lengths: NDArray[np.int64], layout: Layout) -> li
 
 
 def plan_evaluation(plan: Plan, eval_set: Examples) -> list[Indices]:
-    """This process's share of the eval examples, laid out as in training: each of them is in exactly one
-    micro-batch of one process."""
+    """The eval examples of this rank, laid out as in training: each example is in exactly one micro-batch of
+    one rank."""
     lengths = eval_set.lengths
-    shares = split_over_processes(range(len(lengths)), lengths, plan.num_processes)
+    shares = balance_over_ranks(range(len(lengths)), lengths, plan.num_processes)
     return lay_out(shares[plan.rank], lengths, plan.layout)

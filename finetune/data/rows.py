@@ -1,4 +1,4 @@
-"""From files or a hub data set to clean rows, a sample of them, and the split into train and eval.
+"""Rows from files or a hub data set: cleaned, sampled, and split into train and eval.
 
 A row has the columns of one of FORMATS, and `row_number`: its place in the data, from 1.
 """
@@ -21,7 +21,7 @@ from finetune.data.files import FORMATS, described, read_file, read_rows, to_tab
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a run, and what became of all that were read.
+    """The rows of a run, and what happened to those that were read.
 
     `num_read` rows were read and `dropped` (row numbers, by reason) of them left out; of the rest, `train`
     and `eval` are the sample, split.
@@ -62,8 +62,8 @@ def load_rows(config: DataConfig) -> Rows:
 
 
 def read_questions(file: str) -> tuple[Dataset, dict[str, list[int]]]:
-    """The rows of a file that ask something, as `read_rows` gives them, and the numbers of the others, by
-    reason. They may have an answer or lack it, and its column too.
+    """The rows of a file that contain a question, as `read_rows` returns them, and the numbers of the others,
+    by reason. Answers, and their column, may be missing.
 
     Raises:
         ValueError: as `load_rows`.
@@ -79,7 +79,7 @@ def read_questions(file: str) -> tuple[Dataset, dict[str, list[int]]]:
 
 
 def sample_rows(table: Dataset, num_samples: int | None, seed: int) -> Dataset:
-    """`num_samples` rows, those and in the order that `pandas.DataFrame.sample` gives; None gives all."""
+    """`num_samples` rows, the same in the same order as `pandas.DataFrame.sample` draws; None takes all."""
     if num_samples is None:
         return table
     if num_samples > len(table):
@@ -88,7 +88,8 @@ def sample_rows(table: Dataset, num_samples: int | None, seed: int) -> Dataset:
 
 
 def split_rows(table: Dataset, eval_fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Train and eval rows, as `datasets.Dataset.train_test_split` gives them; a fraction of 0 splits none."""
+    """Train and eval rows as `datasets.Dataset.train_test_split` makes them; a fraction of 0 keeps all for
+    training."""
     if eval_fraction == 0:
         return table, table.select([])
     if len(table) < 2:
@@ -103,7 +104,7 @@ def split_rows(table: Dataset, eval_fraction: float, seed: int) -> tuple[Dataset
 
 
 def split_rows_by_instruction(table: Dataset, eval_fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Train and eval rows such that no instruction, as `normalize` leaves it, is on both sides.
+    """Train and eval rows such that no instruction, normalized, is on both sides.
 
     Instructions are drawn in an order that depends on the seed, and go to the eval side while the rows that
     have them still fit into its share.
@@ -129,14 +130,14 @@ def split_rows_by_instruction(table: Dataset, eval_fraction: float, seed: int) -
 
 
 def instruction_of(row: Mapping[str, Any]) -> str:
-    """What the row asks for, without the input that it asks it of: the first user turn of messages."""
+    """The row's instruction, without its input; of messages, the first user turn."""
     if "messages" in row:
         return next((m["content"] or "" for m in row["messages"] if m["role"] == "user"), "")
     return str(row["prompt"] if "completion" in row else row["instruction"])
 
 
 def prompt_of(row: Mapping[str, Any]) -> str:
-    """All that the row's last answer answers to: instruction and input, or the turns before it."""
+    """All that precedes the row's last answer: instruction and input, or the turns before it."""
     if "messages" in row:
         turns = [m["content"] or "" for m in row["messages"] if m["role"] != "system"]
         last = max(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")
@@ -155,6 +156,6 @@ def answer_of(row: Mapping[str, Any]) -> str:
 
 
 def find_leaks(rows: Rows) -> dict[int, Match]:
-    """Eval rows whose prompt, or one much like it, is trained on: row number -> place in rows.train."""
+    """Eval rows whose prompt, exactly or nearly, is trained on: row number -> its match in rows.train."""
     matches = most_similar([prompt_of(row) for row in rows.eval], [prompt_of(row) for row in rows.train])
     return {number: match for number, match in zip(rows.eval["row_number"], matches, strict=True) if match}

@@ -1,9 +1,9 @@
-"""From a row to messages, and through the model's chat template to `input_ids` and `labels`: the mask.
+"""From a row to messages, and through the model's chat template to `input_ids` and `labels`: the loss mask.
 
-Which tokens carry the loss is decided by character positions. The conversation is rendered once as it is,
-and once for each assistant turn with that turn's text replaced by a placeholder: what stands before and
-after the placeholder is the template's, what lies between in the real rendering is the assistant's. So the
-mask is right for any template, also one whose prompt is not a prefix of the whole conversation.
+The loss mask is found by character positions. The conversation is rendered once as it is, and once for each
+assistant turn with that turn's text replaced by a placeholder: the text before and after the placeholder is
+the template's, the text in between in the real rendering is the assistant's. The mask is therefore right for
+any template, including those whose prompt is not a prefix of the whole conversation.
 """
 
 import hashlib
@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from finetune.config import DataConfig
 
-IGNORE = -100  # the label of a token that carries no loss, as everywhere in PyTorch
-# Whose text a token is: a turn's of that role, of any other role, or nobody's but the template's.
+IGNORE = -100  # the label of a token without loss, as everywhere in PyTorch
+# Whose text a token belongs to: a turn of that role, of any other role, or the template.
 ROLES = ("system", "user", "assistant", "other", "template")
-CACHE_VERSION = 1  # counted up when the same row would give other tokens or labels than before
+CACHE_VERSION = 1  # incremented when the same row would yield other tokens or labels than before
 
 Message = dict[str, str]
 
@@ -40,7 +40,7 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenized rows that fit, and what became of the others.
+    """Tokenized rows that fit, and what happened to the others.
 
     `dataset` has the columns input_ids, labels, row_number. Of its examples, those of the rows `truncated`
     were cut at max_length; `dropped` are the numbers of the rows left out, by reason.
@@ -124,7 +124,7 @@ def encode(tokenizer: Any, messages: list[Message], train_on: str) -> Tokens:
 
 
 def render(tokenizer: Any, messages: list[Message], add_generation_prompt: bool = False) -> str:
-    """The conversation as the chat template writes it."""
+    """The conversation as the chat template renders it."""
     try:
         text: str = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -191,10 +191,10 @@ class Anatomy(NamedTuple):
 
 
 def dissect(tokenizer: Any, messages: list[Message], train_on: str) -> Anatomy:
-    """Tell the tokens of a conversation apart by the role of the turn whose text they are.
+    """Classify the tokens of a conversation by the role of the turn they belong to.
 
-    The text of a turn that the template rewrites counts as the template's. A token that reaches into two
-    turns is the assistant's where one of them is, as in `encode`.
+    The text of a turn that the template rewrites counts as the template's. A token that overlaps two turns
+    is the assistant's if one of them is, as in `encode`.
 
     Raises:
         ValueError: the template fails on these messages.
@@ -210,7 +210,7 @@ def dissect(tokenizer: Any, messages: list[Message], train_on: str) -> Anatomy:
         role = messages[turn]["role"]
         try:
             span = turn_span(tokenizer, messages, text, turn)
-        except ValueError:  # a template that looks into a turn and refuses the placeholder
+        except ValueError:  # a template that inspects a turn and rejects the placeholder
             span = None
         if span is not None:
             for i in _tokens_inside(special, input_ids, offsets, *span):
@@ -221,7 +221,7 @@ def dissect(tokenizer: Any, messages: list[Message], train_on: str) -> Anatomy:
 
 
 def _in_use(messages: list[Message], train_on: str) -> list[Message]:
-    """The messages without those behind the last answer, which would never be a target."""
+    """The messages without those after the last answer, which are never targets."""
     if train_on == "all":
         return messages
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
@@ -237,8 +237,8 @@ def _tokens_inside(
 ) -> list[int]:
     """Indices of the tokens of the text [start, end).
 
-    A token that reaches into it belongs to it: no part of an answer is left untrained. But for a token of
-    the template that swallows white space: those with lstrip or rstrip.
+    A token that overlaps it belongs to it, so that no part of an answer is left untrained. The exception is
+    a special token of the template that absorbs white space (lstrip or rstrip).
     """
     return [
         i
@@ -250,7 +250,7 @@ def _tokens_inside(
 def _end_of_turn(
     special: set[int], text: str, input_ids: list[int], offsets: list[tuple[int, int]], end: int
 ) -> int | None:
-    """Index of the special token that ends the turn whose text ends at `end`, None where none does.
+    """Index of the special token that ends the turn whose text ends at `end`; None if there is none.
 
     Only white space may stand before it.
     """
@@ -265,9 +265,9 @@ def _end_of_turn(
 
 
 def tokenize_rows(rows: Dataset, tokenizer: Any, config: DataConfig) -> Examples:
-    """Encode every row, cut or drop the overlong ones, drop those left without a target token.
+    """Encode every row, truncate or drop the overlong ones, and drop those without a target token.
 
-    The tokens are memory-mapped from the cache of `datasets`, where they are written the first time.
+    The tokens are memory-mapped from the cache of `datasets`, which the first call writes.
 
     Raises:
         ValueError: no chat template, or a row that `encode` refuses (named by its number).
@@ -323,7 +323,7 @@ def tokenize_rows(rows: Dataset, tokenizer: Any, config: DataConfig) -> Examples
 
 
 def _cache_key(rows: Dataset, tokenizer: Any, config: DataConfig) -> str:
-    """Changes with whatever the tokens depend on: rows, tokenizer, chat template, settings, this code."""
+    """A key of all that the tokens depend on: rows, tokenizer, chat template, settings, this code."""
     settings = {
         "version": CACHE_VERSION,
         "rows": _digest(rows),

@@ -1,4 +1,4 @@
-"""What was trained: an adapter on disk, the configuration of its run, and the model that both make."""
+"""A trained adapter on disk, the configuration of its run, and the model that the two make."""
 
 import argparse
 import json
@@ -40,7 +40,7 @@ class Trained:
     """The folder that holds it: a run's result, a checkpoint, or one from elsewhere"""
     config: Config
     run_dir: Path | None
-    """The run's folder, where the adapter still lies in one"""
+    """The run's folder, if the adapter is still in one"""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TrainedModel:
     precision: Choice
     tokenizer: Any
     model: peft.PeftModel
-    """With `model.disable_adapter()` it is the base"""
+    """`model.disable_adapter()` gives the base"""
 
 
 def trained_parser(command: str, options: str, description: str) -> CommandParser:
@@ -70,7 +70,7 @@ def trained_parser(command: str, options: str, description: str) -> CommandParse
 
 
 def parse_trained(parser: CommandParser, argv: Sequence[str]) -> tuple[argparse.Namespace, Trained]:
-    """The arguments of a `trained_parser`, and what its first one names.
+    """The arguments of a `trained_parser`, and the adapter that the first one names.
 
     Raises:
         ValueError: an argument that is wrong, or as `find_trained`.
@@ -91,16 +91,16 @@ def find_trained(path: Path, settings: Sequence[str] = ()) -> Trained:
         ValueError: the folder holds no adapter, a damaged one, or a setting is wrong.
     """
     if not path.is_dir():
-        raise ValueError(f"{path} is no folder: name a run's folder, a checkpoint, or an adapter")
+        raise ValueError(f"{path} is not a folder: name a run's folder, a checkpoint, or an adapter")
     adapter, run_dir = _adapter_in(path), _run_of(path)
     for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
         if not (adapter / name).is_file():
             raise ValueError(f"{path} holds no adapter: {adapter / name} is not there")
     if (adapter / MANIFEST).exists() and (fault := fault_of(adapter)):
-        raise ValueError(f"{adapter} is no whole checkpoint: {fault}")
+        raise ValueError(f"{adapter} is not an intact checkpoint: {fault}")
     recorded = adapter / TRAINING_CONFIG if run_dir is None else run_dir / CONFIG
     if recorded.is_file():
-        # What lies beside an adapter may be anybody's: whose code to run is for the user to say.
+        # The files beside an adapter may be anybody's: only the user decides whose code to run.
         trust = [] if run_dir else ["--model.trust_remote_code", "false"]
         return Trained(adapter, parse_config(["--config", str(recorded), *trust, *settings]), run_dir)
     say(f"{adapter} does not say how it was trained: its base is taken as it names it, without quantization.")
@@ -121,23 +121,23 @@ def _adapter_in(path: Path) -> Path:
         fault = fault_of(folder)
         if fault is None:
             for line in damaged:
-                say(f"Passed over: {line}.")
+                say(f"Skipped: {line}.")
             say(f"The run in {path} is not finished: this is its {folder.name}.")
             return folder
         damaged.append(f"{folder.name} is damaged ({fault})")
     if damaged:
-        raise ValueError(f"the run in {path} has no whole checkpoint: {'; '.join(damaged)}")
-    raise ValueError(f"the run in {path} has saved nothing yet")
+        raise ValueError(f"the run in {path} has no intact checkpoint: {'; '.join(damaged)}")
+    raise ValueError(f"the run in {path} has not saved anything yet")
 
 
 def _run_of(path: Path) -> Path | None:
-    """The run's folder that `path` is, or lies in as its adapter or one of its checkpoints."""
+    """The run's folder that `path` is, or that contains it as its adapter or one of its checkpoints."""
     here = path.resolve()
     return next((folder for folder in (here, here.parent, here.parent.parent) if _is_run(folder)), None)
 
 
 def _is_run(folder: Path) -> bool:
-    """By two files: many a folder of something else has a config.yaml."""
+    """Recognized by two files: other folders have a config.yaml too."""
     return (folder / CONFIG).is_file() and (folder / ENVIRONMENT).is_file()
 
 
@@ -168,9 +168,9 @@ def load_trained(trained: Trained) -> TrainedModel:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # checked below
             model = peft.PeftModel.from_pretrained(base, str(trained.adapter), is_trainable=True)
-    except Exception as error:  # of a file that is damaged, or was trained on another model: of many kinds
+    except Exception as error:  # damaged files and other models raise errors of many kinds
         raise ValueError(
-            f"the adapter in {trained.adapter} could not be put on {config.model.name_or_path}: "
+            f"the adapter in {trained.adapter} could not be loaded onto {config.model.name_or_path}: "
             f"{' '.join(str(error).split())[:300]}"
         ) from error
     _check_all_loaded(trained, model)
@@ -179,7 +179,7 @@ def load_trained(trained: Trained) -> TrainedModel:
 
 
 def _check_base(trained: Trained, base: Any) -> None:
-    """An adapter on another base of the same shape would answer nonsense."""
+    """An adapter on another base of the same shape would produce nonsense."""
     if (trained.adapter / MANIFEST).exists():  # a checkpoint, found whole
         expected = json.loads((trained.adapter / STATE).read_text(encoding="utf-8"))["base"]
     elif trained.run_dir is not None:
@@ -194,7 +194,7 @@ def _check_base(trained: Trained, base: Any) -> None:
 
 
 def _check_all_loaded(trained: Trained, model: peft.PeftModel) -> None:
-    """PEFT is content with an adapter for more layers than the base has, or for fewer."""
+    """PEFT accepts an adapter for more or fewer layers than the base has."""
     with safe_open(trained.adapter / ADAPTER_WEIGHTS, "pt") as file:
         saved = _layers(file.keys())
     if differing := saved ^ _layers(adapter_weights(model)):

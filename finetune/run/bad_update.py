@@ -32,10 +32,10 @@ RECORD, STATE_BEFORE = "bad_update.json", "bad_update"
 def examine_update(
     accelerator: Any, token_loss: TokenLoss, plan: Plan, step: int, dataset: Any, tokenizer: Any
 ) -> dict[str, Any]:
-    """Make the forward and backward passes of update `step` (from 0) of all processes again, in this one,
-    with the same dropout noise, and say what came out: by example, by target token, by parameter.
+    """Repeat the forward and backward passes of update `step` (from 0) of all ranks in this process, with the
+    same dropout noise, and report the results: by example, by target token, by parameter.
 
-    Losses are in nats; a number that is not finite is written as text. Gradients are set to None.
+    Losses are in nats; a non-finite number is written as text. Gradients are set to None afterwards.
     """
     update = plan.update(step)
     micro_batches = [
@@ -120,7 +120,7 @@ def record_bad_update(
     dataset: Any,
     tokenizer: Any,
 ) -> None:
-    """Find out which numbers of the update after `state` are not finite, write them down, and say so."""
+    """Find which numbers of the update after `state` are not finite, write them down, and print where."""
     record = examine_update(accelerator, token_loss, plan, state.step, dataset, tokenizer)
     model, optimizer, scaler = checkpointer.model, checkpointer.optimizer, checkpointer.scaler
     say(write_bad_update(checkpointer.run_dir, record, state, model, optimizer, scaler))
@@ -134,14 +134,14 @@ def write_bad_update(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None,
 ) -> str:
-    """Write bad_update.json and, as a checkpoint, the state before the update; return what to say of it."""
+    """Write bad_update.json and, as a checkpoint, the state before the update; return a message to print."""
     kept = list_checkpoints(run_dir)
     last = f"the last checkpoint is {kept[0]}" if kept else "there was no checkpoint yet"
     before = TrainState(state.base, state.step)  # without the sums of the log window, which are bad
     try:
         write_checkpoint(run_dir / STATE_BEFORE, before, model, optimizer, scaler)
         write_atomically(run_dir / RECORD, json.dumps(record, indent=1, ensure_ascii=False))
-    except (ValueError, OSError) as error:  # the bad number is what matters, not the full disk
+    except (ValueError, OSError) as error:  # the bad number matters more than the full disk
         return f"{last}. What was in update {record['update']} could not be written: {error}"
     return (
         f"Update {record['update']} has a loss or a gradient that is not finite, and was not made; {last}.\n"

@@ -1,12 +1,12 @@
-"""Checkpoints: what a run needs to go on, written whole or not at all.
+"""Checkpoints: what a run needs to resume, written atomically.
 
 An update is a function of (config, seed, step), so the state of a run is its step, the adapter, the
-optimizer, and the sums of the log window that was open. Tensors lie in safetensors files, the rest in JSON.
+optimizer state and the sums of the open log window. Tensors are stored as safetensors, the rest as JSON.
 """
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,20 @@ TRAINING_CONFIG = "training_config.yaml"  # beside a result: the configuration o
 CARD = "README.md"  # and what it is, as the Hugging Face Hub shows it
 
 
+History = list[dict[str, Any]]
+"""The eval lines of metrics.jsonl, in order: what a run decides by, before and after a kill alike"""
+
+
 @dataclass
 class TrainState:
-    """Where a run is, beside its weights."""
+    """The state of a run besides its weights."""
 
     base: str = ""
     """Fingerprint of the base model that the adapter belongs to"""
     step: int = 0
     """Updates made"""
     window_sums: list[float] = field(default_factory=lambda: [0.0] * 4)
-    """TokenSums since the last log line, over all processes"""
+    """TokenSums since the last log line, over all ranks"""
 
 
 class Checkpointer:
@@ -69,7 +73,7 @@ class Checkpointer:
         return scaler
 
     def resume(self, source: Path | None, base: str) -> TrainState:
-        """Restore what the checkpoint `source` holds, or begin; `base` is the fingerprint of the base model.
+        """Restore the checkpoint `source`, or start from scratch; `base` is the base model's fingerprint.
 
         Raises:
             ValueError: as `load_checkpoint`.
@@ -81,10 +85,10 @@ class Checkpointer:
             self._window.restore(state.window_sums)
         return state
 
-    def save(self, state: TrainState, history: Sequence[dict[str, Any]]) -> None:
-        """Write the checkpoint of `state.step`, unless it is there; nothing before the first update.
+    def save(self, state: TrainState, history: History) -> None:
+        """Write the checkpoint of `state.step` unless it exists; nothing before the first update.
 
-        `history` are the eval lines of metrics.jsonl: with `keep_best` they say which checkpoint to keep.
+        With `keep_best`, `history` says which checkpoint to keep besides the newest.
         """
         state.window_sums = self._window.total(self._accelerator).tolist()
         if state.step > 0:
@@ -100,7 +104,7 @@ class Checkpointer:
                 history,
             )
 
-    def load_best(self, state: TrainState, history: Sequence[dict[str, Any]]) -> list[str]:
+    def load_best(self, state: TrainState, history: History) -> list[str]:
         """As the function `load_best`, of this run."""
         return load_best(self.run_dir, history, state, self.model)
 
@@ -109,12 +113,12 @@ class Checkpointer:
         save_result(folder, self.model, tokenizer, training_config, card)
 
     def estimate_bytes(self) -> int:
-        """About what one checkpoint takes on disk."""
+        """Approximate size of one checkpoint on disk."""
         return estimate_bytes(self.model, self.config.optim.name)
 
 
 def adapter_weights(model: PeftModel) -> dict[str, Tensor]:
-    """The adapter alone. Left to itself PEFT asks the hub at every save whether the vocabulary has grown."""
+    """The adapter's weights. By default PEFT asks the hub at each save whether the vocabulary has grown."""
     weights: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
     return weights
 
@@ -134,13 +138,13 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None,
     config: CheckpointConfig,
-    evaluations: Sequence[dict[str, Any]],
+    history: History,
 ) -> Path:
     """Write checkpoints/step_NNNNNN, unless it is there, and remove all but the `keep` newest and, with
-    `keep_best`, the best of `evaluations`.
+    `keep_best`, the best of `history`.
 
     Raises:
-        ValueError: the disk is full; what was there before is as it was.
+        ValueError: the disk is full; earlier checkpoints are left as they were.
         FloatingPointError: a weight is not a finite number.
     """
     adapter = adapter_weights(model)
@@ -151,23 +155,23 @@ def save_checkpoint(
     folder = checkpoint_dir(run_dir, state.step)
     if not (folder.exists() and fault_of(folder) is None):
         write_checkpoint(folder, state, model, optimizer, scaler)
-    # Newer ones are damaged: the run went back behind them.
+    # Newer ones are damaged: the run resumed from an earlier one.
     written = list_checkpoints(run_dir)
     position = written.index(folder)
-    best = [path for path, _ in best_first(run_dir, evaluations)] if config.keep_best else []
+    best = [path for path, _ in best_first(run_dir, history)] if config.keep_best else []
     for other in written[:position] + written[position + config.keep :]:
         if other not in best:
             shutil.rmtree(other)
     return folder
 
 
-def best_first(run_dir: Path, evaluations: Sequence[dict[str, Any]]) -> Iterator[tuple[Path, str | None]]:
-    """The checkpoints that were evaluated, with what is wrong with them: from the lowest eval loss, of equal
-    ones the oldest, to the first that is whole.
+def best_first(run_dir: Path, history: History) -> Iterator[tuple[Path, str | None]]:
+    """The evaluated checkpoints, each with its fault: by eval loss, the oldest of equals first, up to the
+    first intact one.
 
-    `evaluations` are eval lines of metrics.jsonl. Of step 0 there is no checkpoint.
+    Of step 0 there is no checkpoint.
     """
-    trained = [entry for entry in evaluations if entry["step"] > 0]
+    trained = [entry for entry in history if entry["step"] > 0]
     for entry in sorted(trained, key=lambda entry: (entry["loss"], entry["step"])):
         folder = checkpoint_dir(run_dir, entry["step"])
         fault = fault_of(folder)
@@ -183,10 +187,7 @@ def write_checkpoint(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None,
 ) -> None:
-    """Write one checkpoint, whole or not at all.
-
-    It is written beside its place, flushed to disk and then renamed, so one that has its name is whole.
-    """
+    """Write one checkpoint atomically: into a temporary folder, flushed to disk, then renamed."""
     tensors, values = _split_tensors(optimizer.state_dict()["state"])
     with atomic_folder(
         folder, tensor_bytes([*adapter_weights(model).values(), *tensors.values()])
@@ -208,8 +209,9 @@ def write_checkpoint(
 
 
 def save_result(folder: Path, model: PeftModel, tokenizer: Any, training_config: str, card: str) -> None:
-    """Write the result of a run, whole or not at all: it loads with PeftModel and AutoTokenizer, and says how
-    it was trained (YAML); `card` is its README.md.
+    """Write the result of a run atomically. It loads with PeftModel and AutoTokenizer.
+
+    `training_config` (YAML) says how it was trained; `card` is its README.md.
 
     Raises:
         ValueError: the disk is full.
@@ -222,21 +224,21 @@ def save_result(folder: Path, model: PeftModel, tokenizer: Any, training_config:
 
 
 def estimate_bytes(model: PeftModel, optimizer_name: str) -> int:
-    """About what a checkpoint takes: fp32 weights, and the optimizer's state of each."""
+    """Approximate size of a checkpoint: fp32 weights and the optimizer state of each."""
     return tensor_bytes(adapter_weights(model).values()) // 4 * (4 + state_bytes(optimizer_name))
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write adapter_model.safetensors and adapter_config.json, as `PeftModel.from_pretrained` reads them."""
     model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / CARD).unlink()  # a form to be filled in; a run's result has one of its own
+    (folder / CARD).unlink()  # PEFT's template; a run's result has a card of its own
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """The run's checkpoints, newest first.
 
     Raises:
-        ValueError: one of them, or the folder of all, is a file, or a link: its target is not this run's.
+        ValueError: one of them, or their folder, is a file or a link (whose target may not be this run's).
     """
     folder = checkpoints_dir(run_dir)
     found = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit()]
@@ -249,7 +251,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def fault_of(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, in words; None where it is whole."""
+    """What is wrong with a checkpoint's files, in words; None if it is intact."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if missing := {ADAPTER_WEIGHTS, ADAPTER_CONFIG, OPTIMIZER, STATE} - set(files):
@@ -275,7 +277,7 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None,
 ) -> TrainState:
-    """Put adapter, optimizer and fp16's loss scaler into the state they were saved in; return the loop's.
+    """Restore adapter, optimizer and fp16's loss scaler, and return the state of the loop.
 
     Raises:
         ValueError: it was saved with another base, another adapter (other target modules or rank) or
@@ -294,13 +296,13 @@ def load_checkpoint(
     merged = _merge_tensors(state.pop("optimizer"), load_file(folder / OPTIMIZER))
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": merged, "param_groups": groups})
-    if scaler is not None and state["loss_scaler"]:  # a run may go on in fp16 that began in bf16
+    if scaler is not None and state["loss_scaler"]:  # a run that began in bf16 may resume in fp16
         scaler.load_state_dict(state["loss_scaler"])
     return TrainState(base, state["step"], state["window_sums"])
 
 
 def load_adapter(folder: Path, model: PeftModel) -> None:
-    """Put the adapter of a checkpoint into the model.
+    """Load the adapter of a checkpoint into the model.
 
     Raises:
         ValueError: it is one of another rank, of another scale or for other modules.
@@ -317,16 +319,14 @@ def load_adapter(folder: Path, model: PeftModel) -> None:
     set_peft_model_state_dict(model, adapter)
 
 
-def load_best(
-    run_dir: Path, evaluations: Sequence[dict[str, Any]], state: TrainState, model: PeftModel
-) -> list[str]:
-    """Put the adapter of the best checkpoint into the model, and its step into `state`; return what there is
-    to say of it."""
-    tried = list(best_first(run_dir, evaluations))
-    damaged = [f"{folder.name} cannot be taken: {fault}" for folder, fault in tried if fault is not None]
+def load_best(run_dir: Path, history: History, state: TrainState, model: PeftModel) -> list[str]:
+    """Load the adapter of the best checkpoint into the model, set `state.step` to its step; return remarks to
+    print."""
+    tried = list(best_first(run_dir, history))
+    damaged = [f"{folder.name} cannot be used: {fault}" for folder, fault in tried if fault is not None]
     remarks = [f"Of the lowest eval loss, {damaged[0]}"] if damaged else []
     if len(damaged) == len(tried):
-        return [*remarks, "No whole checkpoint was evaluated: the adapter is that of the last update."]
+        return [*remarks, "No intact checkpoint was evaluated: the adapter is that of the last update."]
     best, _ = tried[-1]
     load_adapter(best, model)
     state.step = int(best.name.removeprefix("step_"))
@@ -334,14 +334,14 @@ def load_best(
 
 
 def _kind(optimizer: torch.optim.Optimizer) -> str:
-    """The optimizer's class; a paged or grouped one has the state of the one that is neither."""
+    """The optimizer's class; paged and grouped variants have the same state as the plain one."""
     inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
     kind = bnb.optim.AdamW8bit if isinstance(inner, GroupedAdamW8bit) else type(inner)
     return f"{kind.__module__.partition('.')[0]} {kind.__name__.removeprefix('Paged')}"
 
 
 def _split_tensors(state: dict[Any, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as flat tensors, `0.exp_avg`, and the same of everything else."""
+    """An optimizer's state, flattened (`0.exp_avg`): its tensors, and its other values."""
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
     for path, value in _leaves(state):

@@ -7,7 +7,7 @@ from finetune.data.plan import Plan, plan_evaluation
 from finetune.data.splits import Data
 from finetune.model.generate import generate_answers
 from finetune.model.loss import TokenLoss
-from finetune.run.checkpoint import Checkpointer, TrainState
+from finetune.run.checkpoint import Checkpointer, History, TrainState
 from finetune.run.tracker import Tracker
 from finetune.runtime.processes import on_main
 from finetune.runtime.signals import StopRequest
@@ -17,7 +17,7 @@ from finetune.training.evaluate import evaluate, evaluation_metrics, is_out_of_p
 class Evaluator:
     """Evaluates on the eval rows and writes a few answers, before training, in between and at the end.
 
-    `history` are the eval lines of metrics.jsonl: what a run decides by, also when it was killed and resumed.
+    What it finds is appended to `history`.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Evaluator:
         data: Data,
         tracker: Tracker,
         stop: StopRequest,
-        history: list[dict[str, Any]],
+        history: History,
     ) -> None:
         self._accelerator, self._config, self._plan = accelerator, config, plan
         self._token_loss, self._tokenizer = token_loss, tokenizer
@@ -45,8 +45,8 @@ class Evaluator:
         return step == self._plan.num_steps or is_out_of_patience(self._history, patience)
 
     def run_if_due(self, state: TrainState, checkpointer: Checkpointer) -> None:
-        """Make the evaluation and the answers that are due after `state.step` updates, but for those made
-        before a kill. With `keep_best` a checkpoint comes first: it may become the best."""
+        """Make the evaluation and the answers that are due after `state.step` updates, unless they were made
+        before a kill. With `keep_best` a checkpoint is saved first: it may become the best."""
         step = state.step
         due = self._config.eval.at_start if step == 0 else self._plan.is_due(self._config.eval.every, step)
         if due and len(self._eval_set.dataset) > 0 and not self._tracker.was_made("eval", step):

@@ -55,11 +55,11 @@ def run_status(config: Config) -> RunStatus:
     """What `output_dir` holds; nothing is written.
 
     Raises:
-        ValueError: it holds a run and `resume` is never, a run of another configuration, or no run but
-            other files.
+        ValueError: it holds a run and `resume` is never, a run of another configuration, or files that
+            are not a run's.
     """
     folder = Path(config.output_dir)
-    # A link that leads nowhere "exists" not, and is in the way all the same.
+    # A dangling link does not "exist", but it is in the way all the same.
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
         raise ValueError(f"output_dir {folder}: {existing} is a file, not a folder; choose another")
@@ -81,20 +81,20 @@ def run_status(config: Config) -> RunStatus:
 
 
 def _is_leftover(path: Path) -> bool:
-    """Whether a start that was killed before it wrote config.yaml, its last step, left this."""
+    """Whether this was left by a start that was killed before its last step, writing config.yaml."""
     return path.name in (ENVIRONMENT, f".{ENVIRONMENT}.partial", f".{CONFIG}.partial")
 
 
 @contextmanager
 def only_one_at_a_time(config: Config) -> Iterator[None]:
-    """Keep a second program out of the run's folder, for as long as this process lives.
+    """Lock the run's folder against a second process, for as long as this one lives.
 
     Raises:
-        ValueError: another one is at work there: two would write over each other.
+        ValueError: another process holds the lock: the two would overwrite each other's files.
     """
     folder = os.path.realpath(config.output_dir)
     if os.environ.get("RANK", "0") != "0":
-        yield  # of the processes of a run the first one holds it for all
+        yield  # rank 0 holds the lock for all ranks
         return
     name = f"finetune-{os.getuid()}-{hashlib.sha256(folder.encode()).hexdigest()[:24]}.lock"
     lock = FileLock(Path(tempfile.gettempdir()) / name)
@@ -102,7 +102,7 @@ def only_one_at_a_time(config: Config) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(
-            f"output_dir {config.output_dir} is in use by another process, which may still be ending its "
+            f"output_dir {config.output_dir} is in use by another process, which may still be finishing its "
             "last update; wait for it, or stop it"
         ) from None
     try:
@@ -117,7 +117,7 @@ def _saved_config(folder: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError):
         saved = None
     if not isinstance(saved, dict):
-        raise ValueError(f"output_dir {folder} holds a {CONFIG} that is no run's; choose another")
+        raise ValueError(f"output_dir {folder} holds a {CONFIG} that is not a run's; choose another")
     return with_current_values(saved)
 
 
@@ -131,8 +131,8 @@ def _differing_keys(saved: dict[str, Any], config: Config) -> list[str]:
 
 
 def training_config(config: Config) -> str:
-    """The configuration (YAML) without the keys that do not change what an update is: two runs that train the
-    same write the same."""
+    """The configuration (YAML) without the keys that do not change what an update is, so that two runs which
+    make the same updates write the same text."""
     kept: dict[str, Any] = {}
     for key, value in flatten(config_to_dict(config)).items():
         if not key.startswith(FREE_KEYS):
@@ -150,13 +150,13 @@ def start_run(
     step: int,
     checkpoint_bytes: int,
 ) -> None:
-    """Write environment.json and config.yaml, and clear away what a kill left half written.
+    """Write environment.json and config.yaml, and remove what a kill left half written.
 
-    `checkpoint`, saved after update `step`, is what the run goes on from.
+    `checkpoint`, saved after update `step`, is what the run resumes from.
 
     Raises:
-        ValueError: the run goes on, but with other rows, or with updates of another size; or the disk has no
-            room for the checkpoints that the run keeps and the one it writes beside them.
+        ValueError: the run resumes, but with other rows or with updates of another size; or the disk has no
+            room for the checkpoints that the run keeps and the one being written.
     """
     folder = Path(config.output_dir)
     started_from = _started_from(folder)
@@ -189,7 +189,7 @@ def start_run(
         **environment,
         "global_batch_size": plan.global_batch_size,
         "data": fingerprint,
-        # It goes on from there again until it has a checkpoint of its own.
+        # The run resumes from there again until it has a checkpoint of its own.
         "started_from": None if started_from is None else str(started_from),
     }
     write_atomically(folder / ENVIRONMENT, json.dumps(environment, indent=1, ensure_ascii=False))
@@ -214,12 +214,12 @@ def read_environment(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(environment, dict) or not set(environment) >= RECORDED:
-        raise ValueError(f"{path} is no record of a run")
+        raise ValueError(f"{path} is not the record of a run")
     return _with_current_names(environment)
 
 
 def _with_current_names(environment: dict[str, Any]) -> dict[str, Any]:
-    """The record of a run of any age: what was `asked` and `got` is `requested` and `actual` since."""
+    """The record of an older run with today's names: `asked` and `got` became `requested` and `actual`."""
     names = {"asked": "requested", "got": "actual"}
     choices = [
         {names.get(name, name): value for name, value in choice.items()}
@@ -230,7 +230,7 @@ def _with_current_names(environment: dict[str, Any]) -> dict[str, Any]:
 
 
 def _started_from(folder: Path) -> Path | None:
-    """The checkpoint of another run that the run in this folder began with."""
+    """The checkpoint of another run that the run in this folder started from."""
     if not (folder / CONFIG).exists():
         return None
     path = read_environment(folder)["started_from"]
@@ -238,14 +238,14 @@ def _started_from(folder: Path) -> Path | None:
 
 
 def recorded_int8(config: Config) -> str | None:
-    """How the run in output_dir multiplied int8 weights, if there is one."""
+    """How the run in output_dir multiplies int8 weights; None where there is no run yet."""
     folder = Path(config.output_dir)
     return str(read_environment(folder)["int8"]) if (folder / CONFIG).exists() else None
 
 
 def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, if any, and what to say of it: which newer ones are damaged, and how the
-    run that saved it was configured where it is another.
+    """The checkpoint to resume from, if any, and remarks to print: which newer ones are damaged, and how the
+    configuration differs if another run saved it.
 
     Raises:
         ValueError: the checkpoint that `resume` names is damaged, or not the newest of the run in output_dir
@@ -264,25 +264,25 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
         fault = fault_of(folder)
         if fault is None:
             return folder, lines
-        lines.append(f"{folder.name} is damaged and was passed over: {fault}")
+        lines.append(f"{folder.name} is damaged and was skipped: {fault}")
     if origin is None:
         if lines:
-            lines.append("No checkpoint of this run is whole: it starts anew.")
+            lines.append("No checkpoint of this run is intact: it starts from scratch.")
         return None, lines
     if fault := fault_of(origin):
         named = origin if config.resume in ("auto", "never") else config.resume
-        raise ValueError(f"resume {named} is no whole checkpoint: {fault}")
+        raise ValueError(f"resume {named} is not an intact checkpoint: {fault}")
     saved = origin.parent.parent / CONFIG
     if saved.is_file() and (differing := _differing_keys(_saved_config(saved.parent), config)):
-        lines.append(f"The run that saved {origin} was configured otherwise: {'; '.join(differing)}")
+        lines.append(f"The run that saved {origin} was configured differently: {'; '.join(differing)}")
     return origin, lines
 
 
 def keep_lines_until(run_dir: Path, step: int) -> None:
-    """Drop the lines that a run going on from `step` will write again, and a torn last one, of metrics.jsonl
-    and answers.jsonl.
+    """Drop from metrics.jsonl and answers.jsonl the lines that a run resumed at `step` will write again, and
+    a torn last line.
 
-    Lines of step 0 were written before training, and are made anew only when it starts anew.
+    Lines of step 0 were written before training; they are dropped only when the run starts from scratch.
     """
     for path in (run_dir / METRICS, run_dir / ANSWERS):
         if not path.exists():
@@ -299,7 +299,7 @@ def keep_lines_until(run_dir: Path, step: int) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of metrics.jsonl or answers.jsonl, in order; none where it is not there."""
+    """The objects of metrics.jsonl or answers.jsonl, in order; none if the file does not exist."""
     return list(map(json.loads, path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
 
 
@@ -309,7 +309,7 @@ def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def write_example_sums(run_dir: Path, step: int, row_numbers: Sequence[int], sums: Tensor) -> None:
-    """Write what an evaluation found of each example, one line each, as `evaluate` gives it.
+    """Write the sums of each eval example, one line each, as `evaluate` returns them.
 
     sums [E, 4] float64: nll and entropy in nats, correct, number of target tokens.
     """
@@ -333,7 +333,7 @@ def read_example_sums(run_dir: Path, step: int) -> pd.DataFrame:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if list(frame.columns) != ["row_number", *EXAMPLE_SUMS]:
-        raise ValueError(f"{path} is no record of an evaluation")
+        raise ValueError(f"{path} is not the record of an evaluation")
     return frame
 
 

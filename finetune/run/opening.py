@@ -39,9 +39,9 @@ def open_run(
     source: Path | None,
     remarks: Sequence[str],
 ) -> None:
-    """Write environment.json and config.yaml, drop what a kill left half written, and show the start.
+    """Write environment.json and config.yaml, remove what a kill left half written, and print the start.
 
-    `source` is the checkpoint that the run resumes from; `remarks` are what `find_checkpoint` had to say.
+    `source` is the checkpoint that the run resumes from; `remarks` are those of `find_checkpoint`.
 
     Raises:
         ValueError: as `folder.start_run`.
@@ -64,8 +64,8 @@ def open_run(
 
 
 def describe(facts: RunFacts) -> list[tuple[str, str]]:
-    """The model; the rows read, kept and dropped, the examples they became, and the eval rows that are
-    trained on too."""
+    """The model; the rows that were read, kept and dropped; the examples they became; and the eval rows that
+    are trained on too."""
     config, model, data = facts.config, facts.model, facts.data
     rows, dropped = data.rows, data.dropped()
     trainable, total = count_parameters(model)

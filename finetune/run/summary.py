@@ -1,4 +1,4 @@
-"""What a person reads in the terminal: what is trained on what, and how it ended."""
+"""What a run prints: what is trained on what, and how it ended."""
 
 import shlex
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from finetune.runtime.choice import Choice
 from finetune.runtime.console import console, say, show_choices
 from finetune.training.evaluate import is_out_of_patience
 
-# Metric, its name on screen, and how it is written.
+# Metric: its name on screen and its format.
 SHOWN = {
     "loss": ("loss", "{:.4f}"),
     "loss_without_leaks": ("without leaks", "{:.4f}"),
@@ -30,7 +30,7 @@ SHOWN = {
 
 
 def show_start(config: Config, settings: Sequence[Choice], facts: Sequence[tuple[str, str]]) -> None:
-    """Print what is trained on what, and asked beside got."""
+    """Print what is trained on what, and the requested beside the actual settings."""
     table = Table(title=Text(f"Run {config.output_dir}"), title_justify="left", show_header=False)
     for name, value in facts:
         table.add_row(name, Text(value))
@@ -44,23 +44,23 @@ def show_finished(run_dir: Path) -> None:
 
 
 def show_checkpoint(checkpoint: Path | None, remarks: Sequence[str], step: int) -> None:
-    """Print what `find_checkpoint` has to say, and which one the run goes on from."""
+    """Print the remarks of `find_checkpoint`, and which checkpoint the run resumes from."""
     for line in remarks:
         say(line)
     if checkpoint is not None:
-        say(f"Going on from {checkpoint}, after update {step}.")
+        say(f"Resuming from {checkpoint}, after update {step}.")
 
 
 def show_stop(config: Config, accelerator: Any, step: int) -> None:
-    """Print that the run was stopped, and the command that goes on with it."""
+    """Print that the run was stopped, and the command that resumes it."""
     run_dir = Path(config.output_dir)
     saved = f"after update {step}; all is saved" if step > 0 else "before its first update"
-    say(f"Stopped {saved}. To go on:")
+    say(f"Stopped {saved}. To resume:")
     say(f"  {launch_command(run_dir, accelerator.num_processes, accelerator.device.type == 'cuda')}")
 
 
 def launch_command(run_dir: Path, num_processes: int, on_gpu: bool) -> str:
-    """The command that runs the configuration of `run_dir` in as many processes."""
+    """The command that runs the configuration of `run_dir` in `num_processes` processes."""
     launcher = "accelerate launch"
     if num_processes > 1:
         launcher += f" --multi_gpu --num_processes {num_processes}"
@@ -75,9 +75,9 @@ def show_end(
     adapter_step: int,
     remarks: Sequence[str],
 ) -> None:
-    """Print how the run ended, the first evaluation against that of its adapter, and where things lie.
+    """Print how the run ended, the first evaluation beside that of its adapter, and where the files are.
 
-    `remarks` are what `load_best` had to say.
+    `remarks` are those of `load_best`.
     """
     run_dir = Path(config.output_dir)
     _show_last_step(config, plan, evaluations)
@@ -97,14 +97,14 @@ def show_end(
     if len(losses) > 1 and evaluations[0]["step"] == 0 and losses[0] <= min(losses[1:]):
         say(f"No evaluation after training had a lower loss than the untrained model's {losses[0]:.4f}.")
     if config.checkpoint.keep_best and of_adapter:
-        say(f"The adapter is that after update {adapter_step}, of the lowest eval loss.")
+        say(f"The adapter is the one after update {adapter_step}, which had the lowest eval loss.")
     say(f"adapter      {run_dir / 'adapter'}")
     say(f"metrics      {run_dir / METRICS}")
     say(f"to see it    tensorboard --logdir {run_dir}")
 
 
 def _show_last_step(config: Config, plan: Plan, evaluations: Sequence[dict[str, Any]]) -> None:
-    """Print why the run ended before its planned end, if it did."""
+    """Print why the run ended early, if it did."""
     patience = config.train.early_stopping_patience
     if is_out_of_patience(evaluations, patience) and evaluations[-1]["step"] < plan.num_steps:
         best = min(evaluations, key=lambda entry: entry["loss"])

@@ -1,4 +1,4 @@
-"""The metrics of a run as it goes: metrics.jsonl, TensorBoard, and the bar in the terminal."""
+"""The metrics of a run: metrics.jsonl, TensorBoard, and the progress bar in the terminal."""
 
 import json
 import math
@@ -28,12 +28,12 @@ from finetune.training.metrics import Metrics
 
 
 class Tracker:
-    """Shows and writes the metrics of a run. On all but the main process it does nothing.
+    """Shows and writes the metrics of a run. It does nothing on ranks other than the main one.
 
     Scalars go to TensorBoard as `split/metric` through Accelerate, and as one object a line to
     metrics.jsonl; generated answers go to TensorBoard as text, and to answers.jsonl. The files are written
-    first, and a run that goes on tells TensorBoard anew what they hold of its first step: a kill between
-    the two costs nothing.
+    first, and a resumed run sends TensorBoard what they hold of its first step again: a kill between the
+    two loses nothing.
     """
 
     def __init__(self, accelerator: Any, config: Config, plan: Plan, first_step: int) -> None:
@@ -100,7 +100,7 @@ class Tracker:
             console.say(f"{split:5}  step {step}/{self._plan.num_steps}  epoch {epoch}  {figures}")
 
     def write_example_sums(self, step: int, eval_set: Examples, sums: Tensor) -> None:
-        """Write what `evaluate` gave of each example: what intervals and differences are computed from."""
+        """Write the sums of each example as `evaluate` returns them: intervals are computed from these."""
         if self._main:
             with _saying_where(self._run_dir):
                 write_example_sums(self._run_dir, step, eval_set.dataset["row_number"], sums)
@@ -119,12 +119,11 @@ class Tracker:
                 self._show_answers(step, entries)
 
     def was_made(self, kind: str, step: int) -> bool:
-        """Whether the evaluation ("eval") or the "answers" of `step`, the one this run went on from, are
-        there already."""
+        """Whether the evaluation ("eval") or the "answers" of `step`, where this run was resumed, exist."""
         return (kind, step) in self._written
 
     def _restore(self, first_step: int) -> None:
-        """Give TensorBoard what the files hold of the step that this run goes on from."""
+        """Send TensorBoard what the files hold of the step at which this run was resumed."""
         self._written: set[tuple[str, int]] = set()
         for entry in read_lines(self._metrics_file):
             if 0 < first_step == entry["step"]:
@@ -176,7 +175,7 @@ class Tracker:
 
 @contextmanager
 def _saying_where(run_dir: Path) -> Iterator[None]:
-    """Name the folder where a write fails: TensorBoard's thread, among others, does not."""
+    """Name the folder if a write fails: some writers, such as TensorBoard's thread, do not."""
     try:
         yield
     except OSError as error:
@@ -184,12 +183,12 @@ def _saying_where(run_dir: Path) -> Iterator[None]:
 
 
 def _finite(entry: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no infinity: the gradient norm of an update that fp16's loss scaler left out is null."""
+    """JSON has no infinity: the gradient norm of an update that fp16's loss scaler skipped becomes null."""
     return {k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in entry.items()}
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:
-    """Write one line, through to the disk: a checkpoint that follows must not outlive it."""
+    """Append one line and flush it to disk: a checkpoint written later must not survive it."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(_finite(entry)) + "\n")
         file.flush()

@@ -1,4 +1,4 @@
-"""What this machine is and can do: the Accelerator, the precision, and the record of both."""
+"""The Accelerator, the precision, and the record of this machine."""
 
 import os
 import platform
@@ -23,13 +23,13 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def describe_machine(accelerator: Accelerator) -> list[Choice]:
-    """Device, processes, data workers."""
+    """Device, processes and data workers, as requested and actual."""
     device, processes = accelerator.device, accelerator.num_processes
     return [_describe_device(device), _describe_processes(processes), Choice("data workers", "0", "0")]
 
 
 def _describe_device(device: torch.device) -> Choice:
-    """A torch that was built for a GPU asks for one, unless the launcher was told to use the CPU."""
+    """A torch build for CUDA requests a GPU, unless the launcher was told to use the CPU."""
     got = device.type
     told_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     if got == "cpu" and torch.version.cuda and not told_cpu:
@@ -39,8 +39,8 @@ def _describe_device(device: torch.device) -> Choice:
 
 
 def _describe_processes(num_processes: int) -> Choice:
-    """Several processes asked of `accelerate launch` on a CPU are one: it sets up an address for them to
-    meet at, and starts one."""
+    """On a CPU, `accelerate launch` starts one process even if several were requested: it sets up a
+    rendezvous address, and starts one."""
     name, got = "processes", str(num_processes)
     if under_accelerate_launch() and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         reason = "on a CPU accelerate launch starts one; torchrun --nproc_per_node N train.py starts N"
@@ -49,7 +49,7 @@ def _describe_processes(num_processes: int) -> Choice:
 
 
 def choose_precision(asked: str) -> Choice:
-    """bf16 becomes fp16 with loss scaling on a card that computes bf16 in software or not at all."""
+    """bf16 becomes fp16 with loss scaling on a GPU without native bf16; fp16 becomes bf16 on a CPU."""
     name = "precision"
     if asked == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
         return Choice(name, asked, "fp16", f"{torch.cuda.get_device_name()} has no bf16; losses are scaled")
@@ -59,18 +59,18 @@ def choose_precision(asked: str) -> Choice:
 
 
 def create_accelerator(config: Config, precision: str) -> Accelerator:
-    """The Accelerator that moves the model, scales fp16 losses, and speaks to the other processes.
+    """The Accelerator: device, autocast, fp16 loss scaling, and communication between ranks.
 
-    Accumulation and the schedule are the loop's own, so Accelerate is told of no accumulation.
+    Accumulation and the schedule are the loop's own, so Accelerate gets no accumulation steps.
 
     Raises:
-        ValueError: the launcher started several processes of which Accelerate knows nothing.
+        ValueError: the launcher started several processes and Accelerate does not see them.
     """
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # but without a successor
-    # Programs that torch's CPU library keeps, one for each shape: 1024, its default, come to hold half a GiB,
-    # since each update has another number of tokens. A forward and backward pass needs about 150.
+    # oneDNN caches a compiled program for each shape. Each update has another number of tokens, so that its
+    # default of 1024 programs grows to half a GiB. A forward and backward pass needs about 150.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
-    # The launcher's environment would override the argument, and divide the loss a second time.
+    # The launcher's environment would override the argument and divide the loss a second time.
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     accelerator = Accelerator(
         mixed_precision=precision,
@@ -78,7 +78,7 @@ def create_accelerator(config: Config, precision: str) -> Accelerator:
         cpu=not torch.cuda.is_available(),
         log_with="tensorboard",
         project_dir=config.output_dir,
-        # The processes of an update may differ in their number of forward passes, so none may wait in one.
+        # Ranks may differ in their number of forward passes, so none may wait for the others in one.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if accelerator.device.type == "cpu":
@@ -93,7 +93,7 @@ def create_accelerator(config: Config, precision: str) -> Accelerator:
 
 
 def _use_all_cores(num_processes: int) -> None:
-    """Undo the launchers' OMP_NUM_THREADS=1, which leaves all cores but one idle; a higher one is the
+    """Undo the launchers' OMP_NUM_THREADS=1, which leaves all cores but one idle; a higher value is the
     user's own."""
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
@@ -101,7 +101,7 @@ def _use_all_cores(num_processes: int) -> None:
 
 
 def reseed(seed: int, step: int, rank: int) -> None:
-    """Set the random state that dropout draws from: its noise depends on these three alone."""
+    """Seed dropout's random state: its noise depends on these three numbers alone."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
 
 
@@ -112,7 +112,7 @@ def device_name(device: torch.device) -> str:
 
 
 def matmul_rate(device: torch.device, precision: str) -> float:
-    """FLOP/s of the device in matrix multiplications: the best of a few, measured now."""
+    """FLOP/s of the device in matrix multiplications: the best of ten, measured now."""
     dtype = DTYPES[precision]
     size = 4096 if device.type == "cuda" else 1024
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file such that a kill leaves the old one or the new one."""
+    """Write a file so that a kill leaves either the old or the new one, never a torn one."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
@@ -21,12 +21,14 @@ def write_atomically(path: Path, text: str) -> None:
 SMALL_FILES_BYTES = 2**20  # beside the tensors: JSON, the tokenizer's few files
 
 
-GO_ON = "earlier checkpoints are as they were: mend that, and the same command goes on from the newest"
+HOW_TO_RESUME = (
+    "earlier checkpoints are intact: fix that, then rerun the same command to resume from the newest"
+)
 
 
 @contextmanager
 def atomic_folder(folder: Path, num_bytes: int) -> Iterator[Path]:
-    """A folder to write into, which then takes the name `folder` and its place; gone where that fails."""
+    """A temporary folder to write into, flushed and renamed to `folder` on success, removed on failure."""
     require_room(folder.parent, num_bytes, folder.name)
     staging = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
@@ -44,19 +46,19 @@ def atomic_folder(folder: Path, num_bytes: int) -> Iterator[Path]:
 
 
 def cannot_write(folder: Path, error: Exception) -> str:
-    """What to tell a user whose disk is full, read-only or broken."""
+    """The message for a user whose disk is full, read-only or failing."""
     reason = getattr(error, "strerror", None) or str(error)
-    return f"{folder} could not be written ({reason}); {GO_ON}"
+    return f"{folder} could not be written ({reason}); {HOW_TO_RESUME}"
 
 
 def require_room(folder: Path, num_bytes: int, name: str) -> None:
-    """Raise ValueError where the disk of `folder` has not `num_bytes` free, and some for small files."""
+    """Raise ValueError if the disk of `folder` has less than `num_bytes` free, plus some for small files."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     needed, free = num_bytes + SMALL_FILES_BYTES, shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
             f"no room for {name} in {folder}: it takes {needed / 2**20:.1f} MiB, and "
-            f"{free / 2**20:.1f} MiB are free; make room; {GO_ON}"
+            f"{free / 2**20:.1f} MiB are free; make room; {HOW_TO_RESUME}"
         )
 
 
@@ -70,7 +72,7 @@ def file_sha256(path: Path) -> str:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Have a file's content, or a folder's names, survive a power cut."""
+    """Flush a file's content, or a folder's entries, to disk, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

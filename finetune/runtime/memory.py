@@ -9,14 +9,14 @@ GIB = 2**30
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory held so far: allocated on a GPU, resident (RSS) on a CPU."""
+    """Peak memory so far: allocated on a GPU, resident (RSS) on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory_gib` begin anew with what is held now."""
+    """Reset the peak to the memory held now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:

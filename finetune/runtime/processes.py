@@ -27,7 +27,7 @@ def _cpu_group() -> Any:
 def on_main(accelerator: Any, job: Callable[..., object], *arguments: Any) -> None:
     """Run `job(*arguments)` on the main process while the other ranks wait. If it fails, they exit silently
     instead of waiting for a process that is gone."""
-    accelerator.wait_for_everyone()  # what the job writes, none of them is still to look for
+    accelerator.wait_for_everyone()  # no rank may still be looking for what the job writes
     error: BaseException | None = None
     if accelerator.is_main_process:
         try:

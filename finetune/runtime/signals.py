@@ -1,4 +1,5 @@
-"""Stopping when asked: SIGTERM and SIGINT let the update end and the run be saved; a second one does not."""
+"""Stopping on request: after SIGTERM or SIGINT the update finishes and the run is saved; a second one ends
+the process."""
 
 import os
 import signal
@@ -16,16 +17,16 @@ T = TypeVar("T")
 
 
 class StopRequest:
-    """Notes the first signal and leaves it to the loop when to stop; a second one ends the process.
+    """Records the first signal and leaves it to the loop when to stop; a second one ends the process.
 
-    The death of `accelerate launch` counts as a SIGTERM: a signal sent to it alone would otherwise leave its
-    process training unseen.
+    The death of `accelerate launch` counts as a SIGTERM: otherwise a signal sent to the launcher alone would
+    leave its process training unnoticed.
     """
 
     def __init__(self, accelerator: Any) -> None:
         self._main = accelerator.is_main_process
         self._received: list[int] = []
-        # A terminal signals torchrun and its processes, and torchrun then passes its own on: two for one.
+        # A terminal signals torchrun and its processes, and torchrun forwards its own: two signals for one.
         self._last = 3 if "TORCHELASTIC_RUN_ID" in os.environ else 2
         self._agreed = 0
         self._launcher = os.getppid() if under_accelerate_launch() else None
@@ -41,7 +42,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether this process was asked to stop."""
+        """Whether this process was requested to stop."""
         if not self._received and self._launcher is not None and os.getppid() != self._launcher:
             self._received.append(signal.SIGTERM)
         return len(self._received) > 0
@@ -69,6 +70,9 @@ class StopRequest:
             raise SystemExit(128 + number)
         if self._main and len(self._received) == 1:
             name = signal.Signals(number).name
-            # Another print may be what the signal interrupted, and `| tee` may have got it too and be gone.
+            # The signal may have interrupted another print, and `| tee` may have received it too and be gone.
             with suppress(RuntimeError, OSError):
-                print(f"{name}: ending this update and saving; a second stops at once", file=sys.stderr)
+                print(
+                    f"{name}: finishing this update, then saving; a second signal stops immediately",
+                    file=sys.stderr,
+                )

@@ -336,7 +336,7 @@ def test_another_page_is_written_where_it_is_asked_for(finished, tmp_path):
         (
             lambda run: (run / "environment.json").write_text("[]"),
             [],
-            "environment.json is no record of a run",
+            "environment.json is not the record of a run",
         ),
         (lambda run: (run / "metrics.jsonl").write_text("{\n"), [], "metrics.jsonl cannot be read"),
         (lambda run: (run / "answers.jsonl").write_bytes(b"\xff\n"), [], "answers.jsonl cannot be read"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from finetune.config import Config, DataConfig, TrainConfig
 from finetune.data.collate import (
-    WORTH_SHARING,
+    MIN_SHARED,
     Boundaries,
     MicroBatch,
     collate,
@@ -24,11 +24,11 @@ from finetune.data.collate import (
 from finetune.data.plan import (
     Layout,
     Plan,
+    balance_over_ranks,
     epoch_order,
     lay_out,
     make_plan,
     plan_evaluation,
-    split_over_processes,
 )
 from finetune.data.tokenize import IGNORE, Examples
 
@@ -187,7 +187,7 @@ def test_the_epoch_order_is_the_one_that_runs_on_disk_were_trained_in():
 @any_plan
 @given(lengths_of_examples, st.integers(1, 6))
 def test_processes_get_about_as_many_tokens(lengths, num_processes):
-    shares = split_over_processes(range(len(lengths)), np.array(lengths), num_processes)
+    shares = balance_over_ranks(range(len(lengths)), np.array(lengths), num_processes)
     assert sorted(example for share in shares for example in share) == list(range(len(lengths)))
     loads = [sum(lengths[i] for i in share) for share in shares]
     assert max(loads) - min(loads) <= max(lengths)
@@ -309,7 +309,7 @@ def test_a_packed_row_gives_the_examples_back(examples):
 @given(lists_of_examples)
 def test_what_is_shared_predicts_no_target_and_leaves_each_example_a_token(examples):
     prefix = shared_prefix(examples)
-    assert prefix == 0 or (prefix >= WORTH_SHARING and len(examples) > 1)
+    assert prefix == 0 or (prefix >= MIN_SHARED and len(examples) > 1)
     for example in examples:
         assert example["input_ids"][:prefix] == examples[0]["input_ids"][:prefix]
         assert example["labels"][: prefix + 1] == [IGNORE] * min(prefix + 1, len(example["labels"]))

@@ -128,14 +128,14 @@ def test_of_an_unfinished_run_without_a_whole_checkpoint_is_said_why(unfinished,
         (unfinished / "checkpoints" / step / "state.json").unlink()
     said = refused(unfinished)
     for words in (
-        "has no whole checkpoint",
+        "has no intact checkpoint",
         "step_000002 is damaged",
         "step_000004 is damaged",
         "state.json",
     ):
         assert words in said
     shutil.rmtree(unfinished / "checkpoints")
-    assert refused(unfinished).endswith("has saved nothing yet\n")
+    assert refused(unfinished).endswith("has not saved anything yet\n")
 
 
 @pytest.mark.parametrize("place", ["adapter", "checkpoints/step_000002"])
@@ -235,7 +235,7 @@ def test_a_base_of_another_width_is_refused(finished, refused, tiny_model_dir, t
     Qwen2ForCausalLM(config).save_pretrained(other)
     copied = shutil.copytree(finished / "adapter", tmp_path / "mine")
     said = refused(copied, "--model.name_or_path", str(other))
-    assert f"the adapter in {copied} could not be put on {other}" in said
+    assert f"the adapter in {copied} could not be loaded onto {other}" in said
 
 
 def truncate(adapter: Path) -> None:
@@ -258,9 +258,9 @@ def break_training_config(adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (truncate, "could not be put on"),
-        (break_config, "could not be put on"),
-        (empty_config, "could not be put on"),
+        (truncate, "could not be loaded onto"),
+        (break_config, "could not be loaded onto"),
+        (empty_config, "could not be loaded onto"),
         (break_training_config, "learning_rat"),
     ],
 )
@@ -290,7 +290,7 @@ def test_a_damaged_checkpoint_that_is_named_is_refused(run_dir, refused):
     weights = checkpoint / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
     said = refused(checkpoint)
-    assert f"{checkpoint} is no whole checkpoint: adapter_model.safetensors was altered" in said
+    assert f"{checkpoint} is not an intact checkpoint: adapter_model.safetensors was altered" in said
 
 
 def test_what_is_none_of_these_is_refused(finished, run_dir, refused, tmp_path, tiny_model_dir):
@@ -306,7 +306,7 @@ def test_what_is_none_of_these_is_refused(finished, run_dir, refused, tmp_path, 
 
 def test_a_run_whose_record_is_damaged_is_refused(run_dir, refused):
     (run_dir / "environment.json").write_text("{}")
-    assert f"{run_dir / 'environment.json'} is no record of a run" in refused(run_dir)
+    assert f"{run_dir / 'environment.json'} is not the record of a run" in refused(run_dir)
     (run_dir / "config.yaml").write_text("- nothing\n")
     assert f"config file {run_dir / 'config.yaml'}" in refused(run_dir)
 

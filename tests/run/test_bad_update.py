@@ -112,7 +112,10 @@ def test_weights_that_overflow_are_never_saved(run_train, capfd):
         (lambda run: (run / "bad_update.json").unlink(), "has no bad_update.json"),
         (lambda run: (run / "bad_update.json").write_text("{"), "cannot be read"),
         (lambda run: (run / "bad_update" / "state.json").write_text("{}"), "no whole checkpoint: state.json"),
-        (lambda run: (run / "environment.json").write_text("[]"), "environment.json is no record of a run"),
+        (
+            lambda run: (run / "environment.json").write_text("[]"),
+            "environment.json is not the record of a run",
+        ),
     ],
 )
 def test_replay_refuses_in_one_line_what_it_cannot_repeat(run_train, capfd, break_it, said):

@@ -241,7 +241,7 @@ def test_a_damaged_best_checkpoint_is_named_and_the_best_whole_one_is_taken(run_
     damage(checkpoint(without_result, BEST) / "optimizer.safetensors", "altered")
     run_train(output_dir=without_result, **BOTH)
     said = " ".join(capfd.readouterr().out.split())
-    assert "Of the lowest eval loss, step_000003 cannot be taken: optimizer.safetensors was altered" in said
+    assert "Of the lowest eval loss, step_000003 cannot be used: optimizer.safetensors was altered" in said
     assert weights(without_result / "adapter") == weights(checkpoint(without_result, ENDS_AT))
     assert adapter_step(without_result) == ENDS_AT
     assert checkpoint_names(without_result) == ["step_000003", "step_000006"]

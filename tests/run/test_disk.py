@@ -223,13 +223,13 @@ def test_a_corrupted_checkpoint_is_named_and_the_run_ends_as_if_undisturbed(
     damaged = [folder.name for folder in victims if fault_of(folder) is not None]
     run_train(output_dir=unfinished, **SETTINGS)
     said = capfd.readouterr().out
-    named = [line.split()[0] for line in said.splitlines() if "is damaged and was passed over" in line]
+    named = [line.split()[0] for line in said.splitlines() if "is damaged and was skipped" in line]
     assert named == (damaged if newer.name in damaged else [])
     if damaged == [newer.name, older.name]:
-        assert "Going on from" not in said
-        assert "No checkpoint of this run is whole: it starts anew." in said
+        assert "Resuming from" not in said
+        assert "No checkpoint of this run is intact: it starts from scratch." in said
     else:
-        assert f"Going on from {older if newer.name in damaged else newer}" in said
+        assert f"Resuming from {older if newer.name in damaged else newer}" in said
     assert_ends_as(unfinished, whole)
 
 
@@ -238,7 +238,7 @@ def test_a_checkpoint_that_was_half_copied_is_passed_over(run_train, capfd, unfi
     for path in sorted(newer.iterdir())[2:]:
         path.unlink()
     run_train(output_dir=unfinished, **SETTINGS)
-    assert f"Going on from {older}" in capfd.readouterr().out
+    assert f"Resuming from {older}" in capfd.readouterr().out
     assert_ends_as(unfinished, whole)
 
 

@@ -340,14 +340,14 @@ def test_other_rows_than_the_stopped_run_had_are_refused(
     assert_refused(run_train, capfd, str(rows_file), "rows", output_dir=run_dir, **SHORT)
 
 
-# Going on from a checkpoint by its path
+# Resuming from a checkpoint by its path
 
 
 def test_a_new_run_goes_on_from_a_checkpoint_that_resume_names(run_train, uninterrupted, tmp_path, capfd):
     before = digests(uninterrupted)
     checkpoint = uninterrupted / "checkpoints" / "step_000010"
     run_dir = run_train(output_dir=tmp_path / "other", **WHOLE, resume=checkpoint)
-    assert f"Going on from {checkpoint}, after update 10." in capfd.readouterr().out
+    assert f"Resuming from {checkpoint}, after update 10." in capfd.readouterr().out
     expected = [entry for entry in training_lines(uninterrupted) if entry["step"] > 10]
     assert training_lines(run_dir) == expected
     assert digests(run_dir / "adapter") == digests(uninterrupted / "adapter")
@@ -435,7 +435,7 @@ def test_the_newest_checkpoint_is_named_and_passed_over_when_damaged(
     damage(run_dir / "checkpoints" / "step_000010" / name, how)
     run_train(output_dir=run_dir, **WHOLE)
     said = capfd.readouterr().out
-    assert f"step_000010 is damaged and was passed over: {name}" in said
+    assert f"step_000010 is damaged and was skipped: {name}" in said
     assert "after update 8." in said
     assert_ended_alike(run_dir, uninterrupted)
 
@@ -526,7 +526,7 @@ def test_the_checkpoint_that_a_run_began_with_is_checked_again(
     for resume in (origin, "auto"):
         run_train(expect=2, **{**settings, "resume": resume})
         assert (
-            f"resume {origin} is no whole checkpoint: adapter_model.safetensors was altered"
+            f"resume {origin} is not an intact checkpoint: adapter_model.safetensors was altered"
             in capfd.readouterr().err
         )
 
@@ -550,7 +550,7 @@ def test_other_settings_than_those_of_the_run_that_saved_the_checkpoint_are_show
 ):
     origin = uninterrupted / "checkpoints" / "step_000010"
     run_train(**{**WHOLE, "optim__learning_rate": 5e-3}, resume=origin, output_dir=tmp_path / "new")
-    assert "was configured otherwise: " in (said := capfd.readouterr().out)
+    assert "was configured differently: " in (said := capfd.readouterr().out)
     assert "optim.learning_rate was 0.01, is 0.005" in said
 
 

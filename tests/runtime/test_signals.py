@@ -70,7 +70,7 @@ def test_a_signal_ends_the_update_saves_it_and_the_printed_command_goes_on(
         patch.setattr(*signalled(moment, number, 2))
         run_dir = run_train(expect=code, output_dir=tmp_path / "stopped run", **SETTINGS)
     said = capfd.readouterr()
-    assert f"{signal.Signals(number).name}: ending this update" in said.err
+    assert f"{signal.Signals(number).name}: finishing this update" in said.err
     assert "Traceback" not in said.err
     checkpoints = run_dir / "checkpoints"
     assert [path.name for path in checkpoints.glob("*")] == ([f"step_{saved:06d}"] if saved else [])
