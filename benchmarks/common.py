@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from finetune.config import Config  # noqa: E402
 from finetune.config_parsing import parse_config  # noqa: E402
 from finetune.data.plan import Plan, make_plan  # noqa: E402
 from finetune.data.rows import load_rows  # noqa: E402
@@ -50,6 +51,29 @@ def settings(rows_file: Path, run_dir: Path, model: str, changes: dict[str, Any]
     }
     pairs = [[f"--{key}", str(value)] for key, value in values.items()]
     return ["--config", str(ROOT / "configs" / "alpaca.yaml"), *(part for pair in pairs for part in pair)]
+
+
+def trl_settings(config: Config, output_dir: str) -> dict[str, Any]:
+    """Arguments of TRL's SFTConfig that make the updates of `config`: the same sizes, optimizer, schedule and
+    order of examples, each update logged, nothing saved or reported."""
+    return {
+        "output_dir": output_dir,
+        "num_train_epochs": config.train.num_epochs,
+        "per_device_train_batch_size": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.train.gradient_accumulation_steps,
+        "learning_rate": config.optim.learning_rate,
+        "lr_scheduler_type": config.optim.schedule,
+        "weight_decay": config.optim.weight_decay,
+        "max_grad_norm": config.optim.max_grad_norm,
+        "optim": config.optim.name,
+        "packing": False,
+        "gradient_checkpointing": False,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
 
 
 def usable_rows(

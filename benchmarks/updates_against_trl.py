@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import provenance, run_train, settings, usable_rows, write_result, write_rows
+from common import provenance, run_train, settings, trl_settings, usable_rows, write_result, write_rows
 from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -28,8 +28,6 @@ from finetune.data.tokenize import tokenize_rows
 from finetune.model.load import load_model, load_tokenizer
 
 TOLERANCE = 1e-3
-
-
 CHANGES = {
     "model.quantization": "none",
     "train.mixed_precision": "no",
@@ -39,7 +37,7 @@ CHANGES = {
 
 
 class KeepLogs(TrainerCallback):
-    """TRL rounds nothing, but its history lacks nothing we need either: keep the raw log lines."""
+    """Keep the log line of each update."""
 
     def __init__(self) -> None:
         self.updates: list[dict[str, Any]] = []
@@ -60,24 +58,9 @@ def train_trl(config: Config) -> list[dict[str, Any]]:
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
-            output_dir=tempfile.mkdtemp(prefix="trl-"),
-            num_train_epochs=config.train.num_epochs,
-            per_device_train_batch_size=config.train.micro_batch_size,
-            gradient_accumulation_steps=config.train.gradient_accumulation_steps,
-            learning_rate=config.optim.learning_rate,
-            lr_scheduler_type=config.optim.schedule,
-            weight_decay=config.optim.weight_decay,
-            max_grad_norm=config.optim.max_grad_norm,
-            optim=config.optim.name,
+            **trl_settings(config, tempfile.mkdtemp(prefix="trl-")),
             max_length=None,
-            packing=False,
             bf16=False,
-            gradient_checkpointing=False,
-            train_sampling_strategy="sequential",
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
             use_cpu=True,
         ),
         train_dataset=Dataset.from_list(list(rows)),

@@ -242,7 +242,7 @@ def test_label_smoothing_has_the_gradient_of_its_formula_and_leaves_the_metrics_
     nll, _, count = losses(parts, first_update(config, parts))
     assert norm(gradient(parts, nll.sum() / count)) != pytest.approx(smoothed, rel=1e-2)  # it is another
     # Without the flag it would train on the plain loss in silence.
-    spec = importlib.util.spec_from_file_location("changed_loss", folder / "finetune" / "loss.py")
+    spec = importlib.util.spec_from_file_location("changed_loss", folder / "finetune" / "model" / "loss.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["changed_loss"] = module  # where dataclasses look for it
     spec.loader.exec_module(module)

@@ -1,1 +1,9 @@
-"""TODO"""
+"""Files become rows, rows become examples, and examples become micro-batches.
+
+Read in the order of the data: `files` (tables), `cleaning` and `rows` (clean rows, sampled and
+split), `tokenize` (token ids and labels), `splits` (both splits of a run), `plan` (which examples
+each update takes), `collate` (their tensors). Beside that way, `duplicates` finds repeated and
+leaked rows, and `slices` groups examples for evaluation.
+
+May import: runtime, the configuration.
+"""

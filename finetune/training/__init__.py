@@ -1,1 +1,9 @@
-"""TODO"""
+"""What an update is made of, beside the model: sums, the optimizer, evaluation.
+
+Sums over target tokens come in; metrics, learning rates and optimizer steps come out. Read
+`metrics` first (sums kept on the device, and their means), then `optim` (the optimizer and its
+schedule), then `evaluate` (exact sums of each eval example). `setup` loads for a command what
+train.py loads step by step.
+
+May import: model, ops, data, runtime, the configuration.
+"""
