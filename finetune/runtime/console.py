@@ -1,4 +1,4 @@
-"""The terminal: one console for everything that is printed."""
+"""The terminal: one console for output, and one on standard error for progress that is no output."""
 
 import os
 import sys
@@ -19,6 +19,7 @@ class _Console(Console):
 
 
 console = _Console(highlight=False)
+stderr_console = Console(stderr=True)
 
 
 def say(message: str) -> None:

@@ -1,4 +1,4 @@
-"""A sweep: one run for each combination of values, one after another; it can be stopped and gone on with."""
+"""A sweep: one run for each combination of values, one after another; it can be stopped and resumed."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import pytest
 from conftest import read_metrics
 
 from finetune.__main__ import main
-from finetune.commands.sweep import TRAIN, choose_combinations, folder_name, parse_values
+from finetune.run.sweep import TRAIN
 
 # In the place of train.py: it does at once what its argument says of this run's value of lora.r.
 STAND_IN = """
@@ -48,7 +48,7 @@ losses = {"0": 3.0, "2": 1 / int(argv["lora.r"]), "4": 2.0}
     json.dumps({"split": "eval", "step": int(s), "loss": loss}) + "\\n" for s, loss in losses.items()))
 import os
 sys.path.insert(0, os.environ["ROOT"])
-from finetune.config import config_to_yaml, parse_config
+from finetune.config_parsing import config_to_yaml, parse_config
 (run_dir / "config.yaml").write_text(config_to_yaml(parse_config(sys.argv[1:])))
 """
 
@@ -88,7 +88,7 @@ def sweep(tmp_path, config_file, monkeypatch, pages) -> Callable[..., int]:
             script.write_text(STAND_IN)
             (tmp_path / "do.json").write_text(json.dumps(do))
             monkeypatch.setenv("ROOT", str(TRAIN.parent))
-            monkeypatch.setattr("finetune.commands.sweep.TRAIN", script)
+            monkeypatch.setattr("finetune.run.sweep.TRAIN", script)
         folder = str(tmp_path / "sweep")
         return main(["sweep", "--config", str(config_file), "--output_dir", folder, *arguments])
 
@@ -167,7 +167,7 @@ def test_a_signal_is_passed_on_once_and_the_printed_command_goes_on(sweep, tmp_p
 def test_a_run_that_someone_else_stopped_stops_the_sweep(sweep, tmp_path, capfd):
     assert sweep("--over", "lora.r=1,2,4", do={"2": 143}) == 143
     assert started(tmp_path) == ["1", "2"]
-    assert "To go on with the sweep:" in capfd.readouterr().out
+    assert "To resume the sweep:" in capfd.readouterr().out
 
 
 def test_runs_on_other_eval_rows_are_told_apart(sweep, capfd):
@@ -234,43 +234,3 @@ def test_a_folder_with_another_sweep_other_files_or_other_runs_is_refused(sweep,
     (tmp_path / "sweep" / "sweep.json").unlink()
     assert sweep("--over", "lora.r=4", do={}) == 2
     assert "holds other files and no sweep" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("text", "values"),
-    [
-        ("1e-4,2e-4", ["1e-4", "2e-4"]),
-        (" a , b ", ["a", "b"]),
-        ("[q_proj, v_proj],all-linear", ["[q_proj, v_proj]", "all-linear"]),
-        ("\"a, b\",'c'", ["a, b", "c"]),
-        ("null,no,true", ["null", "no", "true"]),
-        ("a.csv,b c.csv", ["a.csv", "b c.csv"]),
-    ],
-)
-def test_values_are_the_items_of_a_yaml_list(text, values):
-    assert parse_values([f"--x.y={text}"]) == {"x.y": values}
-
-
-def test_random_combinations_are_different_ones_of_the_grid_and_the_same_for_a_seed():
-    values = {"a": ["1", "2", "3"], "b": ["4", "5"]}
-    grid = choose_combinations(values, None, 0)
-    assert len(grid) == 6
-    drawn = choose_combinations(values, 4, 7)
-    assert drawn == choose_combinations(values, 4, 7)
-    assert drawn != choose_combinations(values, 4, 8)
-    assert len({tuple(combination.values()) for combination in drawn}) == 4
-    assert all(combination in grid for combination in drawn)
-    everything = choose_combinations(values, 6, 1)
-    assert sorted(map(str, everything)) == sorted(map(str, grid))
-
-
-def test_names_of_folders_are_safe_short_and_different():
-    texts = ["a/b", "a b", "a-b", "..", "", "x" * 500, "x" * 501, "ß", "$(rm)", None, ["q_proj", "v_proj"]]
-    names = [folder_name({"data.system_prompt": text}) for text in texts]
-    assert len(set(names)) == len(names)
-    assert all(
-        len(name) < 90 and set(name) <= set("abcdefghijklmnopqrstuvwxyz_=.+-0123456789") for name in names
-    )
-    assert folder_name({"lora.r": 4, "optim.learning_rate": 2e-5}) == "r=4_learning_rate=2e-05"
-    both = folder_name({"checkpoint.every_steps": 5, "log.every_steps": 5})
-    assert both == "checkpoint.every_steps=5_log.every_steps=5"
