@@ -29,7 +29,7 @@ class TokenSums:
 class TokenLoss(nn.Module):
     """A causal language model with the loss inside, so that DDP wraps both and no logits leave it.
 
-    As it is made, it computes everything the plain way: `paths.choose_fast_paths` sets what may be faster.
+    As it is made, it computes everything the plain way: `fast_paths.choose_fast_paths` sets what may be faster.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -474,7 +474,7 @@ void silu_backward(const T *gate, const T *up, const T *dy, T *d_gate, T *d_up, 
 // Of each row of logits and its target: nll and entropy in nats, and 1 where the target is the first of the
 // largest. With `gradient` the logits become what the nll's gradient is: softmax - one_hot(target).
 template <typename T>
-void token_values(T *logits, const int64_t *targets, float *values, int64_t rows, int64_t size,
+void token_stats(T *logits, const int64_t *targets, float *values, int64_t rows, int64_t size,
                   int64_t gradient, int64_t threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t i = 0; i < rows; i++) {
@@ -533,5 +533,5 @@ EXPORT(norm_backward)
 EXPORT(rotate)
 EXPORT(silu_forward)
 EXPORT(silu_backward)
-EXPORT(token_values)
+EXPORT(token_stats)
 EXPORT(scale_rows)

@@ -209,7 +209,7 @@ def kernel_token_stats(logits: Tensor, target_ids: Tensor, with_gradient: bool) 
     assert target_ids.dtype == torch.int64
     values = torch.empty(len(logits), 3)
     _call(
-        "token_values",
+        "token_stats",
         logits.dtype,
         logits,
         target_ids.contiguous(),

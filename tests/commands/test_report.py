@@ -340,7 +340,7 @@ def test_another_page_is_written_where_it_is_asked_for(finished, tmp_path):
         ),
         (lambda run: (run / "metrics.jsonl").write_text("{\n"), [], "metrics.jsonl cannot be read"),
         (lambda run: (run / "answers.jsonl").write_bytes(b"\xff\n"), [], "answers.jsonl cannot be read"),
-        (lambda run: (run / "evaluations" / "step_000006.csv").write_text("a,b"), [], "is no record"),
+        (lambda run: (run / "evaluations" / "step_000006.csv").write_text("a,b"), [], "is not the record"),
         (lambda run: None, ["--page", "metrics.jsonl"], "name a file that ends in .html"),
         (lambda run: None, ["--page"], "expected one argument"),
         (lambda run: None, ["--pgae", "x.html"], "--pgae"),

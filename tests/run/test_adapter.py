@@ -295,8 +295,8 @@ def test_a_damaged_checkpoint_that_is_named_is_refused(run_dir, refused):
 
 def test_what_is_none_of_these_is_refused(finished, run_dir, refused, tmp_path, tiny_model_dir):
     (tmp_path / "empty").mkdir()
-    assert "is no folder" in refused(tmp_path / "nowhere")
-    assert "is no folder" in refused(finished / "config.yaml")
+    assert "is not a folder" in refused(tmp_path / "nowhere")
+    assert "is not a folder" in refused(finished / "config.yaml")
     for folder in (tmp_path / "empty", finished / "checkpoints", finished.parent, tiny_model_dir):
         assert f"{folder} holds no adapter" in refused(folder)
     (run_dir / "adapter" / "adapter_config.json").unlink()

@@ -289,4 +289,4 @@ def test_training_that_brought_nothing_says_so(run_train, tmp_path, capfd):
     assert (
         f"No evaluation after training had a lower loss than the untrained model's {losses[0]:.4f}." in said
     )
-    assert "after update 1, of the lowest eval loss" in said
+    assert "after update 1, which had the lowest eval loss" in said

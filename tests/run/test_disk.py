@@ -103,7 +103,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_it_goes_on_when_there
     assert error.count("\n") == 1
     assert "step_000004" in error
     assert ("make room" if checked else "o space left on device") in error
-    assert "the same command goes on" in error
+    assert "rerun the same command to resume" in error
     kept = sorted((run_dir / "checkpoints").iterdir())
     assert [path.name for path in kept] == ["step_000002", "step_000003"]
     assert [fault_of(path) for path in kept] == [None, None]
