@@ -11,6 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Workers of pytest-xdist and the processes that a test starts share few cores. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# pytest-xdist sets it for its workers: a console made with it would keep that width, whatever a test sets.
+os.environ.pop("COLUMNS", None)
 
 import pytest
 import torch

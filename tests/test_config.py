@@ -742,11 +742,12 @@ def test_a_mistake_and_help_are_answered_before_the_slow_imports(command, tmp_pa
     assert imported & SLOW_IMPORTS == set()
 
 
-def test_a_run_on_other_rows_than_the_presets_says_first_what_is_not_used(tmp_path):
-    ended = run_program(tmp_path, "--data.path", str(tmp_path / "missing.csv"))
-    first, last = ended.stderr.splitlines()
-    assert first.startswith(f"not used for {tmp_path / 'missing.csv'}: data.system_prompt, data.num_samples")
-    assert last.startswith("error: ")
+def test_a_run_on_other_rows_than_the_presets_says_what_is_not_used_before_it_starts(capfd):
+    check_settings(["--data.path", "my.csv"])
+    printed = capfd.readouterr()
+    assert printed.err.startswith("not used for my.csv: data.system_prompt, data.num_samples, eval.every")
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
 
 
 def test_of_the_ranks_of_a_run_the_first_one_alone_answers_a_mistake(tmp_path, monkeypatch):
