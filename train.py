@@ -1,11 +1,17 @@
-"""Fine-tune a chat model on instructions: `accelerate launch train.py --config configs/alpaca.yaml`.
+"""Fine-tune a chat model on instructions: `python train.py --config configs/alpaca.yaml`.
 
 This file is the loop, top to bottom. What it calls lies in finetune/, one folder for each concern:
 docs/architecture.md is the map.
 """
 
-import math
 import sys
+
+from finetune.runtime.cli import check_settings, run_command
+
+if __name__ == "__main__":
+    check_settings(sys.argv[1:])  # a mistyped key is answered before the imports, which take seconds
+
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -36,7 +42,6 @@ from finetune.run.opening import RunFacts, open_run
 from finetune.run.tracker import Tracker
 from finetune.runtime import accelerator as machine
 from finetune.runtime.choice import require_as_requested
-from finetune.runtime.cli import run_command
 from finetune.runtime.memory import peak_memory_gib
 from finetune.runtime.processes import on_main
 from finetune.runtime.signals import StopRequest

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from finetune.runtime.cli import run_command
+from finetune.runtime.cli import check_settings, run_command, settings_among
 
 BEFORE = {
     "audit": ("--config FILE", "what would be trained on: roles, cut and dropped rows, duplicates, leaks"),
@@ -51,6 +51,9 @@ def main(argv: Sequence[str]) -> int:
             print(usage())
             return 0
         case [name, *arguments] if name in COMMANDS:
+            if COMMANDS[name][0] == "--config FILE":
+                debug = ["--debug"] if "--debug" in arguments else []
+                check_settings([*settings_among(arguments), *debug])
 
             def command(argv: Sequence[str]) -> int | None:
                 # Imported when asked for: each brings seconds of libraries, which a Ctrl-C may end.

@@ -17,16 +17,33 @@ from finetune.config_checks import check_config
 
 DEFAULT_CONFIG_FILE = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
+# The sections of a preset that speak of its rows, or count the updates which those rows make.
+OF_ITS_ROWS = ("data", "eval", "checkpoint", "log")
+
 
 def parse_config(argv: Sequence[str]) -> Config:
     """Parse command-line arguments, without the program's name, into a checked configuration.
 
     `--config FILE` (YAML) sets the keys it names and later `--section.key value` arguments override it;
-    without `--config`, configs/quickstart.yaml is read.
+    without `--config`, configs/quickstart.yaml is read. A preset (a file in configs/) describes certain rows:
+    where another `data.path` replaces its own, its sections in `OF_ITS_ROWS` do not apply.
 
     Raises:
         ValueError: an unreadable file, an unknown key or a bad value, named in one line.
     """
+    return _parse(argv)[0]
+
+
+def unused_preset_settings(argv: Sequence[str]) -> list[str]:
+    """For each preset that is read for other rows than its own, a line that names what does not apply.
+
+    Raises:
+        ValueError: as `parse_config`.
+    """
+    return _parse(argv)[1]
+
+
+def _parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
     arguments = [
         "--strict=true" if argument == "--strict" and following.startswith("--") else argument
         for argument, following in zip_longest(argv, argv[1:], fillvalue="--")
@@ -36,17 +53,48 @@ def parse_config(argv: Sequence[str]) -> Config:
         argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")
     ]
     if not files and not {"-h", "--help"} & set(arguments):
-        arguments = ["--config", str(DEFAULT_CONFIG_FILE), *arguments]
+        files = [str(DEFAULT_CONFIG_FILE)]
+        arguments = ["--config", *files, *arguments]
     parser = _parser()
     for file in files:
         _check_file(parser, file)
+    config, remarks = _instantiate(parser, arguments), []
+    for file in filter(_is_preset, dict.fromkeys(files)):
+        preset = _load_yaml(Path(file).read_text(encoding="utf-8"))
+        its_path = preset.get("data", {}).get("path", config.data.path)
+        if its_path != config.data.path:
+            rest = {section: keys for section, keys in preset.items() if section not in OF_ITS_ROWS}
+            arguments = _replace_file(arguments, file, f"--config={yaml.dump(rest, Dumper=_YamlDumper)}")
+            before, config = flatten(asdict(config)), _instantiate(parser, arguments)
+            unused = [key for key, value in flatten(asdict(config)).items() if value != before[key]]
+            if unused:
+                place = f"configs/{Path(file).name}, which is for {its_path}"
+                remarks.append(f"not used for {config.data.path}: {', '.join(unused)} of {place}")
+    check_config(config)
+    return config, remarks
+
+
+def _instantiate(parser: ArgumentParser, arguments: Sequence[str]) -> Config:
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
     except Exception as error:  # PyYAML below jsonargparse lets out errors of many kinds
         raise ValueError(_one_line(error)) from error
-    config = Config(**{f.name: parsed[f.name] for f in fields(Config)})
-    check_config(config)
-    return config
+    return Config(**{f.name: parsed[f.name] for f in fields(Config)})
+
+
+def _is_preset(file: str) -> bool:
+    return Path(file).resolve().parent == DEFAULT_CONFIG_FILE.parent.resolve()
+
+
+def _replace_file(arguments: Sequence[str], file: str, text: str) -> list[str]:
+    """The arguments with `text` for `--config FILE` and `--config=FILE`."""
+    replaced: list[str] = []
+    for argument in arguments:
+        if argument == file and replaced and replaced[-1] == "--config":
+            replaced[-1] = text
+        else:
+            replaced.append(text if argument == f"--config={file}" else argument)
+    return replaced
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -116,7 +164,12 @@ def _parser() -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="A YAML file of the keys below")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="A YAML file of the keys below. For other rows than its own, the sections data, eval, "
+        "checkpoint and log of a file in configs/ do not apply",
+    )
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error")
     parser.add_class_arguments(Config)
     return parser

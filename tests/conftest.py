@@ -2,12 +2,17 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the processes of a test share few cores
+# Workers of pytest-xdist and the processes that a test starts share few cores. Read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# pytest-xdist sets it for its workers: a console made with it would keep that width, whatever a test sets.
+os.environ.pop("COLUMNS", None)
 
 import pytest
 import torch
@@ -63,7 +68,14 @@ def _kernels_off() -> Iterator[None]:
 def cpu_kernels(request: pytest.FixtureRequest) -> None:
     """The test runs with the kernels, and again without them."""
     if request.param == "compiled":
+        require_compiler()
         kernels.enable()
+
+
+def require_compiler() -> None:
+    """Skip the test on a machine without a C++ compiler."""
+    if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")):
+        pytest.skip("needs a C++ compiler")
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,8 @@ from finetune.config import (
     TrainConfig,
     flatten,
 )
-from finetune.config_parsing import config_to_dict, config_to_yaml, parse_config
+from finetune.config_parsing import config_to_dict, config_to_yaml, parse_config, unused_preset_settings
+from finetune.runtime.cli import check_settings
 
 CONFIG_FILES = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -534,7 +535,7 @@ def test_help_documents_every_key(capsys):
 @pytest.mark.parametrize("file", CONFIG_FILES, ids=lambda file: file.name)
 def test_each_file_in_configs_opens_with_the_command_that_launches_it(file, monkeypatch):
     first_line = file.read_text(encoding="utf-8").splitlines()[0]
-    assert first_line.startswith("# accelerate launch ")
+    assert first_line.startswith("# python train.py")
     command = shlex.split(first_line.removeprefix("# "))
     monkeypatch.chdir(ROOT)
     launched = parse_config(command[command.index("train.py") + 1 :])
@@ -559,16 +560,96 @@ def as_float(value: Any) -> Any:
         return value
 
 
+PRESETS = [
+    [],
+    *(["--config", str(file)] for file in CONFIG_FILES),
+    *([f"--config={file}"] for file in CONFIG_FILES),
+]
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=" ".join)
+def test_own_rows_are_taken_whole_and_without_a_system_prompt_under_each_preset(preset):
+    """Nothing that a preset says of its rows, or counts in their updates, is said of others."""
+    own, as_written = parse_config([*preset, "--data.path", "my.csv"]), parse_config(preset)
+    assert own.data == DataConfig(path="my.csv")
+    assert (own.eval, own.checkpoint, own.log) == (EvalConfig(), CheckpointConfig(), LogConfig())
+    assert (own.model, own.lora, own.train, own.optim) == (
+        as_written.model,
+        as_written.lora,
+        as_written.train,
+        as_written.optim,
+    )
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=" ".join)
+def test_each_setting_of_a_preset_that_is_not_used_is_named_in_one_line(preset):
+    as_written = flatten(config_to_dict(parse_config(preset)))
+    own = flatten(config_to_dict(parse_config([*preset, "--data.path", "my.csv"])))
+    (line,) = unused_preset_settings([*preset, "--data.path", "my.csv"])
+    assert line.startswith("not used for my.csv: ")
+    differing = {key for key in KEYS if own[key] != as_written[key]} - {"data.path"}
+    assert "data.num_samples" in differing
+    assert set(re.findall(r"\b\w+\.\w+\b", line)) & set(KEYS) == differing
+    assert str(as_written["data.path"]) in line
+    assert unused_preset_settings(preset) == []
+
+
+def test_what_the_command_line_says_beside_another_path_is_kept():
+    arguments = [
+        "--data.num_samples",
+        "9",
+        "--data.path",
+        "my.csv",
+        "--data.system_prompt=Be brief.",
+        "--log.every_steps",
+        "3",
+    ]
+    config = parse_config(arguments)
+    assert config.data == DataConfig(path="my.csv", num_samples=9, system_prompt="Be brief.")
+    assert config.log == LogConfig(every_steps=3)
+    (line,) = unused_preset_settings(arguments)
+    assert "num_samples" not in line
+    assert "system_prompt" not in line
+
+
+def test_a_preset_whose_own_path_is_given_again_is_used_as_it_is():
+    assert parse_config(["--data.path", "data/finance_sample.csv"]) == parse_config([])
+
+
+def test_a_second_file_with_rows_of_its_own_is_used_whole_beside_a_preset(config_file):
+    own = config_file("data:\n  path: my.csv\n  num_samples: 5\n")
+    config = parse_config(["--config", str(ROOT / "configs" / "finance_alpaca.yaml"), "--config", own])
+    assert config.data == DataConfig(path="my.csv", num_samples=5)
+    assert config.optim.learning_rate == 2e-5
+
+
+def test_a_file_of_ones_own_is_used_as_it_is_written_whatever_the_path(config_file):
+    file = config_file(
+        "data:\n  path: my.csv\n  system_prompt: Be brief.\n  num_samples: 5\neval:\n  every: 3\n"
+    )
+    expected = DataConfig(path="my.csv", system_prompt="Be brief.", num_samples=5)
+    assert parse_config(["--config", file]).data == expected
+    other = ["--config", file, "--data.path", "other.csv"]
+    assert parse_config(other).data == DataConfig(path="other.csv", system_prompt="Be brief.", num_samples=5)
+    assert parse_config(other).eval == EvalConfig(every=3)
+    assert unused_preset_settings(other) == []
+
+
 def test_the_folder_of_configs_holds_the_default():
     assert ROOT / "configs" / "quickstart.yaml" in CONFIG_FILES
 
 
 def run_program(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The real command line, in an empty folder that is also the home and the cache."""
-    places = {"HOME": str(folder), "XDG_CACHE_HOME": str(folder), "HF_HOME": str(folder)}
+    return run_command([sys.executable, str(ROOT / "train.py"), *arguments], folder, folder)
+
+
+def run_command(command: list[str], cwd: Path, home: Path) -> subprocess.CompletedProcess[str]:
+    """A command of a user who has set up nothing."""
+    places = {"HOME": str(home), "XDG_CACHE_HOME": str(home), "HF_HOME": str(home)}
     return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
-        cwd=folder,
+        command,
+        cwd=cwd,
         env={**os.environ, **places},
         capture_output=True,
         text=True,
@@ -592,3 +673,88 @@ def test_with_debug_the_real_command_line_shows_the_traceback_as_well(tmp_path):
     assert "check_config" in ended.stderr
     assert ended.stderr.endswith("\nerror: lora.r must be at least 1, not 0\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def documented_commands() -> list[list[str]]:
+    """The ways to start train.py that the project's files name, without its arguments."""
+    files = [*CONFIG_FILES, ROOT / "accelerate_config.yaml", ROOT / "train.py"]
+    texts = [file.read_text(encoding="utf-8").splitlines()[0] for file in files]
+    found = [re.search(r"(?:python|accelerate launch).*?train\.py", text) for text in texts]
+    return [shlex.split(command) for command in sorted({match[0] for match in found if match})]
+
+
+def installed(command: list[str]) -> list[str]:
+    """The command as this environment has it."""
+    program, *rest = command
+    return (
+        [sys.executable, *rest]
+        if program == "python"
+        else [str(Path(sys.executable).parent / program), *rest]
+    )
+
+
+def test_the_project_names_a_command_without_the_launcher_and_one_with_it():
+    assert sorted(command[0] for command in documented_commands()) == ["accelerate", "python"]
+
+
+@pytest.mark.parametrize("command", documented_commands(), ids=" ".join)
+def test_each_documented_command_answers_a_mistake_with_one_line_and_nothing_else(command, tmp_path):
+    ended = run_command([*installed(command), "--optim.lr", "1"], ROOT, tmp_path)
+    assert ended.returncode != 0
+    assert ended.stderr == "error: unknown key optim.lr; the nearest is optim.learning_rate\n"
+    assert ended.stdout == ""
+
+
+@pytest.mark.parametrize("command", documented_commands(), ids=" ".join)
+def test_each_documented_command_shows_nothing_before_what_the_program_says(command, tmp_path):
+    ended = run_command([*installed(command), "--help"], ROOT, tmp_path)
+    assert ended.returncode == 0
+    assert ended.stdout.startswith("usage: train.py ")
+    assert ended.stderr == ""
+
+
+def test_the_launcher_without_any_option_starts_the_program_too(tmp_path):
+    ended = run_command([*installed(["accelerate", "launch", "train.py"]), "--help"], ROOT, tmp_path)
+    assert ended.returncode == 0
+    assert ended.stdout.startswith("usage: train.py ")
+
+
+SLOW_IMPORTS = {"torch", "transformers", "datasets", "pandas", "numpy", "accelerate", "scipy"}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train.py", "--optim.lr", "1"],
+        ["train.py", "--lora.r", "0"],
+        ["train.py", "--help"],
+        *(["-m", "finetune", name, "--optim.lr", "1"] for name in ("audit", "plan", "verify")),
+        ["-m", "finetune", "plan", "--gib", "6", "--lora.r=x"],
+        ["-m", "finetune", "--help"],
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_and_help_are_answered_before_the_slow_imports(command, tmp_path):
+    ended = run_command([sys.executable, "-X", "importtime", *command], ROOT, tmp_path)
+    assert ended.returncode == (0 if "--help" in command else 2)
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in ended.stderr.splitlines()}
+    assert "finetune" in imported
+    assert imported & SLOW_IMPORTS == set()
+
+
+def test_a_run_on_other_rows_than_the_presets_says_what_is_not_used_before_it_starts(capfd):
+    check_settings(["--data.path", "my.csv"])
+    printed = capfd.readouterr()
+    assert printed.err.startswith("not used for my.csv: data.system_prompt, data.num_samples, eval.every")
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+
+
+def test_of_the_ranks_of_a_run_the_first_one_alone_answers_a_mistake(tmp_path, monkeypatch):
+    """All get the same arguments, and the launcher ends the others when one has failed."""
+    monkeypatch.setenv("RANK", "1")
+    check_settings(["--optim.lr", "1"])
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit) as caught:
+        check_settings(["--optim.lr", "1"])
+    assert caught.value.code == 2

@@ -1,11 +1,16 @@
 """How a command ends: exit codes, and one line for what a user can mend."""
 
 import argparse
+import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import zip_longest
 from typing import Any, NoReturn
+
+from finetune.config_parsing import unused_preset_settings
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -33,6 +38,32 @@ def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
         return _end(argv, f"stopped: {error}", 1)
     except KeyboardInterrupt:
         return _end(argv, "stopped", 130)
+
+
+def check_settings(argv: Sequence[str]) -> None:
+    """Exit with one line if the configuration is wrong; print which settings of a preset do not apply.
+
+    Called before the slow imports. The ranks of a run get the same arguments, so that only the first checks
+    them: when it fails, its launcher ends the others.
+    """
+    if os.environ.get("RANK", "0") == "0" and (code := run_command(_print_unused_settings, argv)):
+        sys.exit(code)
+
+
+def _print_unused_settings(argv: Sequence[str]) -> None:
+    for remark in unused_preset_settings(argv):
+        print(remark, file=sys.stderr, flush=True)
+
+
+def settings_among(argv: Sequence[str]) -> list[str]:
+    """`--config` and the keys with a dot: what a command surely leaves to the configuration."""
+    settings: list[str] = []
+    for argument, following in zip_longest(argv, argv[1:]):
+        if re.match(r"--(config|\w+\.[\w.+]*)(=|$)", argument):
+            settings.append(argument)
+            if "=" not in argument and following is not None:
+                settings.append(following)
+    return settings
 
 
 def config_parser(command: str, options: str, description: str) -> CommandParser:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import require_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,6 +26,7 @@ fp32_and_bf16 = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def _with_kernels() -> None:
+    require_compiler()
     kernels.enable()
 
 
