@@ -29,7 +29,7 @@ class TokenSums:
 class TokenLoss(nn.Module):
     """A causal language model with the loss inside, so that DDP wraps both and no logits leave it.
 
-    As it is made, it computes everything the plain way: `fast_paths.choose_fast_paths` sets what may be faster.
+    A new one takes the reference paths; `fast_paths.choose_fast_paths` enables the fast ones.
     """
 
     def __init__(self, model: nn.Module) -> None:
