@@ -2,16 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate, takewhile
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from finetune.data.plan import Indices, Plan, Update
-from finetune.data.tokenize import IGNORE
-
-MIN_SHARED = 8  # tokens; a shorter prefix is not worth sharing
+from finetune.data.tokenize import IGNORE, MIN_SHARED, common_prefix, first_target
 
 
 class Boundaries(NamedTuple):
@@ -96,20 +94,14 @@ def pack(examples: Sequence[dict[str, Any]]) -> MicroBatch:
 
 
 def shared_prefix(examples: Sequence[dict[str, Any]]) -> int:
-    """Length of the prefix that all examples share, up to the first that predicts a target; 0 if below
-    MIN_SHARED."""
+    """Tokens that all examples begin with and that predict no target; 0 if below MIN_SHARED."""
     if len(examples) < 2:
         return 0
-    # The last shared token predicts the first one that is not, so that must not be a target either.
-    most = min(_first_target(example["labels"]) for example in examples) - 1
-    columns = zip(*(example["input_ids"][:most] for example in examples), strict=False)
-    prefix = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
-    return prefix if prefix >= MIN_SHARED else 0
-
-
-def _first_target(labels: Sequence[int]) -> int:
-    """The position of the first target; the length if there is none."""
-    return next((place for place, label in enumerate(labels) if label != IGNORE), len(labels))
+    prefix: list[int] = examples[0]["input_ids"]
+    for example in examples:
+        # The last shared token predicts the first one that is not, so that must not be a target either.
+        prefix = common_prefix(prefix, example["input_ids"][: max(0, first_target(example["labels"]) - 1)])
+    return len(prefix) if len(prefix) >= MIN_SHARED else 0
 
 
 def pad(examples: Sequence[dict[str, Any]]) -> MicroBatch:

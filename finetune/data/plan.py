@@ -7,6 +7,7 @@ tokens, however they are packed, padded, split into micro-batches or distributed
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from heapq import heapreplace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +61,8 @@ class Plan:
     max_steps: int | None = None
     rank: int = 0
     num_processes: int = 1
+    shared_prefix: int = 0
+    """Tokens that all examples begin with: once in a packed sequence"""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -81,10 +84,10 @@ class Plan:
         epoch, position = divmod(step, self.steps_per_epoch)
         order = epoch_order(self.seed, epoch, len(self.lengths))
         examples = order[position * self.global_batch_size :][: self.global_batch_size]
-        mine = balance_over_ranks(examples, self.lengths, self.num_processes)[self.rank]
+        mine = balance(examples, self.lengths, self.num_processes)[self.rank]
         return Update(
             epoch=epoch,
-            micro_batches=lay_out(mine, self.lengths, self.layout) or [[]],
+            micro_batches=lay_out(mine, self.lengths, self.layout, self.shared_prefix) or [[]],
             num_target_tokens=int(self.target_counts[examples].sum()),
             num_tokens=int(self.lengths[examples].sum()),
         )
@@ -107,6 +110,7 @@ def make_plan(config: Config, train_set: Examples, packing: bool, rank: int, num
         seed=train.seed,
         rank=rank,
         num_processes=num_processes,
+        shared_prefix=train_set.shared_prefix,
     )
 
 
@@ -116,54 +120,74 @@ def epoch_order(seed: int, epoch: int, num_examples: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(num_examples)
 
 
-def balance_over_ranks(
-    examples: Iterable[int], lengths: NDArray[np.int64], num_processes: int
+def balance(examples: Iterable[int], lengths: NDArray[np.int64], count: int) -> list[Indices]:
+    """Split examples into `count` groups of about equal tokens: longest first, to the least-loaded group."""
+    groups: list[Indices] = [[] for _ in range(count)]
+    loads = [(0, group) for group in range(count)]  # a heap: of equal loads, the first group
+    for example in longest_first(examples, lengths):
+        load, group = loads[0]
+        groups[group].append(example)
+        heapreplace(loads, (load + int(lengths[example]), group))
+    return groups
+
+
+def longest_first(examples: Iterable[int], lengths: NDArray[np.int64]) -> Indices:
+    return sorted(map(int, examples), key=lambda i: (-int(lengths[i]), i))
+
+
+def lay_out(
+    examples: Indices, lengths: NDArray[np.int64], layout: Layout, shared_prefix: int
 ) -> list[Indices]:
-    """Balance tokens across ranks: longest example first, to the least-loaded rank."""
-    shares: list[Indices] = [[] for _ in range(num_processes)]
-    loads = [0] * num_processes
-    for example in sorted(map(int, examples), key=lambda i: (-int(lengths[i]), i)):
-        lightest = loads.index(min(loads))
-        shares[lightest].append(example)
-        loads[lightest] += int(lengths[example])
-    return shares
+    """Split examples into micro-batches within the layout's limits: as few, and then as even, as they can be.
 
-
-def lay_out(examples: Indices, lengths: NDArray[np.int64], layout: Layout) -> list[Indices]:
-    """Split examples into micro-batches within the layout's limits.
-
-    Packed sequences are filled by first-fit decreasing: deterministic, with little waste.
+    In a packed sequence the `shared_prefix` of all examples counts once. Packed sequences are balanced groups
+    where these fit, and first-fit decreasing otherwise.
     """
-    longest_first = sorted(examples, key=lambda i: (-int(lengths[i]), i))
     assert all(lengths[i] <= layout.max_tokens for i in examples), "max_length is within the budget"
-    batches: list[Indices] = []
-    loads: list[int] = []  # tokens in each
-    for example in longest_first:
+    if not layout.packing:
+        return _pad_to_width(examples, lengths, layout)
+    own, budget = lengths - shared_prefix, layout.max_tokens - shared_prefix
+    first_fit = _first_fit(examples, own, budget)
+    # First-fit fills all but the last group, and may need one more than balanced groups do.
+    for count in range(-(-int(own[examples].sum()) // budget), len(first_fit) + 1):
+        groups = balance(examples, own, count)
+        if all(own[group].sum() <= budget for group in groups):
+            return groups
+    return first_fit
+
+
+def _first_fit(examples: Indices, lengths: NDArray[np.int64], budget: int) -> list[Indices]:
+    """Groups of at most `budget` tokens, by first-fit decreasing."""
+    groups: list[Indices] = []
+    loads: list[int] = []
+    for example in longest_first(examples, lengths):
         length = int(lengths[example])
-        if layout.packing:
-            fitting = (n for n, load in enumerate(loads) if load + length <= layout.max_tokens)
-        else:
-            # Only the last one is open: its first example is its longest, and so its width.
-            last = len(batches) - 1
-            fitting = (
-                n
-                for n in range(max(last, 0), len(batches))
-                if len(batches[n]) < layout.micro_batch_size
-                and (len(batches[n]) + 1) * int(lengths[batches[n][0]]) <= layout.max_tokens
-            )
-        place = next(fitting, None)
+        place = next((n for n, load in enumerate(loads) if load + length <= budget), None)
         if place is None:
-            batches.append([example])
+            groups.append([example])
             loads.append(length)
         else:
-            batches[place].append(example)
+            groups[place].append(example)
             loads[place] += length
-    return batches
+    return groups
+
+
+def _pad_to_width(examples: Indices, lengths: NDArray[np.int64], layout: Layout) -> list[Indices]:
+    """Groups of neighbours in length: the first of a group is its longest, and so its width."""
+    groups: list[Indices] = []
+    for example in longest_first(examples, lengths):
+        last = groups[-1] if groups else []
+        padded = (len(last) + 1) * int(lengths[last[0]]) if last else 0
+        if last and len(last) < layout.micro_batch_size and padded <= layout.max_tokens:
+            last.append(example)
+        else:
+            groups.append([example])
+    return groups
 
 
 def plan_evaluation(plan: Plan, eval_set: Examples) -> list[Indices]:
     """The eval examples of this rank, laid out as in training: each example is in exactly one micro-batch of
     one rank."""
     lengths = eval_set.lengths
-    shares = balance_over_ranks(range(len(lengths)), lengths, plan.num_processes)
-    return lay_out(shares[plan.rank], lengths, plan.layout)
+    shares = balance(range(len(lengths)), lengths, plan.num_processes)
+    return lay_out(shares[plan.rank], lengths, plan.layout, eval_set.shared_prefix)

@@ -9,9 +9,10 @@ any template, including those whose prompt is not a prefix of the whole conversa
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from finetune.config import DataConfig
 IGNORE = -100  # the label of a token without loss, as everywhere in PyTorch
 # Whose text a token belongs to: a turn of that role, of any other role, or the template.
 ROLES = ("system", "user", "assistant", "other", "template")
+MIN_SHARED = 8  # tokens; a shorter prefix is not worth sharing
 CACHE_VERSION = 1  # incremented when the same row would yield other tokens or labels than before
 
 Message = dict[str, str]
@@ -62,9 +64,34 @@ class Examples:
         return np.array(counts, dtype=np.int64)
 
     @cached_property
+    def shared_prefix(self) -> int:
+        """Tokens that all examples begin with and that predict no target; 0 if below MIN_SHARED."""
+        if len(self.dataset) == 0:
+            return 0
+        prefix: list[int] = self.dataset[0]["input_ids"]
+        for input_ids, labels in zip(self.dataset["input_ids"], self.dataset["labels"], strict=True):
+            # The last shared token predicts the first one that is not, so that must not be a target either.
+            prefix = common_prefix(prefix, input_ids[: max(0, first_target(labels) - 1)])
+            if not prefix:
+                break
+        return len(prefix) if len(prefix) >= MIN_SHARED else 0
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all token ids and labels, in order."""
         return _digest(self.dataset.select_columns(["input_ids", "labels"]))
+
+
+def common_prefix(first: list[int], second: list[int]) -> list[int]:
+    """What both lists begin with."""
+    if first == second[: len(first)]:
+        return first
+    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))]
+
+
+def first_target(labels: Sequence[int]) -> int:
+    """The position of the first target; the length if there is none."""
+    return next((position for position, label in enumerate(labels) if label != IGNORE), len(labels))
 
 
 def to_messages(row: Mapping[str, Any], system_prompt: str | None) -> list[Message]:

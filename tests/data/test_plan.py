@@ -24,7 +24,7 @@ from finetune.data.collate import (
 from finetune.data.plan import (
     Layout,
     Plan,
-    balance_over_ranks,
+    balance,
     epoch_order,
     lay_out,
     make_plan,
@@ -187,18 +187,53 @@ def test_the_epoch_order_is_the_one_that_runs_on_disk_were_trained_in():
 @any_plan
 @given(lengths_of_examples, st.integers(1, 6))
 def test_processes_get_about_as_many_tokens(lengths, num_processes):
-    shares = balance_over_ranks(range(len(lengths)), np.array(lengths), num_processes)
+    shares = balance(range(len(lengths)), np.array(lengths), num_processes)
     assert sorted(example for share in shares for example in share) == list(range(len(lengths)))
     loads = [sum(lengths[i] for i in share) for share in shares]
     assert max(loads) - min(loads) <= max(lengths)
 
 
+def fewest_groups(sizes: list[int], budget: int) -> int:
+    """The smallest number of groups of at most `budget`, by trying them all."""
+
+    def fits(rest: list[int], loads: list[int]) -> bool:
+        return not rest or any(
+            load + rest[0] <= budget and fits(rest[1:], [*loads[:n], load + rest[0], *loads[n + 1 :]])
+            for n, load in enumerate(loads)
+        )
+
+    return next(count for count in range(1, len(sizes) + 1) if fits(sizes, [0] * count))
+
+
 @any_plan
-@given(lengths_of_examples, layouts)
-def test_no_two_packed_rows_would_fit_into_one(lengths, layout):
-    rows = lay_out(list(range(len(lengths))), np.array(lengths), replace(layout, packing=True))
-    loads = sorted(sum(lengths[i] for i in row) for row in rows)
-    assert len(loads) == 1 or loads[0] + loads[1] > layout.max_tokens
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=7), st.integers(0, 10), st.integers(0, 25))
+def test_packed_micro_batches_are_as_few_and_then_as_even_as_they_can_be(own, prefix, spare):
+    lengths, budget = np.array(own) + prefix, max(own) + prefix + spare
+    layout = Layout(packing=True, micro_batch_size=1, max_tokens=budget)
+    groups = lay_out(list(range(len(own))), lengths, layout, prefix)
+    loads = [sum(own[i] for i in group) for group in groups]
+    assert sorted(i for group in groups for i in group) == list(range(len(own)))
+    assert max(loads) + prefix <= budget
+    assert len(groups) <= fewest_groups(own, budget - prefix) * 11 / 9 + 1
+    balanced = balance(range(len(own)), np.array(own), len(groups))
+    most_even = max(sum(own[i] for i in group) for group in balanced)
+    assert max(loads) == most_even or most_even + prefix > budget
+
+
+@pytest.mark.parametrize(
+    ("own", "prefix", "budget", "expected"),
+    [
+        ([826, 69], 0, 1024, [895]),  # one pass over all weights, not two
+        ([100] * 8, 40, 840, [800]),  # the prefix is there once: 840 tokens, not 1,120
+        ([100] * 8, 40, 839, [400, 400]),  # not 700 and 100
+        ([4, 4, 3, 3, 2, 2], 0, 9, [9, 9]),  # first-fit decreasing needs three
+        ([], 0, 10, []),
+    ],
+)
+def test_an_update_is_cut_into_even_micro_batches(own, prefix, budget, expected):
+    layout = Layout(packing=True, micro_batch_size=1, max_tokens=budget)
+    groups = lay_out(list(range(len(own))), np.array(own, dtype=np.int64) + prefix, layout, prefix)
+    assert [sum(own[i] for i in group) for group in groups] == expected
 
 
 @any_plan
@@ -213,7 +248,8 @@ def test_evaluation_covers_every_example_exactly_once_within_the_limits(lengths,
 def eval_set_of(lengths: list[int]) -> Examples:
     """Examples of these lengths, of the rows 100, 101, ..."""
     ids = [[0] * length for length in lengths]
-    dataset = Dataset.from_dict({"input_ids": ids, "row_number": list(range(100, 100 + len(ids)))})
+    numbers = list(range(100, 100 + len(ids)))
+    dataset = Dataset.from_dict({"input_ids": ids, "labels": ids, "row_number": numbers})
     return Examples(dataset, truncated=[], dropped={})
 
 
@@ -435,3 +471,17 @@ def test_updates_from_the_middle_of_a_run_are_those_of_the_whole_run(packing):
             assert_equal(batch, collate([dataset[i] for i in indices], packing))
     for (_, batches), (_, expected) in zip(later, whole[4:], strict=True):
         assert [b.input_ids.tolist() for b in batches] == [b.input_ids.tolist() for b in expected]
+
+
+with_a_target = examples_with_tokens.filter(lambda example: any(x != IGNORE for x in example["labels"]))
+
+
+@any_examples
+@given(st.data())
+def test_the_shared_prefix_of_a_data_set_is_that_of_any_two_of_its_examples_or_shorter(data):
+    beginning = data.draw(st.lists(st.integers(0, 50), max_size=20))
+    examples = behind(beginning, data.draw(st.lists(with_a_target, min_size=2, max_size=6)))
+    dataset = Dataset.from_list([{**example, "row_number": 1} for example in examples])
+    found = Examples(dataset, truncated=[], dropped={}).shared_prefix
+    assert found == shared_prefix(examples)
+    assert all(found <= shared_prefix([one, other]) for one in examples for other in examples)
