@@ -23,14 +23,7 @@ from finetune.data.collate import iterate_updates
 from finetune.data.plan import Plan, make_plan
 from finetune.data.splits import load_data
 from finetune.model.fast_paths import choose_fast_paths
-from finetune.model.load import (
-    base_fingerprint,
-    check_vocabulary,
-    describe_base,
-    load_model,
-    load_tokenizer,
-    training_flop,
-)
+from finetune.model.load import base_fingerprint, check_vocabulary, describe_base, load_model, load_tokenizer
 from finetune.model.loss import TokenLoss
 from finetune.report.model_card import model_card
 from finetune.report.page import leave_report
@@ -42,7 +35,7 @@ from finetune.run.opening import RunFacts, open_run
 from finetune.run.tracker import Tracker
 from finetune.runtime import accelerator as machine
 from finetune.runtime.choice import require_as_requested
-from finetune.runtime.memory import peak_memory_gib
+from finetune.runtime.memory import peak_memory_gib, release_freed_memory
 from finetune.runtime.processes import on_main
 from finetune.runtime.signals import StopRequest
 from finetune.training.metrics import Stopwatch, SumWindow, all_finite
@@ -95,7 +88,7 @@ def train(config: Config) -> int:
     with Tracker(accelerator, config, plan, state.step) as tracker, stop:
         evaluator = Evaluator(accelerator, config, token_loss, tokenizer, plan, data, tracker, stop, history)
         evaluator.run_if_due(state, checkpointer)  # before training
-        stopwatch = Stopwatch(training_flop(model), flop_per_second)
+        stopwatch = Stopwatch(model, flop_per_second)
         for update, micro_batches in iterate_updates(plan, data.train.dataset, state.step, device):
             if stop.should_stop() or evaluator.is_over(state.step):
                 break
@@ -122,6 +115,7 @@ def train(config: Config) -> int:
             optimizer.step()
             optimizer.zero_grad()
             state.step += 1
+            release_freed_memory(state.step)
 
             stopwatch.count(update.num_tokens, micro_batches)
             tracker.advance(state.step)

@@ -1,11 +1,34 @@
 """Memory of this process: its peak, on a GPU or in RAM."""
 
+import ctypes
 import resource
+from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 
 import torch
 
 GIB = 2**30
+UPDATES_BETWEEN_RELEASES = 20
+
+
+def release_freed_memory(step: int) -> None:
+    """Return to the system, every few updates, what the C allocator keeps of freed memory.
+
+    Updates differ in their number of tokens, and so do their tensors: glibc's heap fragments, and resident
+    memory would grow with the number of updates. Other C libraries are left alone.
+    """
+    if step % UPDATES_BETWEEN_RELEASES == 0 and (malloc_trim := _malloc_trim()) is not None:
+        malloc_trim(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """glibc's function of this name (malloc_trim(3))."""
+    try:
+        return getattr(ctypes.CDLL(None), "malloc_trim", None)
+    except (OSError, TypeError):  # no library is loaded under that name
+        return None
 
 
 def peak_memory_gib(device: torch.device) -> float:

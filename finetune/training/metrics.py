@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.collate import MicroBatch
+from finetune.model.load import training_flop
 from finetune.model.loss import TokenSums
 from finetune.runtime.processes import all_reduce_max
 
@@ -72,21 +73,20 @@ def all_finite(accelerator: Any, window: SumWindow, grad_norm: Tensor) -> bool:
 
 
 class Stopwatch:
-    """Speed since the last reading, of training alone: not of evaluating, not of saving.
+    """Speed of training since the last reading, without the time of evaluations and checkpoints.
 
-    `flop` are what a token and a target token take (`model.training_flop`), `flop_per_second` is what this
-    process's device multiplies at (`machine.matmul_rate`).
+    `flop_per_second` is the matmul rate of this rank's device (`accelerator.matmul_rate`).
     """
 
-    def __init__(self, flop: tuple[int, int], flop_per_second: float) -> None:
-        self._flop, self._flop_per_second = flop, flop_per_second
+    def __init__(self, model: Any, flop_per_second: float) -> None:
+        self._flop, self._flop_per_second = training_flop(model), flop_per_second
         self._started = time.perf_counter()
         self._num_tokens = self._num_flop = 0
 
     def count(self, num_tokens: int, micro_batches: Sequence[MicroBatch]) -> None:
-        """Add an update: the tokens of its examples, of all processes, and this process's micro-batches.
+        """Add an update: the tokens of its examples over all ranks, and the micro-batches of this rank.
 
-        Padding counts in neither, and of a beginning that examples share the work counts once.
+        Padding counts in neither. The work on a shared prefix counts once.
         """
         per_token, per_target = self._flop
         self._num_tokens += num_tokens

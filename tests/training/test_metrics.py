@@ -110,6 +110,12 @@ def test_adding_does_not_wait_for_the_device():
 # Stopwatch
 
 
+@pytest.fixture(autouse=True)
+def _flop_of_a_model(monkeypatch):
+    """What a token and a target token take stands here for the model."""
+    monkeypatch.setattr("finetune.training.metrics.training_flop", lambda flop: flop)
+
+
 class Clock:
     """Tells the time it is told."""
 
