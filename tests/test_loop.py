@@ -10,7 +10,6 @@ import torch
 from conftest import EVAL_METRICS, TRAIN_METRICS, read_metrics
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -542,7 +541,7 @@ def test_on_a_quantized_base_the_adapter_is_all_that_trains(run_train, monkeypat
 def test_eval_rows_that_are_trained_on_too_are_reported_and_the_loss_is_given_without_them(
     run_train, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("finetune.runtime.console.console", Console(width=250, highlight=False))
+    monkeypatch.setattr("finetune.runtime.console.console._width", 250)
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefghijklmno"), size=7)) for _ in range(70)]
     rows = [{"instruction": " ".join(words[5 * n : 5 * n + 5]), "output": "No."} for n in range(14)]

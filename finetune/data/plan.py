@@ -185,9 +185,9 @@ def _pad_to_width(examples: Indices, lengths: NDArray[np.int64], layout: Layout)
     return groups
 
 
-def plan_evaluation(plan: Plan, eval_set: Examples) -> list[Indices]:
-    """The eval examples of this rank, laid out as in training: each example is in exactly one micro-batch of
-    one rank."""
+def plan_evaluation(plan: Plan, eval_set: Examples, most: int | None = None) -> list[Indices]:
+    """The eval examples of this rank, laid out as in training: each example, or of the first `most`, is in
+    exactly one micro-batch of one rank."""
     lengths = eval_set.lengths
-    shares = balance(range(len(lengths)), lengths, plan.num_processes)
+    shares = balance(range(len(lengths[:most])), lengths, plan.num_processes)
     return lay_out(shares[plan.rank], lengths, plan.layout, eval_set.shared_prefix)

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.ops.lora import int8_matmul_off
 from finetune.ops.quantized import dequantized
@@ -14,18 +15,45 @@ from finetune.ops.quantized import dequantized
 def in_fp32(model: nn.Module) -> Iterator[None]:
     """Compute in fp32 with the weights as they are, quantized or rounded, on the fast and reference paths.
 
-    The parameters are fp32 inside and get their own dtypes and values back: 16 bits to fp32 and back loses
-    nothing. Quantized weights stay as they are and are dequantized for each multiplication. Autocast is off
-    on the model's device; a context that is entered inside must not turn it on again.
+    The parameters of one module at a time are fp32, while it computes. Quantized weights are dequantized for
+    each multiplication. Autocast is off on the model's device; a context that is entered inside must not turn
+    it on again.
     """
-    parameters = [p for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32]
-    dtypes = [parameter.dtype for parameter in parameters]
+    handles = [
+        handle
+        for module in model.modules()
+        if (parameters := _rounded_parameters(module))
+        for handle in _compute_in_fp32(module, parameters)
+    ]
     device = next(model.parameters()).device
     try:
-        for parameter in parameters:
-            parameter.data = parameter.data.float()
         with dequantized(model), int8_matmul_off(model), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for parameter, dtype in zip(parameters, dtypes, strict=True):
-            parameter.data = parameter.data.to(dtype)
+        for handle in handles:
+            handle.remove()
+
+
+def _rounded_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The module's own parameters in 16 bits."""
+    own = module.parameters(recurse=False)
+    return [p for p in own if p.is_floating_point() and p.dtype != torch.float32]
+
+
+def _compute_in_fp32(module: nn.Module, parameters: list[nn.Parameter]) -> list[Any]:
+    """Hooks that give the module fp32 copies of its parameters while its forward method runs."""
+    originals: list[Tensor] = []
+
+    def to_fp32(*_: Any) -> None:
+        originals[:] = [parameter.data for parameter in parameters]
+        for parameter in parameters:
+            parameter.data = parameter.data.float()
+
+    def restore(*_: Any) -> None:
+        for parameter, original in zip(parameters, originals, strict=True):
+            parameter.data = original
+
+    return [
+        module.register_forward_pre_hook(to_fp32),
+        module.register_forward_hook(restore, always_call=True),
+    ]

@@ -26,6 +26,7 @@ from finetune.report.records import (
     median,
     peak_memory_gib,
     read_record,
+    rounding,
 )
 from finetune.runtime.console import console, say
 
@@ -122,11 +123,11 @@ def _figures(record: Record) -> list[Cell]:
     found = changes(record)
     if not found:
         return [updates, Cell("none"), Cell(""), Cell("")]
-    loss, accuracy = found["loss"], found["mean_token_accuracy"]
+    loss, accuracy, last = found["loss"], found["mean_token_accuracy"], record.eval_lines[-1]
     change = loss.change if record.eval_lines[0]["step"] == 0 else None
     return [
         updates,
-        Cell(f"{loss.last.value:.4f}", between(loss.last, 3)),
+        Cell(f"{loss.last.value:.4f}", "; ".join(filter(None, (between(loss.last, 3), rounding(last))))),
         Cell(f"{accuracy.last.value:.4f}"),
         Cell("") if change is None else Cell(signed(change.value, 3), between(change, 3, sign=True)),
     ]

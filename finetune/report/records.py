@@ -186,6 +186,11 @@ def have_same_eval_data(record: Record, other: Record) -> bool:
     return eval_data == other_data and sums is not None and others is not None and are_same_rows(sums, others)
 
 
+def rounding(line: dict[str, Any]) -> str:
+    """The measured error of an eval line's loss, in words; empty for one computed in fp32."""
+    return f"± {line['loss_error']:.4f} by rounding" if "loss_error" in line else ""
+
+
 def median(record: Record, metric: str) -> float | None:
     """Of a metric of the train lines; None where no line has it."""
     values = [line[metric] for line in record.train_lines if line.get(metric) is not None]

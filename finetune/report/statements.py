@@ -8,8 +8,9 @@ from typing import NamedTuple
 from finetune.config import Config
 from finetune.data.files import described
 from finetune.report.intervals import Interval, between, signed
-from finetune.report.records import Change, Record
+from finetune.report.records import Change, Record, rounding
 from finetune.run.summary import launch_command
+from finetune.training.evaluate import best_of
 
 Facts = Sequence[tuple[str, str]]
 
@@ -134,7 +135,13 @@ def notes(record: Record) -> list[str]:
         losses = [lines[-1]] if len(lines) == 1 else [lines[0], lines[-1]]
         values = " and ".join(f"{line['loss_without_leaks']:.4f} {_after(line['step'])}" for line in losses)
         remarks.append(f"Without the eval rows that are trained on too, the loss is {values}.")
-    best = min(lines, key=lambda line: float(line["loss"]))
+    if error := rounding(lines[-1]):
+        precision = record.config.train.mixed_precision
+        remarks.append(
+            f"The eval loss is computed in {precision}, {error}, as estimated from some examples in fp32; "
+            "--eval.precision fp32 avoids it."
+        )
+    best = best_of(lines)
     if best is not lines[-1]:
         remarks.append(f"The lowest eval loss of the run was {best['loss']:.4f}, {_after(best['step'])}.")
     return remarks

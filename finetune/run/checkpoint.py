@@ -20,6 +20,7 @@ from torch import Tensor
 from finetune.config import CheckpointConfig, Config
 from finetune.runtime.files import atomic_folder, file_sha256, tensor_bytes
 from finetune.runtime.processes import on_main
+from finetune.training.evaluate import best_of
 from finetune.training.metrics import SumWindow
 from finetune.training.optim import GroupedAdamW8bit, state_bytes
 
@@ -166,13 +167,14 @@ def save_checkpoint(
 
 
 def best_first(run_dir: Path, history: History) -> Iterator[tuple[Path, str | None]]:
-    """The evaluated checkpoints, each with its fault: by eval loss, the oldest of equals first, up to the
-    first intact one.
+    """The evaluated checkpoints, each with its fault, up to the first intact one: the best, as `best_of`
+    finds it, then by eval loss, the oldest of equals first.
 
     Of step 0 there is no checkpoint.
     """
     trained = [entry for entry in history if entry["step"] > 0]
-    for entry in sorted(trained, key=lambda entry: (entry["loss"], entry["step"])):
+    others = sorted(trained, key=lambda entry: (entry["loss"], entry["step"]))
+    for entry in [best_of(trained), *others] if trained else []:
         folder = checkpoint_dir(run_dir, entry["step"])
         fault = fault_of(folder)
         yield folder, fault

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from finetune.config import Config
-from finetune.data.plan import Plan, plan_evaluation
+from finetune.data.plan import Indices, Plan, plan_evaluation
 from finetune.data.splits import Data
 from finetune.model.generate import generate_answers
 from finetune.model.loss import TokenLoss
@@ -11,7 +13,15 @@ from finetune.run.checkpoint import Checkpointer, History, TrainState
 from finetune.run.tracker import Tracker
 from finetune.runtime.processes import on_main
 from finetune.runtime.signals import StopRequest
-from finetune.training.evaluate import evaluate, evaluation_metrics, is_out_of_patience, pick_conversations
+from finetune.training.evaluate import (
+    evaluate,
+    evaluation_metrics,
+    is_out_of_patience,
+    loss_error,
+    pick_conversations,
+)
+
+PROBED = 16  # eval examples that are computed in fp32 too, to measure the error of the others
 
 
 class Evaluator:
@@ -36,6 +46,8 @@ class Evaluator:
         self._token_loss, self._tokenizer = token_loss, tokenizer
         self._eval_set, self._leaks = data.eval, data.leaks
         self._batches = plan_evaluation(plan, data.eval)
+        self._probe = plan_evaluation(plan, data.eval, PROBED)
+        self._rounds = accelerator.mixed_precision != "no" and config.eval.precision == "run"
         self._conversations = pick_conversations(data.rows.eval, config.data.system_prompt)
         self._tracker, self._stop, self._history = tracker, stop, history
 
@@ -59,20 +71,22 @@ class Evaluator:
 
     def _evaluate(self, step: int) -> None:
         self._tracker.show_activity("evaluating")
-        sums = evaluate(
-            self._accelerator,
-            self._token_loss,
-            self._batches,
-            self._eval_set.dataset,
-            self._plan.layout.packing,
-            self._stop,
-        )
+        sums = self._sums(self._batches, self._config.eval.precision)
         if sums is None:  # stopped midway: it is made when the run resumes
             return
-        self._tracker.write_example_sums(step, self._eval_set, sums)
         metrics = evaluation_metrics(sums, self._eval_set, self._leaks)
+        if self._rounds:
+            exact = self._sums(self._probe, "fp32")
+            if exact is None:
+                return
+            metrics["loss_error"] = loss_error(sums[:PROBED], exact[:PROBED])
+        self._tracker.write_example_sums(step, self._eval_set, sums)
         self._tracker.log("eval", step, metrics)
         self._history.append({"step": step, **metrics})
+
+    def _sums(self, batches: list[Indices], precision: str) -> Tensor | None:
+        dataset, packing = self._eval_set.dataset, self._plan.layout.packing
+        return evaluate(self._accelerator, self._token_loss, batches, dataset, packing, self._stop, precision)
 
     def _write_answers(self, step: int) -> None:
         if self._stop.requested:

@@ -13,11 +13,12 @@ from finetune.data.plan import Plan
 from finetune.run.folder import CONFIG, METRICS
 from finetune.runtime.choice import Choice
 from finetune.runtime.console import console, say, show_choices
-from finetune.training.evaluate import is_out_of_patience
+from finetune.training.evaluate import best_of, is_out_of_patience
 
 # Metric: its name on screen and its format.
 SHOWN = {
     "loss": ("loss", "{:.4f}"),
+    "loss_error": ("±", "{:.4f}"),
     "loss_without_leaks": ("without leaks", "{:.4f}"),
     "mean_token_accuracy": ("accuracy", "{:.4f}"),
     "entropy": ("entropy", "{:.4f}"),
@@ -61,9 +62,9 @@ def show_stop(config: Config, accelerator: Any, step: int) -> None:
 
 def launch_command(run_dir: Path, num_processes: int, on_gpu: bool) -> str:
     """The command that runs the configuration of `run_dir` in `num_processes` processes."""
-    launcher = "accelerate launch"
+    launcher = "python"
     if num_processes > 1:
-        launcher += f" --multi_gpu --num_processes {num_processes}"
+        launcher = f"accelerate launch --multi_gpu --num_processes {num_processes}"
         launcher = launcher if on_gpu else f"torchrun --nproc_per_node {num_processes}"
     return f"{launcher} train.py --config {shlex.quote(str(run_dir / CONFIG))}"
 
@@ -93,9 +94,12 @@ def show_end(
             change = f"{after[key] / before[key] - 1:+.1%}" if before[key] else ""
             table.add_row(name, pattern.format(before[key]), pattern.format(after[key]), change)
         console.print(table)
-    losses = [entry["loss"] for entry in evaluations]
-    if len(losses) > 1 and evaluations[0]["step"] == 0 and losses[0] <= min(losses[1:]):
-        say(f"No evaluation after training had a lower loss than the untrained model's {losses[0]:.4f}.")
+    if len(evaluations) > 1 and evaluations[0]["step"] == 0 and best_of(evaluations) is evaluations[0]:
+        first = evaluations[0]
+        loss = f"{first['loss']:.4f}"
+        if "loss_error" in first:
+            loss += f" by more than the error of both ({first['loss_error']:.4f})"
+        say(f"No evaluation after training had a lower loss than the untrained model's {loss}.")
     if config.checkpoint.keep_best and of_adapter:
         say(f"The adapter is the one after update {adapter_step}, which had the lowest eval loss.")
     say(f"adapter      {run_dir / 'adapter'}")
@@ -107,7 +111,7 @@ def _show_last_step(config: Config, plan: Plan, evaluations: Sequence[dict[str, 
     """Print why the run ended early, if it did."""
     patience = config.train.early_stopping_patience
     if is_out_of_patience(evaluations, patience) and evaluations[-1]["step"] < plan.num_steps:
-        best = min(evaluations, key=lambda entry: entry["loss"])
+        best = best_of(evaluations)
         tried = "the last evaluation" if patience == 1 else f"the last {patience} evaluations"
         say(
             f"Ended early, after update {evaluations[-1]['step']} of {plan.num_steps}: {tried} had no lower "

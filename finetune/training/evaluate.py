@@ -1,6 +1,8 @@
 """Evaluation: exact sums of each eval example, their token-weighted means, and which rows are asked."""
 
-from collections.abc import Container, Sequence
+import math
+from collections.abc import Container, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from finetune.data.collate import iterate_batches
 from finetune.data.plan import Indices
 from finetune.data.tokenize import Examples, Message, to_messages
 from finetune.model.loss import TokenLoss
+from finetune.model.precision import in_fp32
 from finetune.ops.quantized import dropout_off
 from finetune.runtime.signals import StopRequest
 from finetune.training.metrics import COUNT, Metrics, means
@@ -24,20 +27,25 @@ def evaluate(
     dataset: Dataset,
     packing: bool,
     stop: StopRequest | None = None,
+    precision: str = "run",
 ) -> Tensor | None:
     """[E, 4] float64 on the CPU: nll and entropy in nats, correct, and number of the target tokens of each of
     the E examples of `dataset`, with dropout off; None where it was stopped midway.
 
-    `token_loss` is the module itself, not its DDP wrapper: processes may have different numbers of batches.
-    `batches` are this process's share, as `plan_evaluation` gives them; the sums are of all processes.
-    Raises FloatingPointError where the loss is not a finite number.
+    `token_loss` is the module itself, not its DDP wrapper: ranks may have different numbers of batches.
+    `batches` are those of this rank, as `plan_evaluation` returns them; the sums are over all ranks.
+    `precision` is "run", or "fp32" for the same weights computed in fp32.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
     """
     sums = torch.zeros(len(dataset), 4, dtype=torch.float64, device=accelerator.device)
     micro_batches = iterate_batches(batches, dataset, packing, accelerator.device)
-    with dropout_off(token_loss):
+    exact = precision == "fp32"
+    with dropout_off(token_loss), in_fp32(token_loss) if exact else nullcontext():
         pairs = zip(batches, micro_batches, strict=True)
         for indices, batch in pairs if stop is None else stop.until(pairs):
-            with accelerator.autocast():
+            with nullcontext() if exact else accelerator.autocast():
                 values = token_loss.token_stats(batch).double()
             counted = torch.cat([values, torch.ones_like(values[:, :1])], dim=1)
             examples = torch.tensor(indices, device=sums.device)[batch.example_of_target()]
@@ -63,13 +71,42 @@ def evaluation_metrics(sums: Tensor, eval_set: Examples, leaks: Container[int]) 
     return metrics
 
 
+def loss_error(sums: Tensor, exact: Tensor) -> float:
+    """How far the mean loss of an evaluation may be off, in nats, by K of its examples computed in fp32 too.
+
+    sums, exact [K, 4] as `evaluate` returns them, in the run's precision and in fp32. The result is the mean
+    difference per token, plus twice its standard error over the examples.
+    """
+    difference, counts = sums[:, 0] - exact[:, 0], sums[:, COUNT]
+    mean = difference.sum() / counts.sum()
+    standard_error = (difference - mean * counts).square().sum().sqrt() / counts.sum()
+    return float(mean.abs() + 2 * standard_error)
+
+
+def is_lower(entry: Mapping[str, Any], than: Mapping[str, Any]) -> bool:
+    """Whether the loss of an eval line is lower than that of another by more than the error of both."""
+    error = math.hypot(entry.get("loss_error", 0), than.get("loss_error", 0))
+    return bool(than["loss"] - entry["loss"] > error)
+
+
+def best_of(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The eval line of the lowest loss: the first that no later one is lower than by more than the error."""
+    best = evaluations[0]
+    for entry in evaluations[1:]:
+        if is_lower(entry, best):
+            best = entry
+    return best
+
+
 def is_out_of_patience(evaluations: Sequence[dict[str, Any]], patience: int | None) -> bool:
     """Whether the last `patience` evaluations brought no lower loss than the best before them; None never is.
 
-    `evaluations` are eval lines of metrics.jsonl, in order: what a resumed run decides by, too.
+    `evaluations` are eval lines of metrics.jsonl, in order: what a resumed run decides by, too. A loss is
+    lower only by more than the error of both.
     """
-    losses = [entry["loss"] for entry in evaluations]
-    return patience is not None and losses != [] and len(losses) - losses.index(min(losses)) > patience
+    if patience is None or not evaluations:
+        return False
+    return len(evaluations) - evaluations.index(best_of(evaluations)) > patience
 
 
 def pick_conversations(rows: Dataset, system_prompt: str | None, count: int = 10) -> list[list[Message]]:

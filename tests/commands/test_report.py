@@ -139,7 +139,7 @@ def test_data_settings_machine_and_command_are_the_run_s(finished):
     assert f"torch {environment['packages']['torch']}" in said
     optimizer = next(choice for choice in environment["settings"] if choice["name"] == "optimizer")
     assert f"optimizer {optimizer['actual']}" in said
-    again = f"accelerate launch train.py --config {finished}/config.yaml --output_dir {finished}-again"
+    again = f"python train.py --config {finished}/config.yaml --output_dir {finished}-again"
     assert again in said
     assert "Finished, after 6 updates." in said
 
@@ -237,7 +237,7 @@ def test_an_unfinished_run_has_a_report_of_what_there_is(finished):
     said = text_of(report(finished))
     assert "Not finished: this is what there is, logged up to update 2 of 6." in said
     assert "There is one evaluation" in said
-    assert f"To resume accelerate launch train.py --config {finished}/config.yaml " in said
+    assert f"To resume python train.py --config {finished}/config.yaml " in said
     (finished / "metrics.jsonl").unlink()
     (finished / "answers.jsonl").unlink()
     said = text_of(report(finished))

@@ -138,7 +138,7 @@ def test_nothing_but_the_run_itself_is_on_the_screen(run_train, capfd, recwarn):
 @pytest.fixture
 def wide(monkeypatch) -> None:
     """Tables at full width, so that no cell is folded."""
-    monkeypatch.setattr(console, "console", Console(width=250, highlight=False))
+    monkeypatch.setattr(console.console, "_width", 250)
 
 
 def cells(text: str, first: str) -> list[str]:

@@ -9,7 +9,6 @@ import accelerate
 import pytest
 import torch
 from conftest import ROOT, read_metrics
-from rich.console import Console
 
 from finetune.config import ModelConfig
 from finetune.config_parsing import parse_config
@@ -171,7 +170,7 @@ def table_of(text: str) -> dict[str, tuple[str, str, str]]:
 
 @pytest.fixture
 def wide_screen(monkeypatch):
-    monkeypatch.setattr("finetune.runtime.console.console", Console(width=250, highlight=False))
+    monkeypatch.setattr("finetune.runtime.console.console._width", 250)
 
 
 @pytest.mark.usefixtures("wide_screen")

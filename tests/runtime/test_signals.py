@@ -75,7 +75,7 @@ def test_a_signal_ends_the_update_saves_it_and_the_printed_command_goes_on(
     checkpoints = run_dir / "checkpoints"
     assert [path.name for path in checkpoints.glob("*")] == ([f"step_{saved:06d}"] if saved else [])
     command = said.out.splitlines()[-1].strip()
-    assert command == f"accelerate launch train.py --config '{run_dir}/config.yaml'"
+    assert command == f"python train.py --config '{run_dir}/config.yaml'"
     run_train(output_dir=run_dir, **SETTINGS)
     assert values(run_dir) == values(whole)
     ours, theirs = (

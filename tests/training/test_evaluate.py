@@ -1,6 +1,7 @@
 """Evaluation gives the plain numbers however the examples are laid out, and answers do not mix."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,14 @@ from finetune.data.plan import Plan, plan_evaluation
 from finetune.data.tokenize import Examples
 from finetune.model.load import load_model
 from finetune.model.loss import TokenLoss
-from finetune.training.evaluate import evaluate, evaluation_metrics, pick_conversations
+from finetune.training.evaluate import (
+    best_of,
+    evaluate,
+    evaluation_metrics,
+    is_out_of_patience,
+    loss_error,
+    pick_conversations,
+)
 
 NAMES = ("loss", "entropy", "mean_token_accuracy")
 
@@ -232,3 +240,57 @@ def test_few_rows_or_none_give_as_many_conversations():
     rows = Dataset.from_list([{"instruction": "Hi.", "input": None, "output": "Hi."}] * 2)
     assert len(pick_conversations(rows, None, count=3)) == 2
     assert pick_conversations(rows.select([]), None) == []
+
+
+def bf16_int8_loss(tiny_model_dir: Path) -> tuple[TokenLoss, Accelerator]:
+    base = ModelConfig(name_or_path=str(tiny_model_dir), quantization="int8")
+    config = Config(model=base, lora=LoraConfig(r=4, lora_dropout=0.0))
+    return TokenLoss(fill_adapter(load_model(config, "bf16", CPU))), Accelerator(mixed_precision="bf16")
+
+
+def test_in_fp32_the_loss_is_the_same_in_every_layout_and_in_bf16_it_is_not(tiny_model_dir):
+    token_loss, accelerator = bf16_int8_loss(tiny_model_dir)
+    eval_set = eval_set_of(random_examples(LENGTHS, vocabulary=700))
+
+    def loss(layout: Any, precision: str) -> float:
+        plan = plan_for(layout)
+        batches = plan_evaluation(plan, eval_set)
+        dataset, packing = eval_set.dataset, layout.packing
+        sums = evaluate(accelerator, token_loss, batches, dataset, packing, precision=precision)
+        return float(sums[:, 0].sum() / sums[:, 3].sum())
+
+    exact = [loss(layout, "fp32") for layout in LAYOUTS]
+    assert exact == pytest.approx([exact[0]] * len(LAYOUTS), rel=1e-6)
+    rounded = [loss(layout, "run") for layout in LAYOUTS]
+    assert max(abs(a - b) for a, b in zip(rounded, exact, strict=True)) > 1e-4
+    with pytest.raises(AssertionError):
+        assert rounded == pytest.approx([rounded[0]] * len(LAYOUTS), rel=1e-6)
+
+
+def test_the_error_of_a_loss_is_its_mean_difference_and_twice_what_that_may_vary_by():
+    exact = torch.tensor([[10.0, 0, 0, 5], [8.0, 0, 0, 5]], dtype=torch.float64)
+    shifted = exact + torch.tensor([[0.5, 0, 0, 0], [0.5, 0, 0, 0]])
+    assert loss_error(shifted, exact) == pytest.approx(0.1)  # 1 nat over 10 tokens, the same in both
+    apart = exact + torch.tensor([[0.5, 0, 0, 0], [-0.5, 0, 0, 0]])
+    assert loss_error(apart, exact) == pytest.approx(2 * 0.5**0.5 / 10)
+    assert loss_error(exact, exact) == 0
+
+
+def line(loss: float, error: float | None = None) -> dict[str, float]:
+    return {"loss": loss} if error is None else {"loss": loss, "loss_error": error}
+
+
+@pytest.mark.parametrize(
+    ("lines", "best"),
+    [
+        ([line(3.0), line(2.99), line(2.98)], 2),  # exact: every difference counts
+        ([line(3.0), line(3.0)], 0),
+        ([line(3.0, 0.01), line(2.99, 0.01)], 0),  # within the error of both
+        ([line(3.0, 0.01), line(2.99, 0.01), line(2.98, 0.01)], 2),  # 0.02 is more than 0.014
+        ([line(3.0, 0.01), line(2.98, 0.01), line(2.97, 0.01)], 1),
+    ],
+)
+def test_the_best_evaluation_is_lower_by_more_than_the_error(lines, best):
+    assert best_of(lines) is lines[best]
+    assert is_out_of_patience(lines, len(lines) - best) is False
+    assert best == len(lines) - 1 or is_out_of_patience(lines, len(lines) - 1 - best)
