@@ -8,8 +8,9 @@ import sys
 
 from finetune.runtime.cli import check_settings, run_command
 
-if __name__ == "__main__":
-    check_settings(sys.argv[1:])  # a mistyped key is answered before the imports, which take seconds
+# A mistyped key is answered before the imports, which take seconds.
+if __name__ == "__main__" and (code := check_settings(sys.argv[1:])):
+    sys.exit(code)
 
 import math
 from collections.abc import Sequence

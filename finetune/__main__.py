@@ -9,7 +9,7 @@ from finetune.runtime.cli import check_settings, run_command, settings_among
 BEFORE = {
     "audit": ("--config FILE", "what would be trained on: roles, cut and dropped rows, duplicates, leaks"),
     "plan": ("--config FILE", "predicted and measured memory and time, and the token budget that fits"),
-    "verify": ("--config FILE", "the fast paths against the plain ones, on your model and rows"),
+    "verify": ("--config FILE", "the fast paths against their reference paths, on your model and rows"),
     "sweep": ("--over KEY=A,B", "a run for each value of a key, and which has the lowest eval loss"),
 }
 AFTER = {
@@ -53,12 +53,13 @@ def main(argv: Sequence[str]) -> int:
         case [name, *arguments] if name in COMMANDS:
             if COMMANDS[name][0] == "--config FILE":
                 debug = ["--debug"] if "--debug" in arguments else []
-                check_settings([*settings_among(arguments), *debug])
+                if code := check_settings([*settings_among(arguments), *debug]):
+                    return code
 
             def command(argv: Sequence[str]) -> int | None:
                 # Imported when asked for: each brings seconds of libraries, which a Ctrl-C may end.
-                code: int | None = import_module(f"finetune.commands.{name}").command(argv)
-                return code
+                result: int | None = import_module(f"finetune.commands.{name}").command(argv)
+                return result
 
             return run_command(command, arguments)
     *others, last = COMMANDS

@@ -89,7 +89,7 @@ OTHER_VALUES = Config(
         schedule="cosine",
         warmup_ratio=0.03,
     ),
-    eval=EvalConfig(at_start=False, every=7),
+    eval=EvalConfig(at_start=False, every=7, precision="fp32"),
     checkpoint=CheckpointConfig(every_steps=5, keep=1, keep_best=True),
     log=LogConfig(every_steps=1, progress=False),
     output_dir="runs/мой прогон",

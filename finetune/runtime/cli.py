@@ -40,14 +40,13 @@ def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
         return _end(argv, "stopped", 130)
 
 
-def check_settings(argv: Sequence[str]) -> None:
-    """Exit with one line if the configuration is wrong; print which settings of a preset do not apply.
+def check_settings(argv: Sequence[str]) -> int:
+    """2 and one printed line if the configuration is wrong, else 0; print which preset settings do not apply.
 
     Called before the slow imports. The ranks of a run get the same arguments, so that only the first checks
     them: when it fails, its launcher ends the others.
     """
-    if os.environ.get("RANK", "0") == "0" and (code := run_command(_print_unused_settings, argv)):
-        sys.exit(code)
+    return run_command(_print_unused_settings, argv) if os.environ.get("RANK", "0") == "0" else 0
 
 
 def _print_unused_settings(argv: Sequence[str]) -> None:
