@@ -472,13 +472,17 @@ def test_bf16_is_what_the_forward_pass_computes_in(run_train, tmp_path, monkeypa
     dtypes = set()
     load_model = train.load_model
 
+    def note_training(_: Any, __: Any, output: torch.Tensor) -> None:
+        if torch.is_grad_enabled():  # an evaluation computes some examples in fp32, to measure its error
+            dtypes.add(output.dtype)
+
     def load_and_watch(*arguments: Any) -> Any:
         model = load_model(*arguments)
         base = model.get_base_model().model
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
         for layer in base.layers:
             for module in (layer.self_attn.q_proj, layer.mlp.down_proj):
-                module.register_forward_hook(lambda *call: dtypes.add(call[-1].dtype))
+                module.register_forward_hook(note_training)
         return model
 
     monkeypatch.setattr("train.load_model", load_and_watch)

@@ -149,7 +149,9 @@ def measure_update(config: Config, parts: Parts, plan: Plan) -> Measured:
     updates = [plan.update(step) for step in range(plan.steps_per_epoch)]
 
     def largest(micro_batches: Sequence[Sequence[int]]) -> int:
-        return max(_num_tokens(plan.lengths, batch, plan.layout) for batch in micro_batches)
+        return max(
+            _num_tokens(plan.lengths, batch, plan.layout, plan.shared_prefix) for batch in micro_batches
+        )
 
     update = max(updates, key=lambda update: (largest(update.micro_batches), update.num_tokens))
     device = parts.accelerator.device
@@ -177,8 +179,9 @@ def measure_evaluation(parts: Parts, plan: Plan, eval_set: Examples) -> Measured
     if len(eval_set.dataset) == 0:
         return None
     batches = plan_evaluation(plan, eval_set)
-    indices = max(batches, key=lambda batch: _num_tokens(eval_set.lengths, batch, plan.layout))
-    num_tokens = _num_tokens(eval_set.lengths, indices, plan.layout)
+    prefix = eval_set.shared_prefix
+    indices = max(batches, key=lambda batch: _num_tokens(eval_set.lengths, batch, plan.layout, prefix))
+    num_tokens = _num_tokens(eval_set.lengths, indices, plan.layout, prefix)
     device = parts.accelerator.device
     reset_peak_memory(device)
     start = time.perf_counter()
@@ -189,10 +192,10 @@ def measure_evaluation(parts: Parts, plan: Plan, eval_set: Examples) -> Measured
     return Measured(num_tokens, num_tokens, seconds, peak_memory_gib(device))
 
 
-def _num_tokens(lengths: Any, batch: Sequence[int], layout: Layout) -> int:
-    """Tokens of a micro-batch, including padding."""
+def _num_tokens(lengths: Any, batch: Sequence[int], layout: Layout, shared_prefix: int) -> int:
+    """Tokens of a micro-batch, including padding; the shared prefix of a packed sequence counts once."""
     if layout.packing:
-        return sum(int(lengths[i]) for i in batch)
+        return shared_prefix + sum(int(lengths[i]) - shared_prefix for i in batch)
     return len(batch) * max((int(lengths[i]) for i in batch), default=0)
 
 
