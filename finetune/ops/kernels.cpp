@@ -1,10 +1,10 @@
-// What a CPU computes besides its large matrix multiplications: attention within the examples of a packed
-// row, norms, rotary positions, gated activations, the passes over the vocabulary, int8 weights.
+// CPU kernels for everything except large matrix multiplications: attention within the examples of a packed
+// sequence, norms, rotary positions, gated activations, the passes over the vocabulary, and int8 weights.
 //
-// Of short examples, calling a library takes longer than what it computes, and each pass over a tensor costs
-// as much as a multiplication. Here everything is computed once, in fp32, while it lies in a core's cache,
-// and results are rounded once, to the type T of the inputs: fp32 or bf16. `kernels.py` compiles and calls
-// this file. Nothing depends on the number of threads: sums are made in a fixed order.
+// For short examples, the overhead of a library call exceeds the time of its computation, and each pass over
+// a tensor costs as much as a multiplication. These kernels compute in fp32 while the data is in a core's
+// cache, and round each result once to the input type T: fp32 or bf16. `kernels.py` compiles and calls this
+// file. Results do not depend on the number of threads, because sums are taken in a fixed order.
 
 #include <algorithm>
 #include <cmath>
@@ -29,7 +29,7 @@ inline float value(bf16 x) {
 
 inline void store(float &to, float x) { to = x; }
 
-// To the nearest, ties to even; what is no number stays none.
+// Rounds to nearest, ties to even; a NaN stays a NaN.
 inline void store(bf16 &to, float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
@@ -43,8 +43,8 @@ template <typename T> inline float rounded(float x) {
     return value(result);
 }
 
-// e^x for x <= 88, to 2e-7 of it: 2^n e^r with |r| <= ln(2) / 2, and the first terms of e^r's series. Below
-// -87, e^-87.
+// e^x for x <= 88, with a relative error of 2e-7: 2^n e^r, where |r| <= ln(2) / 2 and e^r is its truncated
+// series. Below -87 the result is e^-87.
 inline float exponential(float x) {
     x = x < -87.0f ? -87.0f : x;
     const float n = std::rint(x * 1.44269504f);
@@ -79,8 +79,8 @@ struct alignas(64) Line {
     float numbers[16];
 };
 
-// A thread's own memory, kept from call to call: at least `count` numbers from the start of a cache line. To
-// have the system hand out fresh pages for each call would cost as much as what is computed.
+// Thread-local memory that is reused from call to call: at least `count` numbers, aligned to a cache line.
+// Fresh pages from the system for each call would cost as much time as the computation.
 enum Purpose {
     KEYS,
     KEY_COLUMNS,
@@ -134,7 +134,7 @@ inline void multiply_tile(Strided a, const float *b, int64_t b_row, float *c, in
             *(Lanes *)(c + i * c_row + j * LANES) = sums[i][j];
 }
 
-// c [rows, columns] = (or +=) a [rows, depth] b [depth, columns]; rows in whole TALL, columns in whole LANES.
+// c [rows, columns] = (or +=) a [rows, depth] b [depth, columns]; rows a multiple of TALL, columns of LANES.
 void multiply(Strided a, const float *b, int64_t b_row, float *c, int64_t c_row, int64_t rows,
               int64_t columns, int64_t depth, bool add) {
     for (int64_t j = 0; j < columns; j += WIDE * LANES) {
@@ -156,7 +156,7 @@ void multiply(Strided a, const float *b, int64_t b_row, float *c, int64_t c_row,
 
 // ---- Attention ----
 
-constexpr int64_t BLOCK = 32; // queries at a time
+constexpr int64_t BLOCK = 32; // queries per block
 
 // [tokens, heads, size], the last dimension contiguous.
 template <typename T> struct Heads {
@@ -165,7 +165,7 @@ template <typename T> struct Heads {
     T *at(int64_t t, int64_t h) const { return data + t * token + h * head; }
 };
 
-// An example, with the `before` tokens of the row's beginning that it sees too; or that beginning itself.
+// An example, which also attends to the `before` tokens of the shared prefix; or that prefix itself.
 struct Sequence {
     int64_t first, count, before;
     int64_t keys() const { return before + count; }
@@ -190,7 +190,7 @@ int64_t widest_of(const std::vector<Sequence> &sequences) {
     return widest;
 }
 
-// `size` numbers as fp32, filled up with zeros.
+// `size` numbers as fp32, padded with zeros.
 template <typename T> inline void load(const T *from, float scale, int64_t size, int64_t padded, float *to) {
     for (int64_t d = 0; d < size; d++)
         to[d] = scale * value(from[d]);
@@ -198,7 +198,7 @@ template <typename T> inline void load(const T *from, float scale, int64_t size,
         to[d] = 0;
 }
 
-// The keys or values that a sequence sees: fp32 rows [width, padded], filled up with zeros.
+// The keys or values that a sequence attends to: fp32 rows [width, padded], padded with zeros.
 template <typename T>
 void gather(const Sequence &s, Heads<const T> from, int64_t head, int64_t size, int64_t padded, float *rows) {
     for (int64_t j = 0; j < s.keys(); j++)
@@ -214,8 +214,8 @@ void transpose(const float *rows, int64_t width, int64_t padded, float *columns)
                 columns[d * width + j + i] = rows[(j + i) * padded + d];
 }
 
-// Of a block, `count` queries or gradients of outputs: fp32 [count, padded], filled up to whole TALL with
-// zeros.
+// `count` queries of a block, or gradients of its outputs: fp32 [count, padded], padded with zeros to a
+// multiple of TALL rows.
 template <typename T>
 void load_block(Heads<const T> from, int64_t first, int64_t count, int64_t head, int64_t size, int64_t padded,
                 float scale, float *to) {
@@ -229,7 +229,7 @@ template <typename T> inline void store_all(const float *from, float scale, int6
         store(to[d], scale * from[d]);
 }
 
-// row [width] of scores becomes the softmax of its first `visible`, and zeros.
+// Replaces row [width] of scores by the softmax of its first `visible` scores, followed by zeros.
 void softmax(float *row, int64_t visible, int64_t width) {
     float most = row[0], sum = 0;
 #pragma omp simd reduction(max : most)
@@ -247,7 +247,7 @@ void softmax(float *row, int64_t visible, int64_t width) {
         row[j] = 0;
 }
 
-// d [width], the gradient of probabilities p, becomes that of the scores.
+// Replaces d [width], the gradient of the probabilities p, by the gradient of the scores.
 void softmax_backward(const float *p, float *d, int64_t width) {
     float mean = 0;
 #pragma omp simd reduction(+ : mean)
@@ -257,8 +257,8 @@ void softmax_backward(const float *p, float *d, int64_t width) {
         d[j] = p[j] * (d[j] - mean);
 }
 
-// The probabilities [count, width] of `count` queries [count, padded], of which the first is the sequence's
-// number `start`.
+// The probabilities [count, width] of `count` queries [count, padded]. The first of them is query `start` of
+// the sequence.
 void probabilities(const Sequence &s, const float *queries, const float *key_columns, int64_t start,
                    int64_t count, int64_t padded, float *p, int64_t width) {
     multiply({queries, padded, 1}, key_columns, s.width(), p, width, round_up(count, TALL), width, padded,
@@ -267,108 +267,141 @@ void probabilities(const Sequence &s, const float *queries, const float *key_col
         softmax(p + i * width, s.before + start + i + 1, width);
 }
 
-// q [tokens, heads, size], k and v [tokens, key_heads, size]: `strides` has those of tokens and of heads, of
-// each in turn. `lengths` [count] of the examples behind the `prefix` tokens that all begin with.
+// The inputs of both passes, and the sizes that follow from them.
+template <typename T> struct Attention {
+    Heads<const T> queries, keys, values;
+    int64_t size;
+    float scale;
+    std::vector<Sequence> sequences;
+    int64_t padded; // size, rounded up to whole LANES
+    int64_t group;  // query heads per key head
+    int64_t widest; // of the sequences
+
+    // q [tokens, heads, size], k and v [tokens, key_heads, size]. `strides` holds the token stride and the
+    // head stride of q, k and v in turn. `lengths` [count] are those of the examples behind the prefix.
+    Attention(const T *q, const T *k, const T *v, const int64_t *strides, const int64_t *lengths,
+              int64_t count, int64_t prefix, int64_t heads, int64_t key_heads, int64_t size, float scale)
+        : queries{q, strides[0], strides[1]}, keys{k, strides[2], strides[3]},
+          values{v, strides[4], strides[5]}, size(size), scale(scale),
+          sequences(sequences_of(lengths, count, prefix)), padded(round_up(size, LANES)),
+          group(heads / key_heads), widest(widest_of(sequences)) {}
+};
+
+// A thread's fp32 copies of the keys and values that a sequence attends to, and of a block of its queries.
+template <typename T> struct Workspace {
+    const Attention<T> &in;
+    float *const keys, *const key_columns, *const values;
+    float *const queries, *const p, *const result;
+
+    explicit Workspace(const Attention<T> &in)
+        : in(in), keys(memory(KEYS, in.widest * in.padded)),
+          key_columns(memory(KEY_COLUMNS, in.widest * in.padded)),
+          values(memory(VALUES, in.widest * in.padded)), queries(memory(QUERIES, BLOCK * in.padded)),
+          p(memory(P, BLOCK * in.widest)), result(memory(RESULT, BLOCK * in.padded)) {}
+
+    void load_sequence(const Sequence &s, int64_t key_head) const {
+        gather(s, in.keys, key_head, in.size, in.padded, keys);
+        gather(s, in.values, key_head, in.size, in.padded, values);
+        transpose(keys, s.width(), in.padded, key_columns);
+    }
+};
+
+// A block of a sequence's queries in one head.
+struct Block {
+    int64_t head, first, count; // of the queries: `first` is a token of the packed sequence
+    int64_t rows;               // count, rounded up to whole TALL
+    int64_t seen, width;        // keys up to the last query, and that number rounded up to whole LANES
+};
+
+// Calls `function` for each block of the query heads that share `key_head`, with the block's queries and
+// probabilities in `work`.
+template <typename T, typename Function>
+inline void for_each_block(const Workspace<T> &work, const Sequence &s, int64_t key_head, Function function) {
+    const Attention<T> &in = work.in;
+    for (int64_t head = key_head * in.group; head < (key_head + 1) * in.group; head++)
+        for (int64_t start = 0; start < s.count; start += BLOCK) {
+            const int64_t count = std::min(BLOCK, s.count - start), seen = s.before + start + count;
+            const int64_t rows = round_up(count, TALL), width = round_up(seen, LANES);
+            const Block block{head, s.first + start, count, rows, seen, width};
+            load_block(in.queries, block.first, count, head, in.size, in.padded, in.scale, work.queries);
+            probabilities(s, work.queries, work.key_columns, start, count, in.padded, work.p, width);
+            function(block);
+        }
+}
+
 template <typename T>
 void attention_forward(const T *q, const T *k, const T *v, T *out, const int64_t *strides,
                        const int64_t *lengths, int64_t count, int64_t prefix, int64_t heads,
                        int64_t key_heads, int64_t size, float scale, int64_t threads) {
-    const Heads<const T> queries{q, strides[0], strides[1]};
-    const Heads<const T> keys{k, strides[2], strides[3]}, values{v, strides[4], strides[5]};
+    const Attention<T> in(q, k, v, strides, lengths, count, prefix, heads, key_heads, size, scale);
     const Heads<T> outputs{out, heads * size, size};
-    const auto sequences = sequences_of(lengths, count, prefix);
-    const int64_t num = sequences.size(), widest = widest_of(sequences);
-    const int64_t padded = round_up(size, LANES), group = heads / key_heads;
+    const int64_t num = in.sequences.size(), padded = in.padded;
 #pragma omp parallel num_threads(threads)
     {
-        float *const key_rows = memory(KEYS, widest * padded);
-        float *const value_rows = memory(VALUES, widest * padded);
-        float *const key_columns = memory(KEY_COLUMNS, widest * padded);
-        float *const p = memory(P, BLOCK * widest);
-        float *const block = memory(QUERIES, BLOCK * padded), *const result = memory(RESULT, BLOCK * padded);
+        const Workspace<T> work(in);
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t n = 0; n < num; n++)
             for (int64_t key_head = 0; key_head < key_heads; key_head++) {
-                const Sequence &s = sequences[n];
-                gather(s, keys, key_head, size, padded, key_rows);
-                gather(s, values, key_head, size, padded, value_rows);
-                transpose(key_rows, s.width(), padded, key_columns);
-                for (int64_t h = key_head * group; h < (key_head + 1) * group; h++)
-                    for (int64_t start = 0; start < s.count; start += BLOCK) {
-                        const int64_t here = std::min(BLOCK, s.count - start), rows = round_up(here, TALL);
-                        const int64_t seen = s.before + start + here, width = round_up(seen, LANES);
-                        load_block(queries, s.first + start, here, h, size, padded, scale, block);
-                        probabilities(s, block, key_columns, start, here, padded, p, width);
-                        multiply({p, width, 1}, value_rows, padded, result, padded, rows, padded, seen,
-                                 false);
-                        for (int64_t i = 0; i < here; i++)
-                            store_all(result + i * padded, 1, size, outputs.at(s.first + start + i, h));
-                    }
+                const Sequence &s = in.sequences[n];
+                work.load_sequence(s, key_head);
+                for_each_block(work, s, key_head, [&](const Block &b) {
+                    multiply({work.p, b.width, 1}, work.values, padded, work.result, padded, b.rows, padded,
+                             b.seen, false);
+                    for (int64_t i = 0; i < b.count; i++)
+                        store_all(work.result + i * padded, 1, size, outputs.at(b.first + i, b.head));
+                });
             }
     }
 }
 
 // With P the probabilities and S the scores: dV = P' dO, dP = dO V', dS = P * (dP - rowsum(P * dP)),
-// dQ = scale dS K, dK = scale dS' Q. P is computed again. All gradients are contiguous.
+// dQ = scale dS K, dK = scale dS' Q. P is recomputed. All gradients are contiguous.
 template <typename T>
 void attention_backward(const T *q, const T *k, const T *v, const T *d_out, T *d_q, T *d_k, T *d_v,
                         const int64_t *strides, const int64_t *lengths, int64_t count, int64_t prefix,
                         int64_t heads, int64_t key_heads, int64_t size, float scale, int64_t threads) {
-    const Heads<const T> queries{q, strides[0], strides[1]}, grads{d_out, heads * size, size};
-    const Heads<const T> keys{k, strides[2], strides[3]}, values{v, strides[4], strides[5]};
+    const Attention<T> in(q, k, v, strides, lengths, count, prefix, heads, key_heads, size, scale);
+    const Heads<const T> grads{d_out, heads * size, size};
     const Heads<T> d_queries{d_q, heads * size, size};
     const Heads<T> d_keys{d_k, key_heads * size, size}, d_values{d_v, key_heads * size, size};
-    const auto sequences = sequences_of(lengths, count, prefix);
-    const int64_t num = sequences.size(), widest = widest_of(sequences);
-    const int64_t padded = round_up(size, LANES), group = heads / key_heads;
-    // What each sequence adds to the gradients of what all begin with: to its keys, then to its values.
+    const int64_t num = in.sequences.size(), padded = in.padded, widest = in.widest;
+    // What each sequence adds to the gradients of the shared prefix: to its keys, then to its values.
     const int64_t of_prefix = prefix * padded;
     float *const d_prefix = memory(D_PREFIX, num * key_heads * 2 * of_prefix);
 #pragma omp parallel num_threads(threads)
     {
-        float *const key_rows = memory(KEYS, widest * padded);
-        float *const value_rows = memory(VALUES, widest * padded);
-        float *const key_columns = memory(KEY_COLUMNS, widest * padded);
+        const Workspace<T> work(in);
         float *const value_columns = memory(VALUE_COLUMNS, widest * padded);
         float *const d_key_rows = memory(D_KEYS, widest * padded);
         float *const d_value_rows = memory(D_VALUES, widest * padded);
-        float *const block = memory(QUERIES, BLOCK * padded), *const grad = memory(GRADS, BLOCK * padded);
-        float *const p = memory(P, BLOCK * widest), *const d_p = memory(D_P, BLOCK * widest);
-        float *const result = memory(RESULT, BLOCK * padded);
+        float *const grad = memory(GRADS, BLOCK * padded), *const d_p = memory(D_P, BLOCK * widest);
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t n = 0; n < num; n++)
             for (int64_t key_head = 0; key_head < key_heads; key_head++) {
-                const Sequence &s = sequences[n];
-                gather(s, keys, key_head, size, padded, key_rows);
-                gather(s, values, key_head, size, padded, value_rows);
-                transpose(key_rows, s.width(), padded, key_columns);
-                transpose(value_rows, s.width(), padded, value_columns);
+                const Sequence &s = in.sequences[n];
+                work.load_sequence(s, key_head);
+                transpose(work.values, s.width(), padded, value_columns);
                 std::fill(d_key_rows, d_key_rows + s.width() * padded, 0.0f);
                 std::fill(d_value_rows, d_value_rows + s.width() * padded, 0.0f);
-                for (int64_t h = key_head * group; h < (key_head + 1) * group; h++)
-                    for (int64_t start = 0; start < s.count; start += BLOCK) {
-                        const int64_t here = std::min(BLOCK, s.count - start), rows = round_up(here, TALL);
-                        const int64_t seen = s.before + start + here, width = round_up(seen, LANES);
-                        load_block(queries, s.first + start, here, h, size, padded, scale, block);
-                        load_block(grads, s.first + start, here, h, size, padded, 1, grad);
-                        probabilities(s, block, key_columns, start, here, padded, p, width);
-                        multiply({p, 1, width}, grad, padded, d_value_rows, padded, width, padded, here,
-                                 true);
-                        multiply({grad, padded, 1}, value_columns, s.width(), d_p, width, rows, width, padded,
-                                 false);
-                        for (int64_t i = 0; i < here; i++)
-                            softmax_backward(p + i * width, d_p + i * width, width);
-                        multiply({d_p, 1, width}, block, padded, d_key_rows, padded, width, padded, here,
-                                 true);
-                        multiply({d_p, width, 1}, key_rows, padded, result, padded, rows, padded, seen,
-                                 false);
-                        for (int64_t i = 0; i < here; i++)
-                            store_all(result + i * padded, scale, size, d_queries.at(s.first + start + i, h));
-                    }
+                for_each_block(work, s, key_head, [&](const Block &b) {
+                    load_block(grads, b.first, b.count, b.head, size, padded, 1, grad);
+                    multiply({work.p, 1, b.width}, grad, padded, d_value_rows, padded, b.width, padded,
+                             b.count, true);
+                    multiply({grad, padded, 1}, value_columns, s.width(), d_p, b.width, b.rows, b.width,
+                             padded, false);
+                    for (int64_t i = 0; i < b.count; i++)
+                        softmax_backward(work.p + i * b.width, d_p + i * b.width, b.width);
+                    multiply({d_p, 1, b.width}, work.queries, padded, d_key_rows, padded, b.width, padded,
+                             b.count, true);
+                    multiply({d_p, b.width, 1}, work.keys, padded, work.result, padded, b.rows, padded,
+                             b.seen, false);
+                    for (int64_t i = 0; i < b.count; i++)
+                        store_all(work.result + i * padded, scale, size, d_queries.at(b.first + i, b.head));
+                });
                 float *const shared = d_prefix + (n * key_heads + key_head) * 2 * of_prefix;
                 std::copy(d_key_rows, d_key_rows + of_prefix, shared);
                 std::copy(d_value_rows, d_value_rows + of_prefix, shared + of_prefix);
-                for (int64_t j = prefix; j < s.keys(); j++) { // scaled already, since the queries were
+                for (int64_t j = prefix; j < s.keys(); j++) { // already scaled, as the queries are
                     store_all(d_key_rows + j * padded, 1, size, d_keys.at(s.token(j), key_head));
                     store_all(d_value_rows + j * padded, 1, size, d_values.at(s.token(j), key_head));
                 }
@@ -392,7 +425,8 @@ void attention_backward(const T *q, const T *k, const T *v, const T *d_out, T *d
 
 // ---- Norms, rotary positions, gated activations ----
 
-// y = w x / sqrt(mean(x^2) + eps) of each row, rounded before w as well, as models do; scales [rows].
+// y = w x / sqrt(mean(x^2) + eps) for each row; scales [rows]. As in the models, x is also rounded before the
+// product with w.
 template <typename T>
 void norm_forward(const T *x, const T *weight, T *y, float *scales, int64_t rows, int64_t size, float eps,
                   int64_t threads) {
@@ -410,7 +444,7 @@ void norm_forward(const T *x, const T *weight, T *y, float *scales, int64_t rows
     }
 }
 
-// The gradient less its part along x, scaled.
+// The gradient minus its component along x, scaled.
 template <typename T>
 void norm_backward(const T *x, const T *weight, const float *scales, const T *dy, T *dx, int64_t rows,
                    int64_t size, int64_t threads) {
@@ -429,8 +463,8 @@ void norm_backward(const T *x, const T *weight, const float *scales, const T *dy
     }
 }
 
-// Halves (a, b) of x's heads become (a cos - b sin, b cos + a sin); direction -1 turns back. x, y
-// [tokens, heads, size]; cos, sin [tokens, size], of which the first halves count.
+// The halves (a, b) of each head of x become (a cos - b sin, b cos + a sin); direction -1 rotates back. x, y
+// [tokens, heads, size]; cos, sin [tokens, size], of which only the first halves are read.
 template <typename T>
 void rotate(const T *x, const T *cos, const T *sin, T *y, int64_t tokens, int64_t heads, int64_t size,
             float direction, int64_t threads) {
@@ -471,8 +505,9 @@ void silu_backward(const T *gate, const T *up, const T *dy, T *d_gate, T *d_up, 
 
 // ---- The vocabulary ----
 
-// Of each row of logits and its target: nll and entropy in nats, and 1 where the target is the first of the
-// largest. With `gradient` the logits become what the nll's gradient is: softmax - one_hot(target).
+// For each row of logits and its target: nll and entropy in nats, and 1 if the target is the argmax (the
+// first of equal logits). With `gradient`, the logits become the gradient of the nll: softmax -
+// one_hot(target).
 template <typename T>
 void token_stats(T *logits, const int64_t *targets, float *values, int64_t rows, int64_t size,
                   int64_t gradient, int64_t threads) {
@@ -488,7 +523,7 @@ void token_stats(T *logits, const int64_t *targets, float *values, int64_t rows,
 #pragma omp simd reduction(+ : sum, mean)
         for (int64_t j = 0; j < size; j++) {
             float x = value(row[j]) - most;
-            x = x < -87 ? -87 : x; // so that of -infinity 0 remains
+            x = x < -87 ? -87 : x; // keeps e * x finite for a logit of -infinity
             const float e = exponential(x);
             sum += e;
             mean += e * x;
@@ -511,7 +546,7 @@ void token_stats(T *logits, const int64_t *targets, float *values, int64_t rows,
 
 // ---- int8 weights ----
 
-// codes [rows, size] by scales [rows].
+// codes [rows, size] times scales [rows].
 template <typename T>
 void scale_rows(const int8_t *codes, const float *scales, T *weight, int64_t rows, int64_t size,
                 int64_t threads) {
@@ -523,7 +558,7 @@ void scale_rows(const int8_t *codes, const float *scales, T *weight, int64_t row
 
 } // namespace
 
-// As pointers: of fp32 and of bf16.
+// Exports each kernel as two function pointers: fp32 and bf16.
 #define EXPORT(name) extern "C" void *const name##_of[] = {(void *)name<float>, (void *)name<bf16>};
 
 EXPORT(attention_forward)
