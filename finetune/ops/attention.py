@@ -1,7 +1,7 @@
-"""Attention within each example of a packed sequence: no mask in memory, and no work between examples.
+"""Attention within each example of a packed sequence, without a mask in memory or work across examples.
 
-Models call it through transformers' attention interface, under the name PACKED. A call without the examples'
-boundaries (generation, padded examples) is transformers' own "sdpa".
+Models call it through transformers' attention interface, under the name PACKED. A call without the boundaries
+of the examples (in generation, or with padded examples) goes to transformers' own "sdpa".
 """
 
 from collections.abc import Callable
@@ -22,11 +22,11 @@ from finetune.ops import kernels
 
 PACKED = "packed"
 
-# Arguments that models pass to every attention function and that change nothing here.
-HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states"}
-HARMLESS |= {"position_embeddings", "past_key_values", "logits_to_keep", "output_router_logits"}
+# Arguments that models pass to every attention function and that do not affect the result.
+IGNORED = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states"}
+IGNORED |= {"position_embeddings", "past_key_values", "logits_to_keep", "output_router_logits"}
 
-Maker = Callable[[Tensor, Tensor, Tensor, Boundaries, float], Tensor]
+Implementation = Callable[[Tensor, Tensor, Tensor, Boundaries, float], Tensor]
 """(query [1, H, T, D], key and value [1, K, T, D], boundaries, scale) -> [1, T, H, D]"""
 
 
@@ -41,7 +41,7 @@ def packed_attention(
     dropout: float = 0.0,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, H, T, D], key and value [1, K, T, D] where K divides H: returns [1, T, H, D].
+    """Attention [1, T, H, D] of query [1, H, T, D] to key and value [1, K, T, D], where K divides H.
 
     Raises:
         NotImplementedError: the model needs more than causal attention within each example.
@@ -51,13 +51,13 @@ def packed_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
         return result, None
-    _refuse_others(boundaries, dropout, others)
+    _refuse_unsupported(boundaries, dropout, others)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kind = query.device.type
-    if torch.is_autocast_enabled(kind):  # as torch's own function: rotary positions may have returned fp32
+    if torch.is_autocast_enabled(kind):  # as in torch's own function: rotary positions may return fp32
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
-    make = _choose_maker(query, key, value)
-    return make(query, key, value, boundaries, scale), None
+    attend = _choose_implementation(query, key, value)
+    return attend(query, key, value, boundaries, scale), None
 
 
 AttentionInterface.register(PACKED, packed_attention)
@@ -65,22 +65,22 @@ AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
 def describe_kernel(device: torch.device, dtype: torch.dtype) -> str:
-    """What computes packed attention on this device."""
+    """The name of the implementation of packed attention for this device and dtype."""
     query = torch.empty(1, 1, 1, 64, dtype=dtype, device=device)
-    return NAMES[_choose_maker(query, query, query)]
+    return NAMES[_choose_implementation(query, query, query)]
 
 
-def _choose_maker(query: Tensor, key: Tensor, value: Tensor) -> Maker:
+def _choose_implementation(query: Tensor, key: Tensor, value: Tensor) -> Implementation:
     if kernels.can_compute(query, key, value):
         return by_compiled_kernel
     return by_varlen_kernel if _has_varlen_kernel(query) else by_example
 
 
-def _refuse_others(boundaries: Boundaries, dropout: float, others: dict[str, Any]) -> None:
+def _refuse_unsupported(boundaries: Boundaries, dropout: float, others: dict[str, Any]) -> None:
     window = others.pop("sliding_window", None)
     if window is not None and window < boundaries.prefix + max(boundaries.lengths):
         raise NotImplementedError("a sliding window shorter than an example")
-    refused = sorted(name for name, value in others.items() if value is not None and name not in HARMLESS)
+    refused = sorted(name for name, value in others.items() if value is not None and name not in IGNORED)
     if others.get("is_causal") in (None, True):
         refused = [name for name in refused if name != "is_causal"]
     if dropout > 0:
@@ -90,7 +90,7 @@ def _refuse_others(boundaries: Boundaries, dropout: float, others: dict[str, Any
 
 
 def _has_varlen_kernel(query: Tensor) -> bool:
-    """FlashAttention needs 16 bits, head sizes up to 256 and a GPU of the Ampere generation or newer."""
+    """FlashAttention needs 16 bits, head sizes up to 256, and an Ampere or newer GPU."""
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
@@ -103,9 +103,9 @@ def _has_varlen_kernel(query: Tensor) -> bool:
 def by_compiled_kernel(
     query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries, scale: float
 ) -> Tensor:
-    """A `Maker` on a CPU, by kernels.cpp."""
+    """An `Implementation` for CPUs, in kernels.cpp."""
     size = value.shape[-1]
-    if query.shape[-1] != size:  # zeros change no score, and add only outputs that are cut off
+    if query.shape[-1] != size:  # zeros change no score, and the outputs they add are cut off
         largest = max(query.shape[-1], size)
         query, key, value = (F.pad(x, (0, largest - x.shape[-1])) for x in (query, key, value))
     attended: Tensor = _KernelAttention.apply(  # type: ignore[no-untyped-call]
@@ -117,7 +117,7 @@ def by_compiled_kernel(
 def by_varlen_kernel(
     query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries, scale: float
 ) -> Tensor:
-    """A `Maker` in 16 bits on a recent GPU, by FlashAttention."""
+    """An `Implementation` in 16 bits for recent GPUs, with FlashAttention."""
     sequences = _sequences(boundaries.lengths, boundaries.prefix, query.device)
     kernel: Any = varlen_attn
     attended: Tensor = kernel(
@@ -127,20 +127,19 @@ def by_varlen_kernel(
         max(sequences.num_queries),
         max(sequences.num_keys),
         scale=scale,
-        window_size=(-1, 0),  # causal; aligned at the end: the last query sees the last key
+        window_size=(-1, 0),  # causal, aligned at the end: the last query attends to the last key
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return attended[None]
 
 
 def by_example(query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries, scale: float) -> Tensor:
-    """A `Maker` on any device, by torch's attention, one call for each example."""
+    """An `Implementation` for any device: one call of torch's attention for each example."""
     sequences = _sequences(boundaries.lengths, boundaries.prefix, query.device)
     grouped, dtype = query.shape[1] != key.shape[1], query.dtype
     key, value = sequences.gather(key), sequences.gather(value)
-    if (
-        query.device.type == "cpu"
-    ):  # where torch's attention is two to four times slower in bf16, and less exact
+    # On a CPU, torch's attention is two to four times slower in bf16, and less exact.
+    if query.device.type == "cpu":
         query, key, value = (x.float() for x in (query, key, value))
     queries = torch.split(query, sequences.num_queries, dim=2)
     keys, values = (torch.split(x, sequences.num_keys, dim=2) for x in (key, value))
@@ -153,7 +152,7 @@ def by_example(query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries
     return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype)
 
 
-NAMES: dict[Maker, str] = {
+NAMES: dict[Implementation, str] = {
     by_compiled_kernel: "compiled kernel",
     by_varlen_kernel: "variable-length kernel",
     by_example: "per example",
@@ -161,25 +160,25 @@ NAMES: dict[Maker, str] = {
 
 
 class _Sequences(NamedTuple):
-    """A packed sequence as S separate ones: the prefix that all examples share, if any, then each example."""
+    """A packed sequence as S separate ones: the shared prefix of the examples, if any, then each example."""
 
     num_queries: list[int]
     num_keys: list[int]
-    """An example's own and the prefix's"""
+    """Including those of the prefix"""
     query_starts: Tensor
-    """[S + 1] int32, as `key_starts`: where each sequence begins, and the end of the last"""
+    """[S + 1] int32, like `key_starts`: the start of each sequence, and the end of the last"""
     key_starts: Tensor
     key_indices: Tensor | None
-    """The tokens whose keys the sequences see, end to end; None: each token once, in order"""
+    """The tokens whose keys each sequence attends to, concatenated; None: each token once, in order"""
 
     def gather(self, x: Tensor) -> Tensor:
-        """Keys or values [1, K, T, D] of the tokens -> [1, K, sum(num_keys), D]."""
+        """Gather keys or values [1, K, T, D] of the tokens into [1, K, sum(num_keys), D]."""
         return x if self.key_indices is None else x[:, :, self.key_indices]
 
 
 @lru_cache(maxsize=2)
 def _sequences(lengths: tuple[int, ...], prefix: int, device: torch.device) -> _Sequences:
-    """Cached: every layer of a forward pass uses the same."""
+    """The result is cached, because every layer of a forward pass uses the same sequences."""
 
     def starts(counts: list[int]) -> Tensor:
         return torch.tensor([*accumulate(counts, initial=0)], dtype=torch.int32).to(device, non_blocking=True)
@@ -198,9 +197,9 @@ def _sequences(lengths: tuple[int, ...], prefix: int, device: torch.device) -> _
 
 
 class _KernelAttention(torch.autograd.Function):
-    """query [1, H, T, D], key and value [1, K, T, D] of a packed sequence on a CPU -> [1, T, H, D].
+    """Attention [1, T, H, D] of query [1, H, T, D] to key and value [1, K, T, D] on a CPU.
 
-    Computed in fp32 and rounded once; the backward pass recomputes the probabilities.
+    It is computed in fp32 and rounded once. The backward pass recomputes the probabilities.
     """
 
     @staticmethod

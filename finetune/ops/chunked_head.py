@@ -1,8 +1,8 @@
-"""The head and the loss in one: sums over target tokens, a chunk of them at a time, and no logits kept.
+"""The head and the loss as one operation: sums over target tokens, computed in chunks without keeping logits.
 
-The head is frozen under LoRA, so all that the backward pass needs of it is the gradient of the hidden states.
-That is taken in the forward pass, while a chunk's logits are there: two matrix multiplications in all, where
-computing the logits again would need three.
+The head is frozen under LoRA, so the backward pass needs only the gradient of the hidden states. The forward
+pass computes that gradient while a chunk's logits exist. This takes two matrix multiplications. Recomputing
+the logits in the backward pass would take three.
 """
 
 from typing import Any
@@ -12,24 +12,27 @@ from torch import Tensor
 
 from finetune.ops import kernels
 
-ROWS = 16  # tokens at a time in the passes over the vocabulary: they still lie in a core's cache
+ROWS = (
+    16  # tokens per pass over the vocabulary on a CPU: few enough for their logits to stay in a core's cache
+)
 
 
 def tokens_per_chunk(budget_mib: int, vocabulary: int, bytes_per_logit: int) -> int:
-    """How many tokens' logits fit into the budget, at least one."""
+    """The number of tokens whose logits fit into the budget, at least 1."""
     return max(1, budget_mib * 2**20 // (vocabulary * bytes_per_logit))
 
 
 def bytes_per_logit(dtype: torch.dtype, device: torch.device) -> int:
-    """Of the logit itself; on a GPU, which takes a whole chunk at a time, of its two values in fp32 too."""
+    """The size of a logit; on a GPU, which processes a whole chunk at once, also of its two fp32 values."""
     return dtype.itemsize + (8 if device.type == "cuda" else 0)
 
 
 class ChunkedTokenSums(torch.autograd.Function):
-    """Sums [3] fp32 over N target tokens: nll and entropy in nats, and how many were the likeliest.
+    """Sums [3] fp32 over N target tokens: nll and entropy in nats, and the number of correct predictions.
 
     hidden [N, d], weight [V, d] of a frozen head without bias, target_ids [N]. Only the nll has a gradient,
-    and only for `hidden`: with p the softmax of the logits, that of a token's logits is p - one_hot(target).
+    and only with respect to `hidden`. With p the softmax of a token's logits, the gradient with respect to
+    these logits is p - one_hot(target).
     """
 
     @staticmethod
@@ -48,11 +51,16 @@ class ChunkedTokenSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_sums[0], None, None, None  # a scale in fp32; rounded, it would bias all alike
+        return (
+            gradient * grad_sums[0],
+            None,
+            None,
+            None,
+        )  # an fp32 factor: rounding it would bias the whole gradient
 
 
 def chunked_token_stats(hidden: Tensor, weight: Tensor, target_ids: Tensor, chunk: int) -> Tensor:
-    """[N, 3] fp32: what ChunkedTokenSums adds up, of each target token. It has no gradient."""
+    """[N, 3] fp32: the values of each target token that ChunkedTokenSums adds up, without a gradient."""
     values = torch.empty(len(hidden), 3, device=hidden.device)
     for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)
@@ -61,9 +69,9 @@ def chunked_token_stats(hidden: Tensor, weight: Tensor, target_ids: Tensor, chun
 
 
 def _stats_of(logits: Tensor, target_ids: Tensor, with_gradient: bool) -> Tensor:
-    """[n, 3] of logits [n, V] and target_ids [n]; with the gradient, the logits become that of their nll."""
+    """[n, 3] for logits [n, V], target_ids [n]. `with_gradient` replaces the logits by the nll's gradient."""
     if kernels.can_compute(logits):
-        return kernels.kernel_token_stats(logits, target_ids, with_gradient)
+        return kernels.token_stats(logits, target_ids, with_gradient)
     rows = len(logits) if logits.is_cuda else ROWS
     values = []
     for some_logits, ids in zip(

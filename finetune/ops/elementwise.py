@@ -1,7 +1,7 @@
-"""Norms, rotary positions and gated activations as autograd functions that keep no more than their inputs.
+"""Norms, rotary positions and gated activations as autograd functions that save only their inputs.
 
-Written out in single operations, as models do, autograd keeps every product on the way, some of them in fp32:
-memory, and time where memory is what takes it.
+Models write these as sequences of single operations. Autograd then saves every intermediate result, some of
+them in fp32. That costs memory, and time where memory bandwidth is the limit.
 """
 
 import types
@@ -18,28 +18,28 @@ from finetune.ops.quantized import dropout_off
 
 
 def enable(model: nn.Module) -> int:
-    """Replace the forward method of the RMS norms, gated MLPs and rotary attention that compute what is
-    computed here; returns how many do."""
+    """Replace the forward method of each RMS norm, gated MLP and rotary attention that computes the same
+    function as this module. Returns the number of replaced methods."""
     count = 0
     for module in model.modules():
         for forward in (_norm, _mlp, _attention):
-            if "forward" not in module.__dict__ and _computes(module, forward):
+            if "forward" not in module.__dict__ and _is_equivalent(module, forward):
                 module.forward = types.MethodType(forward, module)
                 count += 1
     return count
 
 
 def disable(model: nn.Module) -> None:
-    """Give the modules their own forward method back."""
+    """Restore the modules' own forward methods."""
     for module in model.modules():
         if getattr(module.__dict__.get("forward"), "__func__", None) in (_norm, _mlp, _attention):
             del module.forward
 
 
-def _computes(module: Any, forward: Any) -> bool:
-    """Whether a module looks like one of these, and gives the same for random input."""
+def _is_equivalent(module: Any, forward: Any) -> bool:
+    """Whether the module has the attributes that `forward` needs, and gives the same for random input."""
     others: tuple[Any, ...] = ()
-    if not all(hasattr(module, part) for part in PARTS[forward]):
+    if not all(hasattr(module, name) for name in REQUIRED_ATTRIBUTES[forward]):
         return False
     if forward is _norm:
         weight = module.weight
@@ -67,31 +67,31 @@ def _computes(module: Any, forward: Any) -> bool:
     with torch.no_grad(), dropout_off(module):
         try:
             expected = module(x, *others)
-            if others and _asks_more(module, x, *others):
+            if others and _passes_other_arguments(module, x, *others):
                 return False
-        except Exception:  # it takes other inputs: none of these
+        except Exception:  # it takes other inputs, so it is a different kind of module
             return False
-        got = forward(module, x, *others)
-    expected, got = (y[0].float() if others else y.float() for y in (expected, got))
-    return bool((got - expected).norm() <= ROUNDING[forward] * expected.norm())
+        actual = forward(module, x, *others)
+    expected, actual = (y[0].float() if others else y.float() for y in (expected, actual))
+    return bool((actual - expected).norm() <= TOLERANCES[forward] * expected.norm())
 
 
-def _asks_more(module: Any, *inputs: Any) -> bool:
-    """Whether an attention module asks the attention function for more than a scale, such as a window."""
-    asked: dict[str, Any] = {}
+def _passes_other_arguments(module: Any, *inputs: Any) -> bool:
+    """Whether an attention module passes more than a scale to the attention function, such as a window."""
+    passed: dict[str, Any] = {}
 
-    def note(*arguments: Any, dropout: float = 0.0, scaling: float | None = None, **more: Any) -> Any:
-        asked.update(more)
+    def record(*arguments: Any, dropout: float = 0.0, scaling: float | None = None, **others: Any) -> Any:
+        passed.update(others)
         return sdpa_attention_forward(*arguments, dropout=dropout, scaling=scaling)
 
-    AttentionInterface.register("note", note)
+    AttentionInterface.register("record", record)
     own = module.config._attn_implementation
-    module.config._attn_implementation = "note"
+    module.config._attn_implementation = "record"
     try:
         module(*inputs)
     finally:
         module.config._attn_implementation = own
-    return any(value is not None for value in asked.values())
+    return any(value is not None for value in passed.values())
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def _attention(
     past_key_values: Any = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Self-attention with rotary positions; with a cache (generation), the module's own."""
+    """Self-attention with rotary positions. With a cache (in generation), the module's own method runs."""
     if past_key_values is not None or position_embeddings is None:
         own: tuple[Tensor, Tensor | None] = type(module).forward(
             module, hidden_states, position_embeddings, attention_mask, past_key_values, **others
@@ -143,9 +143,9 @@ def _attention(
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotary positions: of x [B, T, H, D], halves (a, b) become (a cos - b sin, b cos + a sin).
+    """Rotary positions: the halves (a, b) of x [B, T, H, D] become (a cos - b sin, b cos + a sin).
 
-    cos, sin [B, T, D], their halves alike. The gradient is turned back.
+    cos, sin [B, T, D]; their two halves are equal. The backward pass rotates the gradient back.
     """
 
     @staticmethod
@@ -192,13 +192,13 @@ class _RmsNorm(torch.autograd.Function):
         normed = x.float().mul_(scale) if x.dtype != torch.float32 else x * scale
         dnormed = (dy * weight).float()
         share = torch.linalg.vecdot(dnormed, normed).div_(x.shape[-1]).unsqueeze(-1)
-        # d y / d x: the gradient less its part along x, scaled.
+        # The gradient minus its component along x, scaled.
         dx = torch.addcmul(dnormed, normed, share, value=-1).mul_(scale)
         return dx.to(x.dtype), None, None
 
 
 class _GatedSilu(torch.autograd.Function):
-    """silu(gate) * up; silu(gate) is computed again in the backward pass."""
+    """silu(gate) * up; the backward pass recomputes silu(gate)."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -213,9 +213,8 @@ class _GatedSilu(torch.autograd.Function):
         return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
 
 
-# What a module must have to be tried, and what rounding may leave between its result and the one here: in an
-# attention's, 16-bit numbers go through five products.
-PARTS = {
+# The attributes that a module must have for its forward method to be replaced.
+REQUIRED_ATTRIBUTES = {
     _norm: ("weight", "variance_epsilon"),
     _mlp: ("gate_proj", "up_proj", "down_proj", "act_fn"),
     _attention: (
@@ -229,4 +228,5 @@ PARTS = {
         "config",
     ),
 }
-ROUNDING = {_norm: 1e-2, _mlp: 1e-2, _attention: 5e-2}
+# The largest relative difference that rounding may cause. Attention rounds after each of five products.
+TOLERANCES = {_norm: 1e-2, _mlp: 1e-2, _attention: 5e-2}

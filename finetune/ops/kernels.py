@@ -1,7 +1,8 @@
-"""`kernels.cpp`, compiled on the machine that runs it, and called with tensors.
+"""Compile `kernels.cpp` on the machine that runs it, and call its functions with tensors.
 
-The compiler is the one on the user's path; what it made is kept in the user's cache. Where it fails, or is
-missing, torch's own operations compute the same; the table at a run's start says which.
+The compiler is the one on the user's PATH. The compiled library is kept in the user's cache. If the compiler
+is missing or fails, torch's own operations compute the same results. The table at the start of a run shows
+which of the two is used.
 """
 
 import ctypes
@@ -22,17 +23,17 @@ from finetune.runtime.files import cache_dir
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
-DTYPES = (torch.float32, torch.bfloat16)  # in the order of the source's lists of functions
-SECONDS_TO_COMPILE = 120
+DTYPES = (torch.float32, torch.bfloat16)  # in the order of the function pointers that the source exports
+COMPILE_TIMEOUT = 120  # seconds
 
 _library: ctypes.CDLL | None = None
 
 
 def enable() -> None:
-    """Let a CPU compute by the kernels.
+    """Use the kernels for tensors on a CPU.
 
     Raises:
-        OSError: there is no compiler, or it failed, or what it made cannot be loaded; the message says which.
+        OSError: there is no compiler, it failed, or the library cannot be loaded; the message says which.
     """
     global _library
     compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("c++") or ""]
@@ -47,13 +48,13 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Let torch's own operations compute."""
+    """Use torch's own operations."""
     global _library
     _library = None
 
 
 def can_compute(*tensors: Tensor) -> bool:
-    """Whether the kernels are on and take these tensors: all on a CPU, all fp32 or all bf16."""
+    """Whether the kernels are enabled and support these tensors: all on a CPU, and all fp32 or all bf16."""
     first = tensors[0]
     return (
         _library is not None
@@ -63,14 +64,14 @@ def can_compute(*tensors: Tensor) -> bool:
 
 
 def _run(command: list[str]) -> str:
-    """What a program prints.
+    """The standard output of a program.
 
     Raises:
-        OSError: it cannot be started, or fails, or does not end.
+        OSError: the program cannot be started, fails, or exceeds the time limit.
     """
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", check=True, timeout=SECONDS_TO_COMPILE
+            command, capture_output=True, text=True, errors="replace", check=True, timeout=COMPILE_TIMEOUT
         )
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line] or [
@@ -78,26 +79,26 @@ def _run(command: list[str]) -> str:
         ]
         raise OSError(f"{Path(command[0]).name} failed: {lines[0].strip()}") from error
     except subprocess.TimeoutExpired as error:
-        raise OSError(f"{Path(command[0]).name} took over {SECONDS_TO_COMPILE} s") from error
+        raise OSError(f"{Path(command[0]).name} took over {COMPILE_TIMEOUT} s") from error
     return done.stdout
 
 
 def _compile(compiler: list[str], file: Path) -> None:
-    """In two steps: the linker is told nothing of OpenMP, so that the library takes torch's threads. Of two
-    sets of threads, one would wait, busily, while the other computes."""
+    """Compile and link separately: the linker gets no OpenMP flag, so that the library uses torch's threads.
+    With a second thread pool, one would busy-wait while the other computes."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         compiled, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
         _run([*compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)])
         _run([*compiler, "-shared", str(compiled), "-o", str(linked)])
-        ctypes.CDLL(str(linked))  # what cannot be loaded is not kept
+        ctypes.CDLL(str(linked))  # a library that cannot be loaded is not kept
         with linked.open("rb") as written:
-            os.fsync(written.fileno())  # nor what a power cut would leave of it
+            os.fsync(written.fileno())  # a power cut must not leave a truncated file
         linked.replace(file)
 
 
 def _instruction_set() -> str:
-    """What "native" means here: a cache may be shared by machines that differ."""
+    """What "native" means on this machine: different machines may share a cache."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next((line for line in lines if line.startswith(("flags", "Features"))), "")
@@ -108,9 +109,11 @@ def _instruction_set() -> str:
 def attention_forward(
     query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], prefix: int, scale: float
 ) -> Tensor:
-    """query [T, H, D], key and value [T, K, D] of examples of these lengths behind `prefix` tokens that all
-    begin with: returns [T, H, D]."""
-    query, key, value = (_with_whole_heads(x) for x in (query, key, value))
+    """Attention [T, H, D] of query [T, H, D] to key and value [T, K, D] within each example.
+
+    `lengths` are those of the examples behind the shared prefix of `prefix` tokens.
+    """
+    query, key, value = (_with_contiguous_heads(x) for x in (query, key, value))
     output = query.new_empty(query.shape)
     shapes = _attention_shapes(query, key, value, lengths, prefix, scale)
     _call("attention_forward", query.dtype, query, key, value, output, *shapes)
@@ -126,15 +129,15 @@ def attention_backward(
     prefix: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, given that of the output [T, H, D]."""
-    query, key, value = (_with_whole_heads(x) for x in (query, key, value))
+    """The gradients of query, key and value, given the gradient of the output [T, H, D]."""
+    query, key, value = (_with_contiguous_heads(x) for x in (query, key, value))
     grads = tuple(x.new_empty(x.shape) for x in (query, key, value))
     shapes = _attention_shapes(query, key, value, lengths, prefix, scale)
     _call("attention_backward", query.dtype, query, key, value, grad_output.contiguous(), *grads, *shapes)
     return grads[0], grads[1], grads[2]
 
 
-def _with_whole_heads(x: Tensor) -> Tensor:
+def _with_contiguous_heads(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -154,7 +157,7 @@ def _integers(numbers: tuple[int, ...]) -> Tensor:
 
 
 def norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The RMS norm of x [..., d], and what each row was multiplied by: fp32 [..., 1]."""
+    """The RMS norm of x [..., d], and the factor of each row, fp32 [..., 1]."""
     x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
     scale = torch.empty(*x.shape[:-1], 1)
     _call("norm_forward", x.dtype, x, weight, y, scale, scale.numel(), x.shape[-1], float(eps))
@@ -162,7 +165,7 @@ def norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]
 
 
 def norm_backward(x: Tensor, weight: Tensor, scale: Tensor, dy: Tensor) -> Tensor:
-    """The gradient of x, given that of y."""
+    """The gradient of x, given the gradient of y."""
     dx = torch.empty(x.shape, dtype=x.dtype)
     _call(
         "norm_backward",
@@ -179,7 +182,7 @@ def norm_backward(x: Tensor, weight: Tensor, scale: Tensor, dy: Tensor) -> Tenso
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    """x [B, T, H, D] turned by the angles of cos, sin [B or 1, T, D]."""
+    """x [B, T, H, D] rotated by the angles of cos, sin [B or 1, T, D]; direction -1 rotates back."""
     y = torch.empty(x.shape, dtype=x.dtype)
     batch, tokens, heads, size = x.shape
     cos, sin = (part.expand(batch, tokens, size).contiguous() for part in (cos, sin))
@@ -202,9 +205,9 @@ def silu_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]
     return grads[0], grads[1]
 
 
-def kernel_token_stats(logits: Tensor, target_ids: Tensor, with_gradient: bool) -> Tensor:
-    """Of logits [N, V] and target_ids [N]: fp32 [N, 3], nll and entropy in nats, and 1 where the target is
-    the likeliest. With the gradient, the logits become the nll's: softmax - one_hot(target)."""
+def token_stats(logits: Tensor, target_ids: Tensor, with_gradient: bool) -> Tensor:
+    """[N, 3] fp32 for logits [N, V] and target_ids [N]: nll and entropy in nats, and 1 if the prediction is
+    correct. `with_gradient` overwrites the logits by the gradient of the nll: softmax - one_hot(target)."""
     assert logits.is_contiguous()
     assert target_ids.dtype == torch.int64
     values = torch.empty(len(logits), 3)
@@ -221,7 +224,7 @@ def kernel_token_stats(logits: Tensor, target_ids: Tensor, with_gradient: bool) 
 
 
 def scale_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """codes [out, in] int8 by scales [out] fp32, rounded once."""
+    """codes [out, in] int8 times scales [out] fp32, rounded once."""
     assert scales.dtype == torch.float32
     weight = torch.empty(codes.shape, dtype=dtype)
     _call("scale_rows", dtype, codes.contiguous(), scales.contiguous(), weight, *codes.shape)
@@ -229,7 +232,7 @@ def scale_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float) -> None:
-    """With as many threads as torch uses. The arguments' tensors live until it returns."""
+    """Call a kernel with as many threads as torch uses. Its tensors stay alive until it returns."""
     values = [*arguments, torch.get_num_threads()]
     kinds = tuple(_kind(value) for value in values)
     assert _library is not None

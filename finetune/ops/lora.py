@@ -1,8 +1,8 @@
-"""LoRA on frozen linear layers as one autograd function for all that share an input: the same function of its
-inputs as PEFT's layers compute, with one copy of the input kept and nothing in fp32 that needs not be.
+"""LoRA on frozen linear layers: one autograd function for all layers that share an input.
 
-PEFT's modules, parameters and files stay as they are; only their forward method is another. PEFT's own is the
-plain path. Dropout noise is another too, with the same mean and variance.
+It computes the same function as PEFT's layers, but saves a single copy of the input, and none in fp32. PEFT's
+modules, parameters and files do not change; only the forward methods are replaced. PEFT's own forward methods
+are the reference path. The dropout noise differs from PEFT's, but has the same mean and variance.
 """
 
 import types
@@ -18,18 +18,18 @@ from torch import Tensor, nn
 
 from finetune.ops.quantized import frozen_weight, multiply
 
-# Dropout: 16-bit numbers, drawn anew for each update, of which each layer takes a stretch at a random place.
-# Drawing fresh noise for each layer costs as much as the layer's multiplication.
+# Dropout: each update draws a pool of 16-bit numbers, and each layer takes slices of it at random offsets.
+# Drawing fresh noise for each layer would cost as much as the layer's matrix multiplication.
 POOL_SIZE = 2**22
 LEVELS = 2**16
-INTEGERS = {2: torch.int16, 4: torch.int32}  # by bytes
+INTEGERS = {2: torch.int16, 4: torch.int32}  # by size in bytes
 
 
 def enable(model: nn.Module, int8_matmul: bool = False) -> tuple[int, int]:
-    """Let the LoRA layers compute in one function; returns how many do, of how many.
+    """Replace the forward methods of the LoRA layers. Returns the numbers of replaced and of all LoRA layers.
 
-    `int8_matmul` multiplies int8 weights by int8 activations, through bitsandbytes, in the forward pass;
-    otherwise weights are dequantized for each multiplication.
+    With `int8_matmul`, bitsandbytes multiplies int8 weights by int8 activations in the forward pass.
+    Otherwise weights are dequantized for each multiplication.
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     fast = [layer for layer in layers if _is_plain_lora(layer)]
@@ -40,7 +40,7 @@ def enable(model: nn.Module, int8_matmul: bool = False) -> tuple[int, int]:
 
 
 def disable(model: nn.Module) -> None:
-    """Give the layers PEFT's forward back."""
+    """Restore PEFT's forward methods."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.__dict__.pop("forward", None)
@@ -48,7 +48,7 @@ def disable(model: nn.Module) -> None:
 
 @contextmanager
 def int8_matmul_off(model: nn.Module) -> Iterator[None]:
-    """Let layers that multiply in int8 dequantize their weights instead: their inputs are not rounded."""
+    """Dequantize the weights of layers that multiply in int8, so that their inputs are not rounded."""
     layers: list[Any] = [module for module in model.modules() if getattr(module, "int8_matmul", False)]
     for layer in layers:
         layer.int8_matmul = False
@@ -68,33 +68,34 @@ def _fast_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """x [..., in] -> [..., out]."""
     is_off = layer.disable_adapters and not (layer.merged or args or kwargs or torch.is_grad_enabled())
     if is_off:
-        return _base_alone(layer, x)
-    if args or kwargs or not _is_usual(layer):
-        plain: Tensor = type(layer).forward(layer, x, *args, **kwargs)
-        return plain
+        return _base_output(layer, x)
+    if args or kwargs or not _has_one_active_adapter(layer):
+        reference: Tensor = type(layer).forward(layer, x, *args, **kwargs)
+        return reference
     (y,) = _compute([layer], x)
     return y
 
 
 def project(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
-    """Several layers of the same input: what each gives for x [..., in].
+    """The outputs of several layers for the same input x [..., in].
 
-    LoRA layers that compute in one function do so together, with the same dropout noise on the input.
+    One call computes all of them if each is a LoRA layer on the fast path with the same settings. They then
+    share the dropout noise on the input.
     """
     first = layers[0]
-    together = all(
+    can_share = all(
         getattr(layer.__dict__.get("forward"), "__func__", None) is _fast_forward
-        and _is_usual(layer)
+        and _has_one_active_adapter(layer)
         and _dropout_of(layer) == _dropout_of(first)
         and layer.int8_matmul == first.int8_matmul
         and not (layer._forward_hooks or layer._forward_pre_hooks)
         for layer in layers
     )
-    return _compute(layers, x) if together else [layer(x) for layer in layers]
+    return _compute(layers, x) if can_share else [layer(x) for layer in layers]
 
 
-def _is_usual(layer: Any) -> bool:
-    """Whether one adapter is at work, and apart from the weight."""
+def _has_one_active_adapter(layer: Any) -> bool:
+    """Whether exactly one adapter is active, and not merged into the weight."""
     names = layer.active_adapters
     return len(names) == 1 and names[0] in layer.lora_A and not (layer.disable_adapters or layer.merged)
 
@@ -104,22 +105,22 @@ def _dropout_of(layer: Any) -> float:
     return float(dropout.p) if isinstance(dropout, nn.Dropout) and layer.training else 0.0
 
 
-def _dtype_of(x: Tensor) -> torch.dtype:
-    """What a layer multiplies x in."""
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a layer multiplies x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _base_alone(layer: Any, x: Tensor) -> Tensor:
-    """The frozen layer without its adapter, multiplied as with it."""
-    rows = x.reshape(-1, x.shape[-1]).to(_dtype_of(x))
+def _base_output(layer: Any, x: Tensor) -> Tensor:
+    """The output of the frozen layer without its adapter, computed as with the adapter."""
+    rows = x.reshape(-1, x.shape[-1]).to(_compute_dtype(x))
     with torch.autocast(x.device.type, enabled=False):
         return multiply(rows, layer.base_layer, layer.int8_matmul).view(*x.shape[:-1], -1)
 
 
 def _compute(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
     names = [layer.active_adapters[0] for layer in layers]
-    rows = x.reshape(-1, x.shape[-1]).to(_dtype_of(x))
+    rows = x.reshape(-1, x.shape[-1]).to(_compute_dtype(x))
     with torch.autocast(x.device.type, enabled=False):
         ys = _LoraLinears.apply(  # type: ignore[no-untyped-call]
             rows,
@@ -134,11 +135,11 @@ def _compute(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
 
 
 class _LoraLinears(torch.autograd.Function):
-    """Of each layer, y = x W^T + bias + scaling * dropout(x) A^T B^T, with gradients for x, A and B.
+    """y = x W^T + bias + scaling * dropout(x) A^T B^T for each layer, with gradients for x, A and B.
 
-    x [T, in], A [r, in], B [out, r], y [T, out]: first all A, then all B. Kept for the backward pass: x that
-    all share, and of each layer scaling * dropout(x) A^T [T, r]. W is dequantized again there, and the noise
-    found again by its place.
+    x [T, in], A [r, in], B [out, r], y [T, out]; `weights` are all A, then all B. Saved for the backward pass
+    are x, which all layers share, and scaling * dropout(x) A^T [T, r] of each layer. The backward pass
+    dequantizes W again, and takes the same noise from the pool by its offsets.
     """
 
     @staticmethod
@@ -192,39 +193,42 @@ class _LoraLinears(torch.autograd.Function):
 
 
 def dropped_share(dropout: float) -> float:
-    """The share of numbers that is dropped: `dropout`, to the nearest of LEVELS, and never all."""
+    """The fraction of numbers that is dropped: `dropout` rounded to a multiple of 1 / LEVELS, below 1."""
     return min(round(dropout * LEVELS), LEVELS - 1) / LEVELS
 
 
 def draw_offsets(count: int) -> list[int]:
-    """Random places in the pool where stretches for `count` numbers begin. They come from torch's global
-    generator, so gradient checkpointing, which puts its state back, repeats them."""
-    num_stretches = max(1, -(-count // (POOL_SIZE // 2)))
-    offsets: list[int] = torch.randint(POOL_SIZE // 2, (num_stretches,)).tolist()
+    """Random offsets into the pool, of the slices for `count` numbers.
+
+    They come from torch's global generator. Gradient checkpointing restores its state, so recomputed layers
+    draw the same offsets.
+    """
+    num_slices = max(1, -(-count // (POOL_SIZE // 2)))
+    offsets: list[int] = torch.randint(POOL_SIZE // 2, (num_slices,)).tolist()
     return offsets
 
 
 def keep_mask(x: Tensor, dropout: float, offsets: list[int], seed: int | None = None) -> Tensor:
-    """Of x's shape, integers of its width: all bits set where a number is kept, none where it is dropped."""
+    """Integers of the shape and width of x: all bits set where a number is kept, none where it is dropped."""
     pool = _pool(
         torch.initial_seed() if seed is None else seed, dropout, INTEGERS[x.element_size()], x.device
     )
-    left, stretches = x.numel(), []
+    remaining, slices = x.numel(), []
     for offset in offsets:
-        size = min(left, POOL_SIZE // 2)
-        stretches.append(pool[offset : offset + size])
-        left -= size
-    return (stretches[0] if len(stretches) == 1 else torch.cat(stretches)).view(x.shape)
+        size = min(remaining, POOL_SIZE // 2)
+        slices.append(pool[offset : offset + size])
+        remaining -= size
+    return (slices[0] if len(slices) == 1 else torch.cat(slices)).view(x.shape)
 
 
 def zero_dropped(x: Tensor, mask: Tensor) -> Tensor:
-    """x with zeros where the mask drops it. Bits: a multiplication would have to make numbers of them."""
+    """x with zeros where the mask is 0. A bitwise AND needs no conversion of the mask to floating point."""
     return (x.view(mask.dtype) & mask).view(x.dtype)
 
 
 @lru_cache(maxsize=1)
 def _pool(seed: int, dropout: float, integer: torch.dtype, device: torch.device) -> Tensor:
-    """[POOL_SIZE]: the keep masks of an update, before which the loop seeds torch from (seed, step, rank)."""
+    """[POOL_SIZE]: the keep masks of an update. The training loop seeds torch from (seed, step, rank)."""
     generator = torch.Generator(device).manual_seed(seed)
     words = torch.empty(POOL_SIZE // 4, dtype=torch.int64, device=device).random_(
         -(2**63), None, generator=generator

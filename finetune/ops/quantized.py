@@ -1,4 +1,4 @@
-"""Frozen linear layers in 16 bits, int8 or nf4: their weights dequantized, and multiplied."""
+"""Frozen linear layers in 16 bits, int8 or nf4: dequantize their weights, and multiply by them."""
 
 import types
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from finetune.ops import kernels
 
 
 def frozen_weight(base: Any, dtype: torch.dtype) -> Tensor:
-    """[out, in]: the weight of a frozen linear layer, dequantized, rounded as bitsandbytes rounds it."""
+    """[out, in]: the dequantized weight of a frozen linear layer, rounded as bitsandbytes rounds it."""
     if isinstance(base, bnb.nn.Linear8bitLt):
         codes, largest = int8_state(base)
         scales = largest / 127
@@ -22,37 +22,39 @@ def frozen_weight(base: Any, dtype: torch.dtype) -> Tensor:
             return kernels.scale_rows(codes, scales, dtype)
         return (codes * scales[:, None]).to(dtype)
     if isinstance(base, bnb.nn.Linear4bit):
-        assert not getattr(base.weight.quant_state, "packing_format_for_cpu", False), "load_base forbids it"
+        assert not getattr(base.weight.quant_state, "packing_format_for_cpu", False), (
+            "load_base disables this format"
+        )
         dequantized: Tensor = bnb.functional.dequantize_4bit(base.weight, base.weight.quant_state)
         return dequantized.to(dtype)
-    plain: Tensor = base.weight
-    return plain.to(dtype)
+    weight: Tensor = base.weight
+    return weight.to(dtype)
 
 
 def int8_state(base: Any) -> tuple[Tensor, Tensor]:
-    """codes [out, in] int8 and the largest absolute value [out] of each row, which is code 127."""
+    """The int8 codes [out, in], and the largest absolute value [out] of each row, which has code 127."""
     if base.weight.CB is not None:  # before the layer's first call
         base.init_8bit_state()
     return base.state.CB, base.state.SCB
 
 
 def multiply(x: Tensor, base: Any, int8_matmul: bool) -> Tensor:
-    """[T, out]: x [T, in] through the frozen layer; with `int8_matmul` in int8, by bitsandbytes."""
+    """[T, out]: the frozen layer of x [T, in]. With `int8_matmul`, bitsandbytes multiplies in int8."""
     bias = None if base.bias is None else base.bias.to(x.dtype)
     if not int8_matmul:
         return F.linear(x, frozen_weight(base, x.dtype), bias)
     int8_state(base)
-    base.state.is_training = False  # where it is set, bitsandbytes dequantizes on a CPU
+    base.state.is_training = False  # otherwise bitsandbytes dequantizes on a CPU
     product: Tensor = bnb.matmul(x, base.weight, bias=bias, state=base.state)
     return product
 
 
 @contextmanager
 def dropout_off(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, with the int8 layers computing as they do in training.
+    """Evaluation mode, except for the int8 layers, which compute as in training.
 
-    bitsandbytes' int8 layers look at the mode too: on a CPU they dequantize their weights in training and
-    quantize the activations as well in evaluation, which is many times slower and not the trained function.
+    On a CPU, bitsandbytes' int8 layers dequantize their weights in training mode, and also quantize the
+    activations in evaluation mode. The latter is many times slower, and not the function that was trained.
     """
     was_training = model.training
     model.eval()
@@ -67,9 +69,9 @@ def dropout_off(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def dequantized(model: torch.nn.Module) -> Iterator[None]:
-    """Let quantized layers dequantize their weights and multiply by torch: no rounding of the activations.
+    """Have quantized layers dequantize their weights and multiply in torch, without rounding activations.
 
-    This is the reference for `frozen_weight`, and dequantizes by bitsandbytes' own functions.
+    This is the reference path of `frozen_weight`: it dequantizes with bitsandbytes' own functions.
     """
     layers: list[Any] = [m for m in model.modules() if isinstance(m, bnb.nn.Linear8bitLt | bnb.nn.Linear4bit)]
     for layer in layers:

@@ -58,10 +58,10 @@ def test_a_tokens_values_and_gradient_are_those_of_its_logits(dtype, rows, size,
     target_ids = torch.randint(size, (rows,), generator=generator)
     target_ids[::2] = logits.argmax(-1)[::2]
     expected, kept = values_of(logits, target_ids), logits.clone()
-    values = kernels.kernel_token_stats(logits, target_ids, with_gradient=False)
+    values = kernels.token_stats(logits, target_ids, with_gradient=False)
     assert torch.equal(logits, kept)
     assert torch.allclose(values.double(), expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(kernels.kernel_token_stats(logits, target_ids, with_gradient=True), values)
+    assert torch.equal(kernels.token_stats(logits, target_ids, with_gradient=True), values)
     gradient = kept.double().softmax(-1)
     gradient[torch.arange(rows), target_ids] -= 1
     assert torch.allclose(
@@ -75,7 +75,7 @@ def test_a_tokens_values_and_gradient_are_those_of_its_logits(dtype, rows, size,
 def test_what_is_no_number_stays_none(dtype, no_number, place):
     logits = torch.randn(2, 41).to(dtype)
     logits[1, place] = no_number
-    values = kernels.kernel_token_stats(logits, torch.tensor([5, 5]), with_gradient=True)
+    values = kernels.token_stats(logits, torch.tensor([5, 5]), with_gradient=True)
     assert values[0].isfinite().all()
     assert logits[0].isfinite().all()
     assert values[1, :2].isnan().all()
@@ -132,7 +132,7 @@ def test_the_number_of_threads_changes_no_bit():
         attended = kernels.attention_forward(query, key, value, *settings)
         grads = kernels.attention_backward(query, key, value, grad, *settings)
         own = logits.clone()
-        values = kernels.kernel_token_stats(own, target_ids, with_gradient=True)
+        values = kernels.token_stats(own, target_ids, with_gradient=True)
         y, scale = kernels.norm_forward(query, weight, 1e-6)
         dx = kernels.norm_backward(query, weight, scale, grad)
         silu = [kernels.silu_forward(query, grad), *kernels.silu_backward(query, grad, y)]
@@ -190,13 +190,13 @@ def test_an_integer_scale_is_the_number_that_it_is():
 
 def test_targets_may_lie_apart():
     logits, targets = torch.randn(6, 40), torch.randint(40, (6, 2))
-    values = kernels.kernel_token_stats(logits, targets[:, 1], with_gradient=False)
+    values = kernels.token_stats(logits, targets[:, 1], with_gradient=False)
     assert torch.allclose(values.double(), values_of(logits, targets[:, 1]), rtol=1e-5, atol=1e-5)
 
 
 def test_a_token_that_cannot_be_adds_nothing_to_the_entropy():
     logits = torch.tensor([[0.0, -torch.inf, 1.0, torch.finfo(torch.float32).min]])
-    values = kernels.kernel_token_stats(logits, torch.tensor([0]), with_gradient=False)
+    values = kernels.token_stats(logits, torch.tensor([0]), with_gradient=False)
     expected = values_of(torch.tensor([[0.0, 1.0]]), torch.tensor([0]))
     assert torch.allclose(values.double(), expected, rtol=1e-5)
 
@@ -205,7 +205,7 @@ def test_nothing_gives_nothing():
     empty = torch.empty(0, 4, 8)
     assert kernels.attention_forward(empty, empty, empty, (), 0, 1.0).shape == (0, 4, 8)
     assert [len(x) for x in kernels.attention_backward(empty, empty, empty, empty, (), 0, 1.0)] == [0, 0, 0]
-    assert kernels.kernel_token_stats(torch.empty(0, 9), torch.empty(0).long(), True).shape == (0, 3)
+    assert kernels.token_stats(torch.empty(0, 9), torch.empty(0).long(), True).shape == (0, 3)
 
 
 def test_what_they_do_not_take_is_left_to_torch():
@@ -290,7 +290,7 @@ def test_without_a_compiler_it_says_what_to_install(empty_cache, tmp_path, monke
 def test_a_compiler_that_fails_is_named_and_leaves_nothing(
     script, message, empty_cache, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(kernels, "SECONDS_TO_COMPILE", 2)
+    monkeypatch.setattr(kernels, "COMPILE_TIMEOUT", 2)
     fake_compiler(tmp_path, monkeypatch, script)
     with pytest.raises(OSError, match=message):
         kernels.enable()
