@@ -1,7 +1,7 @@
-"""Which path computes each part: the fast one where it was asked for and computes what the plain one does.
+"""Choose the path for each part: the fast path if it is requested and computes what the reference path does.
 
-Each is tried on the longest example against the model as it came. Models differ in what they do around their
-attention and their head, and none of that may be left out in silence.
+Each fast path is compared with the unchanged model on the longest example. Models differ in what they compute
+around their attention and their head, and a fast path must not silently skip any of it.
 """
 
 import time
@@ -23,15 +23,15 @@ from finetune.ops.quantized import dropout_off
 from finetune.runtime.choice import Choice
 from finetune.runtime.processes import all_reduce_max
 
-# Of a token's logits, relative to their spread: the order of sums alone changes single tokens by up to 0.4 in
-# bf16; where examples are not kept apart, or positions are wrong, some change by more than 2.
-MOST_ROUNDING = 0.7
-# How many times faster int8 activations must be than dequantized weights, which are more exact.
-WORTH_ROUNDING = 1.2
+# The largest difference of a token's logits, relative to their spread. In bf16, the order of sums alone
+# changes some tokens by up to 0.4. Wrong positions or examples that are not separated change some by over 2.
+MAX_ROUNDING = 0.7
+# How many times faster int8 activations must be than dequantized weights, which are more accurate.
+MIN_SPEEDUP = 1.2
 
 
 class FastPaths(NamedTuple):
-    """What was asked, and what computes."""
+    """What was requested and what actually runs, for each part."""
 
     layout: Choice
     attention: Choice
@@ -43,16 +43,16 @@ class FastPaths(NamedTuple):
 
     @property
     def packed(self) -> bool:
-        """Whether examples are packed, rather than padded."""
+        """Whether examples are packed rather than padded."""
         return self.layout.actual == "packed"
 
 
 def choose_fast_paths(
     config: Config, accelerator: Any, token_loss: TokenLoss, train_set: Examples, int8: str | None = None
 ) -> FastPaths:
-    """Set token_loss and its model to compute as configured, as far as that gives the same results.
+    """Enable the configured fast paths of token_loss and its model that give the same results.
 
-    `int8` is how an earlier part of this run multiplied int8 weights: it is not measured again.
+    `int8` is how an earlier part of this run multiplied int8 weights; if given, it is used without measuring.
     """
     use_reference_paths(token_loss)
     trial = _Trial(accelerator, token_loss, train_set)
@@ -68,8 +68,8 @@ def choose_fast_paths(
 
 
 def use_reference_paths(token_loss: TokenLoss) -> None:
-    """Let everything be computed as transformers, PEFT and bitsandbytes do."""
-    token_loss.masks_packed_rows, token_loss.head_mib = True, None
+    """Compute everything as transformers, PEFT and bitsandbytes do."""
+    token_loss.masks_packed_sequences, token_loss.head_mib = True, None
     lora.disable(token_loss.model)
     elementwise.disable(token_loss.model)
     kernels.disable()
@@ -78,17 +78,17 @@ def use_reference_paths(token_loss: TokenLoss) -> None:
 
 
 class _Trial:
-    """The longest example alone in a padded row, and behind another one in a packed row."""
+    """The longest example as a padded sequence by itself, and after another example in a packed sequence."""
 
     def __init__(self, accelerator: Any, token_loss: TokenLoss, train_set: Examples) -> None:
         longest, other = int(train_set.lengths.argmax()), int(train_set.lengths.argmin())
         tokens, before = train_set.dataset[longest]["input_ids"], train_set.dataset[other]["input_ids"][:64]
-        shared = min(16, len(tokens) // 4)  # a beginning that stands in the packed row but once
+        shared = min(16, len(tokens) // 4)  # a prefix that the packed sequence contains once
         before = tokens[:shared] + before
         first = {"input_ids": before, "labels": [IGNORE] * len(before)}
         second = {"input_ids": tokens, "labels": [IGNORE] * (shared + 1) + tokens[shared + 1 :]}
         self.alone = pad([second]).to(accelerator.device)
-        self.behind = pack([first, second]).to(accelerator.device)
+        self.packed = pack([first, second]).to(accelerator.device)
         self._accelerator, self._token_loss = accelerator, token_loss
 
     def call(self, function: Callable[[MicroBatch], Any], batch: MicroBatch) -> Any:
@@ -102,85 +102,85 @@ class _Trial:
         return logits
 
     def fault(self, batch: MicroBatch, expected: Tensor) -> str | None:
-        """Why the longest example has other logits here than alone on the plain paths; None: it has not."""
+        """Why the longest example's logits differ from those of the reference paths; None if they agree."""
         try:
             logits = self.logits(batch)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a model that knows no such thing fails in a way of its own
+        except Exception as error:  # each model rejects unknown arguments in its own way
             return str(error) if isinstance(error, NotImplementedError) else type(error).__name__
-        # By token, since a convolution would carry over to the first ones alone.
+        # By token, because a convolution would leak into the first tokens of an example only.
         difference = ((logits - expected).square().mean(-1) / expected.var(-1)).sqrt().max()
-        return None if float(difference) < MOST_ROUNDING else "other results"
+        return None if float(difference) < MAX_ROUNDING else "different results"
 
 
 def _choose_kernels(config: Config, device: torch.device) -> Choice:
-    """On a CPU, what the fast paths compute besides large matrix multiplications."""
-    name, compiled, plain = "CPU kernels", "compiled", "torch's operations"
+    """On a CPU, how the fast paths compute everything except large matrix multiplications."""
+    name, compiled, reference = "CPU kernels", "compiled", "torch's operations"
     if device.type != "cpu":
         return Choice(name, "none", "none")
     if not config.fast.kernels:
-        return Choice(name, plain, plain)
+        return Choice(name, reference, reference)
     try:
         kernels.enable()
-    except (OSError, ValueError) as error:  # no compiler, or no folder to keep what it made
-        return Choice(name, compiled, plain, str(error))
+    except (OSError, ValueError) as error:  # no compiler, or no folder for the library
+        return Choice(name, compiled, reference, str(error))
     return Choice(name, compiled, compiled)
 
 
 def _choose_layout(
     config: Config, token_loss: TokenLoss, trial: _Trial, expected: Tensor
 ) -> tuple[Choice, Choice]:
-    """Packed rows, where the model keeps packed examples apart.
+    """Packed sequences, if the model keeps their examples separate.
 
-    Models differ in whether they heed a mask between the examples of a row and positions that restart: one
-    with a recurrent state cannot, and one with a sliding window may lose it.
+    Not every model respects a mask between the examples and positions that restart: a model with a recurrent
+    state cannot, and a model with a sliding window may ignore it.
     """
     base, own = token_loss.base, str(token_loss.base.config._attn_implementation)
     kernel = describe_kernel(trial.alone.input_ids.device, next(token_loss.model.parameters()).dtype)
-    asked = f"packed, {kernel}" if config.fast.attention and config.train.packing else own
+    requested = f"packed, {kernel}" if config.fast.attention and config.train.packing else own
     if not config.train.packing:
         return Choice("layout", "padded", "padded"), Choice("attention", own, own)
-    reason = f"the model is built for {own} attention alone"
+    reason = f"the model supports only {own} attention"
     if config.fast.attention and own == "sdpa":
         base.set_attn_implementation(PACKED)
-        token_loss.masks_packed_rows = False
-        fault = trial.fault(trial.behind, expected)
+        token_loss.masks_packed_sequences = False
+        fault = trial.fault(trial.packed, expected)
         if fault is None:
-            return Choice("layout", "packed", "packed"), Choice("attention", asked, asked)
+            return Choice("layout", "packed", "packed"), Choice("attention", requested, requested)
         base.set_attn_implementation(own)
-        token_loss.masks_packed_rows = True
+        token_loss.masks_packed_sequences = True
         reason = f"tried on the longest example: {fault}"
-    attention = Choice("attention", asked, own, "" if asked == own else reason)
-    fault = trial.fault(trial.behind, expected)
+    attention = Choice("attention", requested, own, "" if requested == own else reason)
+    fault = trial.fault(trial.packed, expected)
     if fault is None:
         return Choice("layout", "packed", "packed"), attention
-    if fault == "other results":
-        reason = "the model computes packed examples otherwise than each alone"
+    if fault == "different results":
+        reason = "the model computes packed examples differently from separate ones"
     else:
-        reason = f"the model takes no mask between packed examples ({fault})"
+        reason = f"the model accepts no mask between packed examples ({fault})"
     return Choice("layout", "packed", "padded", reason), attention
 
 
 def _choose_head(config: Config, token_loss: TokenLoss, trial: _Trial) -> Choice:
-    """The head in chunks, where the logits are its product with the last hidden states and nothing else."""
+    """The head in chunks, if the logits are exactly its product with the last hidden states."""
     name, chunks = "loss", f"target tokens in chunks of {config.fast.head_mib} MiB"
-    plain = "all logits of target tokens" if token_loss.can_skip_logits else "logits of all tokens"
+    reference = "all logits of target tokens" if token_loss.can_skip_logits else "logits of all tokens"
     if not config.fast.head:
-        return Choice(name, plain, plain)
+        return Choice(name, reference, reference)
     head = token_loss.base.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
-        return Choice(name, chunks, plain, "the head is trained, has a bias, or is no plain linear layer")
+        return Choice(name, chunks, reference, "the head is trained, has a bias, or is no plain linear layer")
     if trial.call(lambda batch: _computes_logits(token_loss, head, batch), trial.alone):
         token_loss.head_mib = config.fast.head_mib
         return Choice(name, chunks, chunks)
-    return Choice(name, chunks, plain, "the model's logits are more than its head's output")
+    return Choice(name, chunks, reference, "the model's logits are not just its head's output")
 
 
 def _computes_logits(token_loss: TokenLoss, head: nn.Linear, batch: MicroBatch) -> bool:
-    """Whether the head takes the decoder's hidden states, and its output is left as it is.
+    """Whether the head's input is the decoder's hidden states, and its output is the logits.
 
-    The head is given eight times what it would get: something that bounds logits would be seen.
+    The head gets eight times its usual input, so that a soft cap on the logits would show.
     """
     seen: dict[str, Tensor] = {}
 
@@ -202,65 +202,65 @@ def _computes_logits(token_loss: TokenLoss, head: nn.Linear, batch: MicroBatch) 
 
 
 def _choose_lora(config: Config, model: nn.Module, int8: Choice, trial: _Trial, expected: Tensor) -> Choice:
-    """One function for the LoRA layers of each input."""
-    name, fused, plain = "LoRA layers", "one function for each input", "PEFT's"
+    """One function for the LoRA layers that share an input."""
+    name, fused, reference = "LoRA layers", "one function for each input", "PEFT's"
     if not config.fast.lora:
-        return Choice(name, plain, plain)
+        return Choice(name, reference, reference)
     num_fast, num_all = lora.enable(model, int8.actual == "int8")
     if num_fast == 0:
-        return Choice(name, fused, plain, "DoRA, or layers of another kind")
+        return Choice(name, fused, reference, "DoRA, or unsupported layer types")
     if fault := trial.fault(trial.alone, expected):
         lora.disable(model)
-        return Choice(name, fused, plain, f"tried on the longest example: {fault}")
+        return Choice(name, fused, reference, f"tried on the longest example: {fault}")
     if num_fast < num_all:
-        return Choice(name, fused, f"{fused}, but for {num_all - num_fast}", "those are of another kind")
+        return Choice(name, fused, f"{fused}, except {num_all - num_fast}", "unsupported layer types")
     return Choice(name, fused, fused)
 
 
 def _choose_elementwise(config: Config, model: nn.Module, trial: _Trial, expected: Tensor) -> Choice:
-    """Norms, rotary positions and gated activations that keep less."""
-    name, fast, plain = "norms, rotary, SiLU", "keep their inputs", "the model's"
+    """Norms, rotary positions and gated activations that save only their inputs."""
+    name, fast, reference = "norms, rotary, SiLU", "keep their inputs", "the model's"
     if not config.fast.elementwise:
-        return Choice(name, plain, plain)
+        return Choice(name, reference, reference)
     if elementwise.enable(model) == 0:
-        return Choice(name, fast, plain, "no norm, rotary attention or gated SiLU that is known")
+        return Choice(name, fast, reference, "no supported norm, rotary attention or gated SiLU")
     if fault := trial.fault(trial.alone, expected):
         elementwise.disable(model)
-        return Choice(name, fast, plain, f"tried on the longest example: {fault}")
+        return Choice(name, fast, reference, f"tried on the longest example: {fault}")
     return Choice(name, fast, fast)
 
 
 def _choose_int8(
     config: Config, accelerator: Any, model: nn.Module, train_set: Examples, recorded: str | None
 ) -> Choice:
-    """How int8 weights are multiplied; where that is left open, the faster way for a typical micro-batch."""
-    name, asked = "int8 weights", config.fast.int8_matmul
+    """How int8 weights are multiplied. With "auto", the faster way for a typical micro-batch is measured."""
+    name, requested = "int8 weights", config.fast.int8_matmul
     bases = (module.base_layer for module in model.modules() if isinstance(module, LoraLayer))
     layers = [base for base in bases if isinstance(base, bnb.nn.Linear8bitLt)]
     if not layers:
         return Choice(name, "none", "none")
     if not config.fast.lora:
         return Choice(name, "bitsandbytes'", "bitsandbytes'")
-    if asked != "auto":
-        return Choice(name, asked, asked)
+    if requested != "auto":
+        return Choice(name, requested, requested)
     if recorded is not None:
-        return Choice(name, recorded, recorded, "as this run began")
+        return Choice(name, recorded, recorded, "as at the start of this run")
     layer, device = max(layers, key=lambda layer: layer.weight.numel()), accelerator.device
     num_tokens = max(64, min(1024, int(8 * train_set.lengths.mean())))
     x = torch.randn(num_tokens, layer.in_features, device=device, dtype=torch.bfloat16)
     with torch.no_grad():
         in_int8 = _seconds(lambda: quantized.multiply(x, layer, int8_matmul=True), device)
         dequantized = _seconds(lambda: quantized.multiply(x, layer, int8_matmul=False), device)
-    # It rounds the activations too, so it has to be worth it. All processes alike: the first one decides.
-    is_worth_it = accelerator.is_main_process and in_int8 < dequantized / WORTH_ROUNDING
+    # int8 also rounds the activations, so it must pay off. All ranks use the decision of the main process.
+    is_worth_it = accelerator.is_main_process and in_int8 < dequantized / MIN_SPEEDUP
     is_int8 = all_reduce_max(accelerator, int(is_worth_it)) == 1
-    got = "int8" if is_int8 else "dequantize"
+    actual = "int8" if is_int8 else "dequantize"
     measured = f"{num_tokens} tokens: dequantized {dequantized * 1e3:.1f} ms, in int8 {in_int8 * 1e3:.1f} ms"
-    return Choice(name, got, got, measured)
+    return Choice(name, actual, actual, measured)
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    """The median of five calls, after one that does not count."""
+    """The median time of five calls, after a warm-up call."""
     times = []
     for _ in range(6):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Answers to conversations, by the trained model or its base."""
+"""Generate answers to conversations with the trained model or its base."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,25 +16,27 @@ from finetune.runtime.accelerator import DTYPES
 
 
 class Answer(NamedTuple):
-    """A generated turn, without special tokens and white space around it."""
+    """A generated turn, without special tokens and surrounding white space."""
 
     text: str
     num_tokens: int
-    """Generated, the one that ends the turn included"""
+    """Generated tokens, including the one that ends the turn"""
     ended: bool
-    """By itself, not at the limit of tokens"""
+    """Whether the model ended the turn, rather than the limit of tokens"""
 
 
 class Sampler:
-    """Makes the likeliest token of [B, V] scores a draw from softmax(scores / temperature): the Gumbel-max
-    trick. Each row has noise of its own, from its seed alone: what stands beside it changes nothing."""
+    """Adds noise to scores [B, V], so that their argmax is a sample from softmax(scores / temperature).
+
+    This is the Gumbel-max trick. The noise of a sequence depends on its seed, not on the other sequences.
+    """
 
     def __init__(self, temperature: float, seeds: Sequence[int], device: torch.device) -> None:
         self._temperature = temperature
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # In fp32 one number in 2^24 would be 0, and its token certain.
+        # In fp32, one number in 2^24 would be 0, and its token would always be chosen.
         noise = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
         for row, generator in zip(noise, self._generators, strict=True):
             row.exponential_(generator=generator)
@@ -42,7 +44,7 @@ class Sampler:
 
 
 def check_limits(temperature: float, max_new_tokens: int) -> None:
-    """Raise ValueError where nothing can be generated with these."""
+    """Raise ValueError if the temperature or the number of new tokens is out of range."""
     if not (temperature == 0 or 0.01 <= temperature <= 100):
         raise ValueError(f"temperature must be 0 (the likeliest token) or 0.01 to 100, not {temperature:g}")
     if not 1 <= max_new_tokens <= LARGEST_WHOLE_NUMBER:
@@ -56,13 +58,13 @@ def generate_answers(
     conversations: Sequence[list[Message]],
     max_new_tokens: int = 48,
 ) -> list[Answer]:
-    """The likeliest answer (greedy) to the last turn of each conversation, all as one batch."""
+    """Greedy answers to the last turn of each conversation, generated as one batch."""
     prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
     return answer_prompts(accelerator, model, tokenizer, prompts, max_new_tokens)
 
 
 def encode_prompt(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Token ids of a conversation up to where the assistant's next turn begins.
+    """Token ids of a conversation up to the start of the assistant's next turn.
 
     Raises:
         ValueError: the template fails on these messages.
@@ -73,12 +75,12 @@ def encode_prompt(tokenizer: Any, messages: list[Message]) -> list[int]:
 
 
 def require_room(model: Any, num_tokens: int, max_new_tokens: int) -> None:
-    """Raise ValueError where the model has no positions for a prompt of `num_tokens` and its answer."""
+    """Raise ValueError if a prompt of `num_tokens` and its answer exceed the model's positions."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and num_tokens + max_new_tokens > positions:
         raise ValueError(
-            f"the prompt has {num_tokens:,} tokens, and with an answer of up to {max_new_tokens:,} more than "
-            f"the model's {positions:,}"
+            f"the prompt has {num_tokens:,} tokens, which with an answer of up to {max_new_tokens:,} tokens "
+            f"exceeds the model's limit of {positions:,}"
         )
 
 
@@ -92,11 +94,11 @@ def answer_prompts(
     sampler: Sampler | None = None,
     streamer: Any = None,
 ) -> list[Answer]:
-    """Answers to prompts (token ids), all as one batch: the likeliest tokens, or those that `sampler` draws.
+    """Answers to prompts (token ids), generated as one batch: greedy, or sampled by `sampler`.
 
-    `streamer`, one of transformers', is given the tokens of a single prompt as they come.
+    `streamer`, one of transformers' streamers, receives the tokens of a single prompt as they are generated.
     """
-    # Padded apart: a call with padding would leave it switched on in the tokenizer that the run saves.
+    # Calling the tokenizer with padding would leave padding enabled in the tokenizer that the run saves.
     padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     inputs = padded.to(accelerator.device)
     ends = end_tokens(model, tokenizer)
@@ -105,7 +107,7 @@ def answer_prompts(
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            repetition_penalty=1.0,  # some models bring one of their own
+            repetition_penalty=1.0,  # some models come with a penalty of their own
             temperature=None,
             top_p=None,
             top_k=None,
@@ -119,8 +121,8 @@ def answer_prompts(
 
 @contextmanager
 def _dense_head_input(model: Any) -> Iterator[None]:
-    """Copy what goes into the head: it is a slice of the prompt's states, for which torch would write out the
-    head's weight once for each row of the batch, hundreds of times the work."""
+    """Make the input of the head contiguous. It is a slice of the prompt's hidden states; for a slice, torch
+    would copy the head's weight once for each sequence of the batch, which is hundreds of times the work."""
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     try:
@@ -130,31 +132,31 @@ def _dense_head_input(model: Any) -> Iterator[None]:
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """The tokens that end an answer: the tokenizer's EOS, and those that the model brings."""
+    """The tokens that end an answer: the tokenizer's EOS token and those of the model's generation config."""
     ends = model.generation_config.eos_token_id
     several = ends if isinstance(ends, list) else [ends]
     return {token for token in (*several, tokenizer.eos_token_id) if token is not None}
 
 
 def _answer(tokenizer: Any, tokens: list[int], ends: set[int]) -> Answer:
-    """Of a row of generated tokens, which is padded behind its end."""
-    end = next((place for place, token in enumerate(tokens) if token in ends), None)
+    """The answer in a sequence of generated tokens, which may be padded at its end."""
+    end = next((index for index, token in enumerate(tokens) if token in ends), None)
     own = tokens if end is None else tokens[: end + 1]
     text: str = tokenizer.decode(own, skip_special_tokens=True)
     return Answer(text.strip(), len(own), end is not None)
 
 
 def dequantize_on_cpu(model: nn.Module, precision: str) -> None:
-    """Hold quantized weights as the numbers they are multiplied as, which a CPU otherwise computes again for
-    each token. Answers stay the same; the weights take twice (int8) or four times (nf4) the memory.
+    """Replace quantized layers by dequantized ones, because a CPU would dequantize them again for each token.
 
-    A GPU multiplies them as they are. `precision` is no, bf16 or fp16.
+    Answers do not change. The weights take twice (int8) or four times (nf4) the memory. Layers on a GPU are
+    left as they are. `precision` is no, bf16 or fp16.
     """
     kinds = (bnb.nn.Linear8bitLt, bnb.nn.Linear4bit)
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):
             if isinstance(layer, kinds) and layer.weight.device.type == "cpu":
-                plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-                plain.weight = nn.Parameter(frozen_weight(layer, DTYPES[precision]), requires_grad=False)
-                plain.bias = layer.bias
-                setattr(module, name, plain)
+                linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+                linear.weight = nn.Parameter(frozen_weight(layer, DTYPES[precision]), requires_grad=False)
+                linear.bias = layer.bias
+                setattr(module, name, linear)

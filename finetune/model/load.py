@@ -23,7 +23,7 @@ from finetune.runtime.choice import Choice
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The model's tokenizer, with a padding token (its EOS token where it brings none).
+    """The model's tokenizer, with a padding token (the EOS token if it has none of its own).
 
     Raises:
         ValueError: as `load_base`.
@@ -32,7 +32,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     tokenizer = _from_pretrained(AutoTokenizer, config, source, arguments)
     if not tokenizer.is_fast:
         raise ValueError(
-            f"the tokenizer of {config.name_or_path} cannot tell where in the text its tokens stand"
+            f"the tokenizer of {config.name_or_path} is not a fast one: it cannot locate its tokens in a text"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -40,7 +40,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def load_architecture(config: ModelConfig) -> Any:
-    """What transformers knows of the model without its weights: its own configuration.
+    """The model's configuration in transformers, loaded without its weights.
 
     Raises:
         ValueError: as `load_base`.
@@ -50,10 +50,10 @@ def load_architecture(config: ModelConfig) -> Any:
 
 
 def load_model(config: Config, precision: str, device: torch.device) -> peft.PeftModel:
-    """The base with a fresh adapter: adapter weights in fp32 and alone trainable, initialized from the seed.
+    """The base with a fresh adapter: only its fp32 weights are trainable, initialized from the seed.
 
     Raises:
-        ValueError: a model that cannot be loaded, or target modules that it does not have.
+        ValueError: the model cannot be loaded, or it does not have the target modules.
     """
     base = load_base(config.model, precision, device)
     if config.train.gradient_checkpointing:
@@ -63,12 +63,12 @@ def load_model(config: Config, precision: str, device: torch.device) -> peft.Pef
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
-    """Raise ValueError where the tokenizer has a token that the model has no embedding for: it would fail in
-    the middle of the run, and on a GPU without a word of what it was."""
+    """Raise ValueError if the tokenizer has a token without an embedding in the model: the run would
+    fail midway, and on a GPU without naming the cause."""
     tokens, embeddings = len(tokenizer), model.get_input_embeddings().num_embeddings
     if tokens > embeddings:
         raise ValueError(
-            f"the tokenizer has {tokens} tokens and the model embeddings for {embeddings}: take the "
+            f"the tokenizer has {tokens} tokens, but the model has embeddings for {embeddings}: use the "
             "tokenizer that belongs to the model"
         )
 
@@ -76,10 +76,10 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
 def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
     """The causal language model, quantized as configured, frozen, on the device.
 
-    `precision` is no, bf16 or fp16: the data type of what is not quantized. Embeddings stay in it too.
+    `precision` is no, bf16 or fp16: the data type of everything that is not quantized, including embeddings.
 
     Raises:
-        ValueError: no such folder, file or hub model, no network, or no causal language model.
+        ValueError: no such folder, file or Hub model, no network, or not a causal language model.
     """
     _quiet_libraries()
     dtype = DTYPES[precision]
@@ -110,18 +110,20 @@ def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
     )
     if {module.is_causal for module in base.modules() if hasattr(module, "is_causal")} == {False}:
         raise ValueError(
-            f"model.name_or_path {config.name_or_path} is no causal language model: its tokens see later ones"
+            f"model.name_or_path {config.name_or_path} is no causal language model: tokens see later tokens"
         )
-    if loading["missing_keys"]:  # transformers makes them up at random, and goes on
+    if loading["missing_keys"]:  # transformers would initialize them randomly and continue
         missing = sorted(loading["missing_keys"])
         raise ValueError(
             f"model.name_or_path {config.name_or_path} lacks {len(missing)} weights, such as {missing[0]}"
         )
     if config.name_or_path == "starter":
-        base.name_or_path = HUB_NAME  # peft writes it into the adapter: not a folder in this user's cache
+        base.name_or_path = (
+            HUB_NAME  # PEFT writes it into the adapter, where a folder of this user's cache is useless
+        )
     for module in base.modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            # On some CPUs it packs its weights when called in evaluation, and has no gradient from then on.
+            # On some CPUs, evaluation would pack its weights, and it would have no gradient afterwards.
             module.support_avx512bf16_for_cpu = False
         if isinstance(module, bnb.nn.Linear8bitLt):
             module.init_8bit_state = types.MethodType(_init_8bit_state, module)
@@ -129,8 +131,8 @@ def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
 
 
 def _init_8bit_state(layer: Any) -> None:
-    """bitsandbytes' own, with the scales kept: on a CPU PEFT's DoRA moves the weight to where it is, and then
-    it has its codes again, but not the scales that went with them."""
+    """bitsandbytes' own method, but it keeps the scales. PEFT's DoRA moves the weight to the device it is on.
+    On a CPU, the weight then has its codes again, but not its scales."""
     if layer.weight.SCB is None:
         layer.weight.SCB = layer.state.SCB
     type(layer).init_8bit_state(layer)
@@ -153,14 +155,14 @@ def add_adapter(base: Any, config: LoraConfig) -> peft.PeftModel:
     if isinstance(config.target_modules, list):
         found = {name.rpartition(".")[2] for name in model.targeted_module_names}
         missing = [name for name in config.target_modules if name.rpartition(".")[2] not in found]
-        if missing:  # peft is content when one of them is found
+        if missing:  # PEFT accepts the list if one of them is found
             raise ValueError(f"lora.target_modules: the model has no {', '.join(missing)}")
     return model
 
 
 def base_fingerprint(config: ModelConfig, model: Any) -> str:
-    """What tells this base from another of the same shape, on any device: a hub model's commit, or a digest
-    of a folder's weight files (their sizes, and a MiB at the start, the middle and the end of each)."""
+    """Identify the base, on any device: the commit of a Hub model, or a digest of a folder's weight files
+    (their sizes, and a MiB at the start, the middle and the end of each)."""
     source, arguments = _locate(config)
     if not Path(source).is_dir():
         return f"{source}@{getattr(model.config, '_commit_hash', None)}"
@@ -170,27 +172,30 @@ def base_fingerprint(config: ModelConfig, model: Any) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:
-            for place in (0, size // 2, max(0, size - 2**20)):
-                file.seek(place)
+            for offset in (0, size // 2, max(0, size - 2**20)):
+                file.seek(offset)
                 digest.update(file.read(2**20))
     return digest.hexdigest()
 
 
 def describe_base(config: ModelConfig, model: Any) -> Choice:
-    """What the layers of the base are: looked up in the model."""
-    asked = config.quantization
+    """The quantization of the base, as found in its layers."""
+    requested = config.quantization
     counts = {
         "int8": sum(isinstance(module, bnb.nn.Linear8bitLt) for module in model.modules()),
         "nf4": sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules()),
     }
-    got = next((name for name, count in counts.items() if count > 0), "none")
-    return Choice("quantization", asked, got, "" if got == asked else f"no linear layer became {asked}")
+    actual = next((name for name, count in counts.items() if count > 0), "none")
+    reason = "" if actual == requested else f"no linear layer became {requested}"
+    return Choice("quantization", requested, actual, reason)
 
 
 def training_flop(model: Any) -> tuple[int, int]:
-    """FLOP that a token, and on top a target token, takes in an update: the products with the frozen weights,
-    forward and for the gradient of the input (2 FLOP each and weight). LoRA, attention and all else, a few
-    percent, count as overhead."""
+    """FLOP per token, and additional FLOP per target token, of an update.
+
+    The products with the frozen weights count, in the forward pass and for the gradient of the input: 2 FLOP
+    per weight each. LoRA, attention and everything else are a few percent, and count as overhead.
+    """
     head = model.get_output_embeddings()
     kinds = (torch.nn.Linear, bnb.nn.Linear8bitLt, bnb.nn.Linear4bit)
     weights = sum(
@@ -202,7 +207,7 @@ def training_flop(model: Any) -> tuple[int, int]:
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """(trainable, total) parameters; two 4-bit weights share a byte and count as two."""
+    """(trainable, total) numbers of parameters. Two 4-bit weights in one byte count as two."""
     trainable = total = 0
     for parameter in model.parameters():
         packed = getattr(parameter, "quant_state", None)
@@ -213,18 +218,18 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def hub_name(config: ModelConfig) -> str | None:
-    """The name of the base on the Hugging Face Hub; None where it is a folder or a file."""
+    """The name of the base on the Hugging Face Hub; None for a folder or a file."""
     if config.name_or_path == "starter":
         return HUB_NAME
     try:
         source, _ = _locate(config)
-    except ValueError:  # a folder that is gone by now
+    except ValueError:  # a folder that no longer exists
         return None
     return None if Path(source).is_dir() else source
 
 
 def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """What transformers calls the model, and the arguments that go with it."""
+    """The name or path that transformers loads, and the arguments to load it with."""
     name = config.name_or_path
     if name == "starter":
         return str(starter_model_dir()), {}
@@ -241,14 +246,14 @@ def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
             raise ValueError(f"model.name_or_path {name} holds an adapter; name the model it was trained on")
         return str(path), {}
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise ValueError(f"model.name_or_path {name!r} is no folder that exists and no hub name")
+        raise ValueError(f"model.name_or_path {name!r} is neither an existing folder nor a Hub model name")
     return name, {"revision": config.revision} if config.revision else {}
 
 
 def _from_pretrained(loader: Any, config: ModelConfig, source: str, arguments: dict[str, Any]) -> Any:
     try:
         return loader.from_pretrained(source, trust_remote_code=config.trust_remote_code, **arguments)
-    except Exception as error:  # a broken folder shows in errors of many libraries, of many kinds
+    except Exception as error:  # a broken folder can raise any error of several libraries
         raise ValueError(
             f"model.name_or_path {config.name_or_path} could not be loaded: {_in_one_line(error)}"
         ) from error
@@ -259,9 +264,9 @@ def _in_one_line(error: Exception) -> str:
 
 
 def _quiet_libraries() -> None:
-    """Silence what says nothing to a user: peft calls what transformers renamed, and weights that load in
-    a second show a bar."""
+    """Silence messages that do not concern a user: a deprecation warning that PEFT causes in transformers, a
+    progress bar for weights that load in a second, and a warning in every int8 multiplication."""
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     disable_progress_bar()
-    # bitsandbytes' int8 multiplication tells of a cast, in each layer of each forward pass.
+    # bitsandbytes warns of a cast in each layer of each forward pass.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The loss: a causal language model in, sums over target tokens out."""
+"""The loss: sums over target tokens of a causal language model's predictions."""
 
 import inspect
 from collections.abc import Callable
@@ -21,15 +21,15 @@ class TokenSums:
     entropy: Tensor
     """Entropy of the predicted distributions, in nats"""
     correct: Tensor
-    """How often the likeliest token was the target"""
+    """Number of target tokens that were predicted correctly (argmax)"""
     count: Tensor
     """Number of target tokens"""
 
 
 class TokenLoss(nn.Module):
-    """A causal language model with the loss inside, so that DDP wraps both and no logits leave it.
+    """A causal language model with its loss: DDP wraps both, and the logits never leave the module.
 
-    A new one takes the reference paths; `fast_paths.choose_fast_paths` enables the fast ones.
+    It starts on the reference paths; `fast_paths.choose_fast_paths` enables the fast ones.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -37,10 +37,10 @@ class TokenLoss(nn.Module):
         self.model = model
         self.base: Any = _base(model)
         self.can_skip_logits = "logits_to_keep" in inspect.signature(self.base.forward).parameters
-        self.masks_packed_rows = True
-        """Packed rows come with a mask over the whole row; False: their boundaries go to the attention"""
+        self.masks_packed_sequences = True
+        """Pass a mask over the whole packed sequence; False: pass its boundaries to the attention"""
         self.head_mib: int | None = None
-        """MiB for the logits of a chunk of target tokens; None: the model's own head, all of their logits"""
+        """MiB for the logits of a chunk of target tokens; None: the model's own head computes all logits"""
 
     def forward(self, batch: MicroBatch) -> TokenSums:
         if self.head_mib is None:
@@ -51,7 +51,7 @@ class TokenLoss(nn.Module):
 
     @torch.no_grad()
     def token_stats(self, batch: MicroBatch) -> Tensor:
-        """[N, 3] fp32, of each target token: nll and entropy in nats, and 1 where it was the likeliest."""
+        """[N, 3] fp32, for each target token: nll and entropy in nats, and 1 if it is predicted correctly."""
         if self.head_mib is None:
             return reference_token_stats(self.target_logits(batch), batch.target_ids)
         return self._through_head(chunked_token_stats, batch, self.head_mib)
@@ -65,14 +65,14 @@ class TokenLoss(nn.Module):
 
     def target_logits(self, batch: MicroBatch) -> Tensor:
         """[N, vocabulary]: the logits at the target positions, in the precision of the forward pass."""
-        # A single row can ask the model for the positions it needs, and no others reach the head.
+        # For a single sequence, the model can compute the logits of the target positions only.
         keep = self.can_skip_logits and len(batch.input_ids) == 1
         chosen: dict[str, Any] = {"logits_to_keep": batch.target_positions} if keep else {}
         logits: Tensor = self.model(**self.inputs(batch), **chosen).logits
         return logits[0] if keep else logits.flatten(0, 1)[batch.target_positions]
 
     def target_hidden(self, batch: MicroBatch) -> Tensor:
-        """[N, d]: what the head would get at the target positions, in the precision it multiplies in."""
+        """[N, d]: the input of the head at the target positions, in the precision of its multiplication."""
         states: Tensor = self.base.get_decoder()(**self.inputs(batch)).last_hidden_state
         hidden = states.flatten(0, 1)[batch.target_positions]
         kind = hidden.device.type
@@ -84,9 +84,9 @@ class TokenLoss(nn.Module):
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
         if not isinstance(limits, Boundaries):
             return {**inputs, "attention_mask": limits}
-        if self.masks_packed_rows:
+        if self.masks_packed_sequences:
             return {**inputs, "attention_mask": limits.mask()}
-        # A mask of one element: with none at all the model would make one.
+        # A mask of one element: without any mask, the model would create one.
         nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
         return {**inputs, "attention_mask": nothing, "boundaries": limits}
 
@@ -108,7 +108,7 @@ def reference_token_stats(logits: Tensor, target_ids: Tensor) -> Tensor:
 
 
 def _count(target_ids: Tensor) -> Tensor:
-    """Made on the device: a number that is copied there has the host wait."""
+    """Created on the device: copying a number there would block the host."""
     return torch.full((), float(len(target_ids)), device=target_ids.device)
 
 

@@ -1,4 +1,4 @@
-"""The precision of a model's computation, for a while."""
+"""Change the precision of a model's computation temporarily."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +13,10 @@ from finetune.ops.quantized import dequantized
 
 @contextmanager
 def in_fp32(model: nn.Module) -> Iterator[None]:
-    """Compute in fp32 with the weights as they are, quantized or rounded, on the fast and reference paths.
+    """Compute in fp32 with the existing quantized or rounded weights, on the fast and the reference paths.
 
-    The parameters of one module at a time are fp32, while it computes. Quantized weights are dequantized for
-    each multiplication. Autocast is off on the model's device; a context that is entered inside must not turn
-    it on again.
+    A module's parameters are converted to fp32 only while it computes. Quantized weights are dequantized for
+    each multiplication. Autocast is off on the model's device; no nested context may turn it on again.
     """
     handles = [
         handle
@@ -35,13 +34,13 @@ def in_fp32(model: nn.Module) -> Iterator[None]:
 
 
 def _rounded_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The module's own parameters in 16 bits."""
+    """The module's own 16-bit parameters."""
     own = module.parameters(recurse=False)
     return [p for p in own if p.is_floating_point() and p.dtype != torch.float32]
 
 
 def _compute_in_fp32(module: nn.Module, parameters: list[nn.Parameter]) -> list[Any]:
-    """Hooks that give the module fp32 copies of its parameters while its forward method runs."""
+    """Add hooks that replace the module's parameters by fp32 copies while its forward method runs."""
     originals: list[Tensor] = []
 
     def to_fp32(*_: Any) -> None:

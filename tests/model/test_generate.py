@@ -133,7 +133,9 @@ def test_what_cannot_be_generated_with_is_said():
         check_limits(0, 0)
     model = tiny_model(800)  # of 1024 positions
     require_room(model, 1000, 24)
-    with pytest.raises(ValueError, match=r"1,000 tokens, and with an answer of up to 25 more than .* 1,024"):
+    with pytest.raises(
+        ValueError, match=r"1,000 tokens, which with an answer of up to 25 tokens exceeds .* 1,024"
+    ):
         require_room(model, 1000, 25)
 
 

@@ -458,7 +458,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings_is_refused(
     tokenizer.save_pretrained(folder)
     run_train(expect=2, model__name_or_path=folder)
     error = capfd.readouterr().err
-    assert f"the tokenizer has {before + 1} tokens and the model embeddings for {before}" in error
+    assert f"the tokenizer has {before + 1} tokens, but the model has embeddings for {before}" in error
     assert error.count("\n") == 1
 
 

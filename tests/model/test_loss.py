@@ -46,7 +46,7 @@ def make_token_loss(model: Any, fast: bool, packing: bool) -> TokenLoss:
         assert num_fast == num_all or isinstance(token_loss.base, GPT2LMHeadModel)
         if packing:
             token_loss.base.set_attn_implementation(PACKED)
-            token_loss.masks_packed_rows = False
+            token_loss.masks_packed_sequences = False
     return token_loss
 
 
@@ -165,7 +165,7 @@ def test_a_model_that_cannot_leave_out_logits_gives_the_same(fast):
     assert_update_is_right(with_adapter(model), random_examples(LENGTHS), LAYOUTS, fast=fast)
 
 
-def test_of_a_packed_row_only_the_positions_that_predict_a_target_reach_the_head():
+def test_of_a_packed_sequence_only_the_positions_that_predict_a_target_reach_the_head():
     model = with_adapter(tiny_model(VOCABULARY))
     shapes = []
     model.get_base_model().lm_head.register_forward_pre_hook(
@@ -266,7 +266,7 @@ def test_the_fast_loss_asks_the_model_for_no_logits(packing):
     assert sums.nll > 0
 
 
-def test_attention_in_a_packed_row_on_the_fast_path_gets_boundaries_and_no_mask_of_the_row():
+def test_attention_in_a_packed_sequence_on_the_fast_path_gets_boundaries_and_no_mask():
     token_loss = make_token_loss(with_adapter(tiny_model(VOCABULARY)), fast=True, packing=True)
     batch = collate(random_examples(LENGTHS), packing=True)
     inputs = token_loss.inputs(batch)

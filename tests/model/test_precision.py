@@ -98,9 +98,9 @@ def test_the_losses_are_those_of_a_model_in_fp32_with_the_same_weights(
     for packing in (True, False):
         batch = collate(EXAMPLES, packing)
         with in_fp32(made):
-            got, sums = losses(made, batch), made(batch)
+            actual, sums = losses(made, batch), made(batch)
         expected = losses(exact, batch)
-        torch.testing.assert_close(got.sum(0), expected.sum(0), rtol=1e-6, atol=0)
+        torch.testing.assert_close(actual.sum(0), expected.sum(0), rtol=1e-6, atol=0)
         assert sums.nll.item() == pytest.approx(expected[:, 0].sum().item(), rel=1e-6)
 
 
