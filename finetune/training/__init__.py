@@ -1,10 +1,10 @@
-"""What an update is made of, beside the model: sums, the optimizer, evaluation.
+"""The parts of an update besides the model: sums, the optimizer, evaluation.
 
 Sums over target tokens come in; metrics, learning rates and optimizer steps come out. Read
 `metrics` first (sums kept on the device, and their means), then `optim` (the optimizer and its
 schedule), then `evaluate` (exact sums of each eval example). `setup` loads for a command what
-train.py loads step by step, `memory_model` predicts and measures its memory, and `comparison` compares fast
-paths with reference paths.
+train.py loads step by step. `memory_model` predicts and measures the memory of a run, and `comparison`
+compares the fast paths with the reference paths.
 
 May import: model, ops, data, runtime, the configuration.
 """

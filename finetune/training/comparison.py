@@ -1,9 +1,9 @@
-"""The fast paths compared with the reference paths: both run the same updates, without the optimizer's step.
+"""Compare the fast paths with the reference paths: both run the same updates, without the optimizer's step.
 
-The fast paths run as train.py would; the reference paths run padded, with the model's own attention and head
-and PEFT's own layers. In fp32 the two must agree. In 16 bits, every layer rounds so much that not even two
-reference layouts agree: there both are also compared with the same weights in fp32, and the fast paths must
-come as near to that as the reference paths.
+The fast paths run as in train.py. The reference paths run padded, with the model's own attention and head and
+PEFT's own layers. In fp32 the two must agree. In 16 bits, every layer rounds so much that not even two
+reference layouts agree. There, both are also compared with the same weights in fp32, and the fast paths must
+be as close to that result as the reference paths.
 """
 
 import time
@@ -24,8 +24,8 @@ from finetune.ops.quantized import dequantized
 from finetune.runtime.memory import peak_memory_gib, reset_peak_memory
 from finetune.training.setup import Parts
 
-LUCK = 1.5  # the factor by which rounding may, by chance, affect one path more than another
-FAR_OFF = 0.5  # of the gradient: no precision's rounding causes this
+CHANCE = 1.5  # the factor by which rounding may, by chance, affect one path more than the other
+MAX_ERROR = 0.5  # of the gradient, relative: rounding in no precision causes more
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Outcome:
 
     loss: float
     gradient: Tensor
-    """Of all adapter weights, concatenated, fp32 on the CPU"""
+    """The gradients of all adapter weights, concatenated, fp32 on the CPU"""
 
 
 class Distance(NamedTuple):
@@ -44,11 +44,11 @@ class Distance(NamedTuple):
     gradient: float
     """The norm of the difference of the gradients"""
     size: float
-    """The size of the gradient along the expected one. Rounding has no direction: this shows a mistake that
-    `gradient` would hide"""
+    """The size of the gradient along the expected one. Rounding has no direction, so this reveals a mistake
+    that `gradient` would hide"""
 
 
-# By the precision of the forward pass: how far apart two fp32 computations may be, and how much farther from
+# By the precision of the forward pass: how much two fp32 computations may differ, and how much farther from
 # fp32 the fast paths may be than the reference paths.
 TOLERANCES = {
     "no": Distance(1e-5, 1e-4, 1e-4),
@@ -59,7 +59,7 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class PathRun:
-    """The same updates on one kind of paths."""
+    """The updates on either the fast or the reference paths."""
 
     outcomes: list[Outcome]
     tokens_per_second: float
@@ -85,27 +85,27 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """Whether the fast paths are off by no more than rounding, in every update."""
+        """Whether the errors of the fast paths are no more than rounding, in every update."""
         tolerances, of_reference = TOLERANCES[self.precision], self.reference_errors
-        # The largest error of all updates counts: a single one's loss may happen to be exact.
-        limits = [LUCK * max(error[part] for error in of_reference) + tolerances[part] for part in range(3)]
-        # A NaN is not at most anything.
+        # The largest error of all updates counts, because the loss of a single one may happen to be exact.
+        limits = [CHANCE * max(error[part] for error in of_reference) + tolerances[part] for part in range(3)]
+        # With a NaN, every comparison is false.
         return all(error[part] <= limits[part] for error in self.fast_errors for part in range(3)) and all(
-            error.gradient <= FAR_OFF for error in of_reference
+            error.gradient <= MAX_ERROR for error in of_reference
         )
 
 
 def compare_paths(config: Config, parts: Parts, packing: bool, num_updates: int) -> Comparison:
-    """Run the first updates on the fast paths that `parts` are set to, then on the reference paths.
+    """Run the first updates on the fast paths that `parts` have enabled, then on the reference paths.
 
-    `packing` is the layout of the fast paths. The reference paths remain set.
+    `packing` is the layout of the fast paths. The reference paths stay enabled.
     """
     plan = make_plan(config, parts.train_set, packing, 0, 1)
     padded_plan = make_plan(config, parts.train_set, False, 0, 1)
     steps = range(min(num_updates, plan.num_steps))
     fast = _run_updates(parts, plan, steps)
     use_reference_paths(parts.token_loss)
-    # On a GPU bitsandbytes rounds activations to int8, so it is no reference for paths that do not.
+    # On a GPU, bitsandbytes rounds activations to int8, so it is no reference for paths that do not.
     on_gpu = parts.accelerator.device.type == "cuda"
     with dequantized(parts.model) if on_gpu else nullcontext():
         reference = _run_updates(parts, padded_plan, steps)
@@ -161,8 +161,8 @@ def distance(outcome: Outcome, expected: Outcome) -> Distance:
 
 
 def randomize_adapter(model: Any) -> None:
-    """Fill B with random numbers: while it is zero, as in a fresh adapter, A has no gradient and the adapter
-    no effect."""
+    """Fill B with random numbers. In a fresh adapter, B is zero, so A has no gradient and the adapter has no
+    effect."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

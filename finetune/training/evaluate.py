@@ -1,4 +1,4 @@
-"""Evaluation: exact sums of each eval example, their token-weighted means, and which rows are asked."""
+"""Evaluation: exact sums of each eval example, their token-weighted means, and the sample conversations."""
 
 import math
 from collections.abc import Container, Mapping, Sequence
@@ -30,11 +30,11 @@ def evaluate(
     precision: str = "run",
 ) -> Tensor | None:
     """[E, 4] float64 on the CPU: nll and entropy in nats, correct, and number of the target tokens of each of
-    the E examples of `dataset`, with dropout off; None where it was stopped midway.
+    the E examples of `dataset`, without dropout. None if the evaluation was stopped midway.
 
     `token_loss` is the module itself, not its DDP wrapper: ranks may have different numbers of batches.
     `batches` are those of this rank, as `plan_evaluation` returns them; the sums are over all ranks.
-    `precision` is "run", or "fp32" for the same weights computed in fp32.
+    `precision` is "run", or "fp32" to compute in fp32 with the same weights.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -59,10 +59,10 @@ def evaluate(
 
 
 def evaluation_metrics(sums: Tensor, eval_set: Examples, leaks: Container[int]) -> Metrics:
-    """The means over all examples; where some of their rows are in `leaks`, which are trained on too,
+    """The means over all examples. If some of their rows are in `leaks` (rows that are also trained on),
     `loss_without_leaks` is the loss of the others.
 
-    sums [E, 4] as `evaluate` gives them.
+    sums [E, 4] as `evaluate` returns them.
     """
     metrics = means(sums.sum(0))
     clean = torch.tensor([number not in leaks for number in eval_set.dataset["row_number"]])
@@ -72,7 +72,7 @@ def evaluation_metrics(sums: Tensor, eval_set: Examples, leaks: Container[int]) 
 
 
 def loss_error(sums: Tensor, exact: Tensor) -> float:
-    """How far the mean loss of an evaluation may be off, in nats, by K of its examples computed in fp32 too.
+    """The error of an evaluation's mean loss, in nats, from K of its examples that are also computed in fp32.
 
     sums, exact [K, 4] as `evaluate` returns them, in the run's precision and in fp32. The result is the mean
     difference per token, plus twice its standard error over the examples.
@@ -84,13 +84,13 @@ def loss_error(sums: Tensor, exact: Tensor) -> float:
 
 
 def is_lower(entry: Mapping[str, Any], than: Mapping[str, Any]) -> bool:
-    """Whether the loss of an eval line is lower than that of another by more than the error of both."""
+    """Whether the loss of an eval line is lower than that of another by more than their combined error."""
     error = math.hypot(entry.get("loss_error", 0), than.get("loss_error", 0))
     return bool(than["loss"] - entry["loss"] > error)
 
 
 def best_of(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The eval line of the lowest loss: the first that no later one is lower than by more than the error."""
+    """The eval line with the lowest loss: a later one replaces an earlier one only if `is_lower` holds."""
     best = evaluations[0]
     for entry in evaluations[1:]:
         if is_lower(entry, best):
@@ -99,10 +99,10 @@ def best_of(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def is_out_of_patience(evaluations: Sequence[dict[str, Any]], patience: int | None) -> bool:
-    """Whether the last `patience` evaluations brought no lower loss than the best before them; None never is.
+    """Whether none of the last `patience` evaluations has a lower loss than the best one before them.
 
-    `evaluations` are eval lines of metrics.jsonl, in order: what a resumed run decides by, too. A loss is
-    lower only by more than the error of both.
+    `evaluations` are eval lines of metrics.jsonl, in order, so that a resumed run decides alike. `is_lower`
+    compares the losses. With `patience` None, the result is False.
     """
     if patience is None or not evaluations:
         return False
@@ -110,9 +110,9 @@ def is_out_of_patience(evaluations: Sequence[dict[str, Any]], patience: int | No
 
 
 def pick_conversations(rows: Dataset, system_prompt: str | None, count: int = 10) -> list[list[Message]]:
-    """The first eval rows up to their last assistant turn: what the model is asked before and after.
+    """The first eval rows up to their last assistant turn, which the model answers before and after training.
 
-    Rows in which the assistant answers to nobody are passed over: templates may refuse to open such a turn.
+    Rows without a message before the assistant's turn are skipped: templates may refuse to open such a turn.
     """
     conversations: list[list[Message]] = []
     for row in rows:

@@ -1,6 +1,6 @@
-"""The memory that a run will take, by part: predicted for any number of tokens, and measured on its largest.
+"""The memory of a run, by part: predicted for any number of tokens, and measured on the largest micro-batch.
 
-What autograd keeps is counted on two short sequences and grows linearly with the tokens of a micro-batch. The
+What autograd saves is counted on two short sequences. It grows linearly with the tokens of a micro-batch. The
 rest follows from the sizes of the model, the adapter and the optimizer.
 """
 
@@ -34,25 +34,25 @@ class Prediction:
     """Bytes, by part."""
 
     process: int
-    """What Python and the libraries hold; 0 on a GPU, where only tensors count"""
+    """The memory of Python and the libraries; 0 on a GPU, where only tensors count"""
     base: int
     adapter: int
     """Weights and gradients, fp32"""
     optimizer: int
     kept_per_token: float
-    """What autograd keeps for each token of a micro-batch"""
+    """What autograd saves for each token of a micro-batch"""
     per_layer_and_token: float
     """What the largest layer allocates temporarily for each token"""
     weight: int
     """The largest weight, dequantized"""
     head_per_token: float
-    """The logits of a target token, and what is computed from them"""
+    """The logits of a target token, and the tensors computed from them"""
     head_most: float
     """The same for a chunk of target tokens; infinite without chunks"""
 
     @property
     def held(self) -> int:
-        """What stays allocated between updates."""
+        """The memory that stays allocated between updates."""
         return self.process + self.base + self.adapter + self.optimizer
 
     def of_update(self, num_tokens: int) -> float:
@@ -60,7 +60,7 @@ class Prediction:
         return self.held + self.temporary(num_tokens) + num_tokens * self.kept_per_token
 
     def temporary(self, num_tokens: int) -> float:
-        """What the forward and backward passes allocate temporarily: in a layer or in the head."""
+        """The memory that the forward and backward passes allocate temporarily, in a layer or in the head."""
         at_head = min(num_tokens * self.head_per_token, self.head_most)
         return max(self.weight + num_tokens * self.per_layer_and_token, at_head)
 
@@ -94,7 +94,7 @@ def predict(config: Config, parts: Parts, packing: bool) -> Prediction:
 
 
 def _kept_per_token(parts: Parts, packing: bool) -> float:
-    """Bytes that autograd keeps for a token: the slope between a sequence and one of twice its length."""
+    """Bytes that autograd saves for a token: the slope between a sequence and one of twice its length."""
     kept, short = [], 64
     for length in (short, 2 * short):
         ids = [1] * length
@@ -105,20 +105,23 @@ def _kept_per_token(parts: Parts, packing: bool) -> float:
 
 
 def kept_bytes(parts: Parts, batch: MicroBatch) -> int:
-    """Bytes that autograd keeps for the backward pass of a micro-batch, the parameters aside."""
+    """Bytes that autograd saves for the backward pass of a micro-batch, without the parameters."""
     storages: dict[int, int] = {}
     parameters = {p.untyped_storage().data_ptr() for p in parts.model.parameters()}
 
-    def note(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     reseed(0, 0, 0)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), parts.accelerator.autocast():
+    with (
+        torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor),
+        parts.accelerator.autocast(),
+    ):
         kept = parts.token_loss(batch)
-    del kept  # only now: a storage that is freed may give its address to the next
+    del kept  # only now: a new storage may reuse the address of a freed one
     return sum(storages.values())
 
 
@@ -137,7 +140,7 @@ def _head_bytes(parts: Parts, itemsize: int) -> dict[str, float]:
 @dataclass(frozen=True)
 class Measured:
     num_tokens: int
-    """Of the whole update, or of the whole evaluation batch"""
+    """Tokens of the whole update, or of the whole evaluation batch"""
     largest_batch: int
     """Tokens of the largest micro-batch, including padding"""
     seconds: float
@@ -212,7 +215,7 @@ def _linear_layers(model: Any) -> list[Any]:
 
 
 def _quantization_states(model: Any) -> list[Tensor]:
-    """What quantized layers keep beside their weights."""
+    """The tensors that quantized layers hold besides their weights."""
     states = []
     for module in model.modules():
         state = getattr(module, "state", None)
@@ -223,6 +226,6 @@ def _quantization_states(model: Any) -> list[Tensor]:
 
 
 def storage_bytes(tensors: Sequence[Tensor]) -> int:
-    """Bytes of the tensors' storages; one that several tensors share counts once."""
+    """Bytes of the tensors' storages. A storage that several tensors share counts once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())

@@ -1,4 +1,4 @@
-"""Sums over a window of updates, kept on the device, and the means they become once per log line."""
+"""Sums over a window of updates, kept on the device, and their means, computed once per log line."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -14,14 +14,14 @@ from finetune.model.loss import TokenSums
 from finetune.runtime.processes import all_reduce_max
 
 Metrics = dict[str, float | int]
-COUNT = 3  # the place of the number of target tokens among the sums
+COUNT = 3  # index of the number of target tokens among the sums
 
 
 class SumWindow:
-    """Adds up TokenSums on the device; `reduce` is the only place that waits for it."""
+    """Adds up TokenSums on the device; only `reduce` waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
-        # nll, entropy, correct, count; in fp64 a million nats and one token's share fit in one number.
+        # nll, entropy, correct, count; fp64 resolves one token's part of a million nats.
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
 
     def add(self, sums: TokenSums) -> None:
@@ -29,27 +29,27 @@ class SumWindow:
         self._sums += torch.stack([value.double() for value in values])
 
     def total(self, accelerator: Any) -> Tensor:
-        """The sums over all processes: [4] float64."""
+        """The sums over all ranks: [4] float64."""
         total: Tensor = accelerator.reduce(self._sums, reduction="sum")
         return total
 
     def reduce(self, accelerator: Any) -> Metrics:
-        """The means per target token over all processes; the window is empty afterwards."""
+        """The means per target token over all ranks; the window is empty afterwards."""
         metrics = means(self.total(accelerator))
         self._sums.zero_()
         return metrics
 
     def is_finite(self) -> Tensor:
-        """[]: bool, on the device."""
+        """Whether all sums are finite: a bool scalar on the device."""
         return self._sums.isfinite().all()
 
     def restore(self, sums: list[float]) -> None:
-        """Go on from sums over all processes: for one process to call, lest they count twice."""
+        """Continue from sums over all ranks. Only one rank may call this, or they would count twice."""
         self._sums += torch.tensor(sums, dtype=torch.float64, device=self._sums.device)
 
 
 def means(sums: Tensor) -> Metrics:
-    """nll, entropy, correct, count as the metrics of a log line: nats per target token, a fraction."""
+    """The metrics of a log line, from sums [4] of nll, entropy, correct and count."""
     nll, entropy, correct, count = sums.tolist()
     return {
         "loss": nll / count,
@@ -60,10 +60,10 @@ def means(sums: Tensor) -> Metrics:
 
 
 def all_finite(accelerator: Any, window: SumWindow, grad_norm: Tensor) -> bool:
-    """Whether the sums and the gradient are finite numbers in all processes: what may reach the weights.
+    """Whether the sums and the gradient are finite on all ranks, so that they may reach the weights.
 
-    Waits for the device. With fp16 a gradient may overflow: the loss scaler then leaves the update out and
-    lowers its scale. Only one that is not finite unscaled counts.
+    This waits for the device. In fp16, a gradient may overflow: the loss scaler then skips the update and
+    lowers its scale. Only a gradient that is not finite without scaling counts.
     """
     finite = bool(window.is_finite() & grad_norm.isfinite())
     scaler = accelerator.scaler
@@ -73,7 +73,7 @@ def all_finite(accelerator: Any, window: SumWindow, grad_norm: Tensor) -> bool:
 
 
 class Stopwatch:
-    """Speed of training since the last reading, without the time of evaluations and checkpoints.
+    """The speed of training since the last call of `speed`, without evaluations and checkpoints.
 
     `flop_per_second` is the matmul rate of this rank's device (`accelerator.matmul_rate`).
     """
@@ -84,9 +84,9 @@ class Stopwatch:
         self._num_tokens = self._num_flop = 0
 
     def count(self, num_tokens: int, micro_batches: Sequence[MicroBatch]) -> None:
-        """Add an update: the tokens of its examples over all ranks, and the micro-batches of this rank.
+        """Add an update: the tokens of its examples on all ranks, and the micro-batches of this rank.
 
-        Padding counts in neither. The work on a shared prefix counts once.
+        Neither includes padding. The work on a shared prefix counts once.
         """
         per_token, per_target = self._flop
         self._num_tokens += num_tokens
@@ -100,8 +100,8 @@ class Stopwatch:
         self._started += time.perf_counter() - paused_at
 
     def speed(self) -> Metrics:
-        """Useful tokens per second of all processes, and the share of its device's matmul rate that this one
-        uses (MFU), since the last call."""
+        """Useful tokens per second of all ranks, and the fraction of this rank's matmul rate that it reaches
+        (MFU), since the last call."""
         now = time.perf_counter()
         seconds = now - self._started
         metrics: Metrics = {

@@ -13,28 +13,27 @@ from finetune.config import OptimConfig
 from finetune.runtime.choice import Choice
 
 BLOCK = 256  # numbers that share a scale in bitsandbytes' 8-bit states
-SMALLEST_PAGED = 100_000  # numbers; bitsandbytes pages no smaller states
-# On a CPU there is nothing to page from: the same optimizer, in memory that is never moved.
+SMALLEST_PAGED = 100_000  # numbers; bitsandbytes does not page smaller states
+# On a CPU there is no GPU memory to page from: the same optimizer runs without paging.
 UNPAGED = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw": "adamw"}
 
 
 def state_bytes(name: str) -> int:
-    """Bytes that the optimizer called `name` keeps for each parameter: AdamW two moments, fp32 or 8-bit."""
+    """Bytes of optimizer state per parameter: AdamW has two moments, in fp32 or 8 bits; SGD has none."""
     return 0 if name == "sgd" else 2 if name.endswith("8bit") else 8
 
 
-def choose_optimizer(asked: str, device: torch.device) -> Choice:
-    if device.type != "cuda" and asked in UNPAGED:
-        return Choice(
-            "optimizer", asked, UNPAGED[asked], "paging moves state out of GPU memory; here is none"
-        )
-    return Choice("optimizer", asked, asked)
+def choose_optimizer(requested: str, device: torch.device) -> Choice:
+    if device.type != "cuda" and requested in UNPAGED:
+        reason = "paging moves state out of GPU memory, and this device is no GPU"
+        return Choice("optimizer", requested, UNPAGED[requested], reason)
+    return Choice("optimizer", requested, requested)
 
 
 def create_optimizer(
     name: str, parameters: Iterable[torch.nn.Parameter], config: OptimConfig
 ) -> torch.optim.Optimizer:
-    """The optimizer called `name` (as `choose_optimizer` got it) over the trainable parameters."""
+    """The optimizer `name` (the actual one of `choose_optimizer`) for the trainable parameters."""
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     adamw = {
@@ -54,18 +53,18 @@ def create_optimizer(
 
 
 class GroupedAdamW8bit(bnb.optim.AdamW8bit):  # type: ignore[misc]
-    """bitsandbytes' optimizer, to the bit, with one call for all small tensors of a parameter group.
+    """bitsandbytes' AdamW with one call for all small tensors of a parameter group, bit for bit the same.
 
-    An adapter has hundreds of small tensors, of which each call takes longer than what it computes, and on a
-    GPU bitsandbytes waits for each. They are put behind each other for the call; parameters and states stay
-    where they are.
+    An adapter has hundreds of small tensors. For each of them, a call takes longer than its computation, and
+    on a GPU bitsandbytes waits after each call. This class concatenates the small tensors for the call, and
+    copies the results back into the parameters and states.
     """
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         moves_pages = False
         for group_index, group in enumerate(self.param_groups):
-            small: dict[int, list[torch.nn.Parameter]] = {}  # by the number of updates they have had
+            small: dict[int, list[torch.nn.Parameter]] = {}  # by their number of previous updates
             for index, parameter in enumerate(group["params"]):
                 if parameter.grad is None:
                     continue
@@ -80,11 +79,11 @@ class GroupedAdamW8bit(bnb.optim.AdamW8bit):  # type: ignore[misc]
                     moves_pages |= getattr(state["state1"], "is_paged", False)
             for parameters in small.values():
                 self._update_together(group, parameters)
-        if moves_pages:  # which the host must not touch meanwhile
+        if moves_pages:  # the host must not access the pages before they have moved
             torch.cuda.synchronize()
 
     def _is_small(self, parameter: torch.nn.Parameter) -> bool:
-        """Whether its state is in 8 bits, in whole blocks, and never paged."""
+        """Whether the parameter's state has 8 bits and whole blocks, and is never paged."""
         state1 = self.state[parameter]["state1"]
         is_whole = parameter.numel() % BLOCK == 0 and parameter.is_contiguous()
         return state1.dtype == torch.uint8 and is_whole and parameter.numel() < SMALLEST_PAGED
@@ -107,7 +106,7 @@ class GroupedAdamW8bit(bnb.optim.AdamW8bit):  # type: ignore[misc]
             state2,
             beta1,
             beta2,
-            0.0,  # of optimizers with a third state
+            0.0,  # for optimizers with a third state
             0.0,
             group["eps"],
             states[0]["step"],
@@ -118,16 +117,16 @@ class GroupedAdamW8bit(bnb.optim.AdamW8bit):  # type: ignore[misc]
             absmax2,
             group["weight_decay"],
         )
-        for parts, all_of_them in zip(tensors, joined, strict=True):
-            changed = torch.split(all_of_them, [part.numel() for part in parts])
+        for parts, updated in zip(tensors, joined, strict=True):
+            changed = torch.split(updated, [part.numel() for part in parts])
             torch._foreach_copy_(parts, [new.view_as(part) for new, part in zip(changed, parts, strict=True)])
 
 
 def learning_rate_at(step: int, num_steps: int, config: OptimConfig) -> float:
     """The learning rate of update `step` (from 0) of `num_steps`.
 
-    It rises linearly from 0 over ceil(warmup_ratio * num_steps) updates, then follows the schedule, which
-    would reach 0 at update `num_steps`: the values of transformers' schedules of the same names.
+    It rises linearly from 0 over ceil(warmup_ratio * num_steps) updates, then follows the schedule. "linear"
+    and "cosine" would reach 0 at update `num_steps`. The values are those of transformers' schedules.
     """
     warmup_steps = math.ceil(config.warmup_ratio * num_steps)
     if step < warmup_steps:

@@ -1,4 +1,4 @@
-"""What a command works on: the rows of a configuration as tokens, and its model with a fresh adapter."""
+"""Load what a command needs: the tokenized rows of a configuration, and its model with a fresh adapter."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from finetune.runtime.choice import Choice
 
 @dataclass(frozen=True)
 class Parts:
-    """`train.py` makes them one by one."""
+    """The objects that `train.py` creates one by one."""
 
     accelerator: Any
     precision: Choice
@@ -27,7 +27,11 @@ class Parts:
 
 
 def load_parts(config: Config) -> Parts:
-    """Raises ValueError for rows, a tokenizer or a model that cannot be used, as train.py does."""
+    """Load the rows, the tokenizer and the model as train.py does.
+
+    Raises:
+        ValueError: the rows, the tokenizer or the model cannot be used.
+    """
     precision = choose_precision(config.train.mixed_precision)
     accelerator = create_accelerator(config, precision.actual)
     tokenizer = load_tokenizer(config.model)

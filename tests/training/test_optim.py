@@ -1,4 +1,4 @@
-"""The learning rate follows transformers' schedules; the optimizer is the one asked for, or says why not."""
+"""The learning rate follows transformers' schedules; the optimizer is the requested one, or says why not."""
 
 import bitsandbytes as bnb
 import pytest
@@ -72,18 +72,20 @@ def test_a_new_learning_rate_reaches_every_group():
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 
 
-@pytest.mark.parametrize(("asked", "got"), [("paged_adamw_8bit", "adamw_8bit"), ("paged_adamw", "adamw")])
-def test_a_paged_optimizer_becomes_the_same_one_without_paging_on_a_cpu_and_says_why(asked, got):
-    setting = choose_optimizer(asked, CPU)
-    assert (setting.name, setting.requested, setting.actual) == ("optimizer", asked, got)
+@pytest.mark.parametrize(
+    ("requested", "actual"), [("paged_adamw_8bit", "adamw_8bit"), ("paged_adamw", "adamw")]
+)
+def test_a_paged_optimizer_becomes_the_same_one_without_paging_on_a_cpu_and_says_why(requested, actual):
+    setting = choose_optimizer(requested, CPU)
+    assert (setting.name, setting.requested, setting.actual) == ("optimizer", requested, actual)
     assert "GPU memory" in setting.reason
 
 
-@pytest.mark.parametrize("asked", ALL)
-def test_every_other_optimizer_is_the_one_asked_for(asked):
-    assert choose_optimizer(asked, CUDA) == Choice("optimizer", asked, asked, reason="")
-    if not asked.startswith("paged"):
-        assert choose_optimizer(asked, CPU) == Choice("optimizer", asked, asked, reason="")
+@pytest.mark.parametrize("requested", ALL)
+def test_every_other_optimizer_is_the_requested_one(requested):
+    assert choose_optimizer(requested, CUDA) == Choice("optimizer", requested, requested, reason="")
+    if not requested.startswith("paged"):
+        assert choose_optimizer(requested, CPU) == Choice("optimizer", requested, requested, reason="")
 
 
 @pytest.mark.parametrize(
