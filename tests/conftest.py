@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,6 +83,14 @@ def require_compiler() -> None:
     """Skip the test on a machine without a C++ compiler."""
     if not HAS_COMPILER:
         pytest.skip("needs a C++ compiler")
+
+
+def open_terminal() -> tuple[int, int]:
+    """Both ends of a terminal: the person's, and the program's; the test is skipped where there is none."""
+    try:
+        return pty.openpty()
+    except OSError as error:  # no /dev/pts, as in some containers
+        pytest.skip(f"needs a terminal: {error}")
 
 
 @pytest.fixture(autouse=True)
