@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,10 +73,24 @@ def cpu_kernels(request: pytest.FixtureRequest) -> None:
         kernels.enable()
 
 
+HAS_COMPILER = bool(os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++"))
+# Without a compiler torch's operations compute what the kernels would, and the run says why.
+PACKED_BY = "compiled kernel" if HAS_COMPILER else "per example"
+KERNELS_BY = "compiled" if HAS_COMPILER else "torch's operations"
+
+
 def require_compiler() -> None:
     """Skip the test on a machine without a C++ compiler."""
-    if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")):
+    if not HAS_COMPILER:
         pytest.skip("needs a C++ compiler")
+
+
+def open_terminal() -> tuple[int, int]:
+    """Both ends of a terminal: the person's, and the program's; the test is skipped where there is none."""
+    try:
+        return pty.openpty()
+    except OSError as error:  # no /dev/pts, as in some containers
+        pytest.skip(f"needs a terminal: {error}")
 
 
 @pytest.fixture(autouse=True)

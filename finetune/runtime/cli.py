@@ -38,6 +38,8 @@ def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
         return _end(argv, f"stopped: {error}", 1)
     except KeyboardInterrupt:
         return _end(argv, "stopped", 130)
+    finally:
+        _discard_unread_errors()
 
 
 def check_settings(argv: Sequence[str]) -> int:
@@ -103,6 +105,19 @@ def _end(argv: Sequence[str], line: str, code: int) -> int:
     with suppress(OSError):  # of `2>&1 | tee log` the reader may be gone
         print(line, file=sys.stderr, flush=True)
     return code
+
+
+def _discard_unread_errors() -> None:
+    """Drop what was written to stderr after its reader had gone (`2>&1 | tee log` gets a Ctrl-C too).
+
+    Python flushes stderr once more as it exits; from Python 3.13 on, a failure there makes the exit code 120.
+    """
+    if sys.stderr is None:  # `2>&-`
+        return
+    try:
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _in_words(error: Exception) -> str:

@@ -3,7 +3,6 @@
 import fcntl
 import io
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, tiny_tokenizer
+from conftest import ROOT, open_terminal, tiny_tokenizer
 
 from finetune.__main__ import main
 from finetune.commands import chat
@@ -211,7 +210,7 @@ def test_help_goes_where_help_goes(capsys, monkeypatch):
 @pytest.fixture
 def terminal() -> Iterator[tuple[int, int]]:
     """Both ends of a terminal: the person's, and the program's."""
-    ends = pty.openpty()
+    ends = open_terminal()
     yield ends
     for end in ends:
         os.close(end)

@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 from command_line import assert_one_line_error, config_arguments, enter_empty_folder, help_of, six_updates
+from conftest import PACKED_BY
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from finetune.__main__ import main
 from finetune.config import FastConfig
+from finetune.data.collate import Boundaries
 from finetune.model import loss
 from finetune.model.fast_paths import choose_fast_paths
-from finetune.ops import elementwise, kernels, lora, quantized
+from finetune.ops import attention, elementwise, lora, quantized
 from finetune.training.comparison import Outcome, compute_update
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="breaks what computes on a processor")
@@ -97,7 +100,7 @@ def test_the_fast_paths_agree_with_the_reference_paths_in_every_update(verify, q
     assert "do NOT" not in printed
     assert "one function for each input" in printed  # they are on, and have something to agree with
     assert "target tokens in chunks" in printed
-    assert "packed, compiled kernel" in printed
+    assert f"packed, {PACKED_BY}" in printed
 
 
 def test_a_difference_of_nothing_but_rounding_is_shown_as_such(verify):
@@ -198,20 +201,27 @@ def scale_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def scale_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    change_attention(monkeypatch, lambda lengths, prefix, scale: (lengths, prefix, 1.05 * scale))
+    change_attention(monkeypatch, lambda boundaries, scale: (boundaries, 1.05 * scale))
 
 
 def leak_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    change_attention(monkeypatch, lambda lengths, prefix, scale: ((sum(lengths),), prefix, scale))
+    def as_one_example(boundaries: Boundaries, scale: float) -> tuple[Boundaries, float]:
+        return boundaries._replace(lengths=(sum(boundaries.lengths),)), scale
+
+    change_attention(monkeypatch, as_one_example)
 
 
-def change_attention(monkeypatch: pytest.MonkeyPatch, change: Callable[..., Any]) -> None:
-    """Both passes of it, so that one's gradient is the other's."""
-    for name in ("attention_forward", "attention_backward"):
-        real = getattr(kernels, name)
-        monkeypatch.setattr(
-            kernels, name, lambda *arguments, real=real: real(*arguments[:-3], *change(*arguments[-3:]))
-        )
+def change_attention(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[Boundaries, float], tuple[Boundaries, float]]
+) -> None:
+    """Whatever computes it here, and both passes, so that one's gradient is the other's."""
+    choose_maker = attention._choose_maker
+
+    def choose_wrong(*tensors: Tensor) -> attention.Maker:
+        make = choose_maker(*tensors)
+        return lambda query, key, value, *others: make(query, key, value, *change(*others))
+
+    monkeypatch.setattr(attention, "_choose_maker", choose_wrong)
 
 
 def turn_positions_the_wrong_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import HAS_COMPILER, KERNELS_BY, PACKED_BY
 from datasets import Dataset
 from tiny import NAMES, VOCABULARY, adapter_gradients, fill_adapter, random_examples, with_adapter
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -19,7 +20,7 @@ from finetune.model import fast_paths
 from finetune.model.fast_paths import FastPaths, choose_fast_paths, use_reference_paths
 from finetune.model.load import add_adapter, load_model
 from finetune.model.loss import TokenLoss
-from finetune.ops import kernels, lora, quantized
+from finetune.ops import attention, lora, quantized
 from finetune.ops.attention import PACKED
 from finetune.runtime.choice import Choice
 
@@ -27,7 +28,7 @@ CPU = torch.device("cpu")
 LENGTHS = [20, 60, 33]  # the longest has 60 tokens
 SWITCHES = [field.name for field in fields(FastConfig) if field.type is bool]
 PACKED_NAME, CHUNKS, FUSED = (
-    "packed, compiled kernel",
+    f"packed, {PACKED_BY}",
     "target tokens in chunks of 128 MiB",
     "one function for each input",
 )
@@ -103,6 +104,15 @@ def is_as_asked(setting: Choice) -> bool:
     return setting.requested == setting.actual and setting.reason == ""
 
 
+def all_are_as_asked(chosen: FastPaths) -> bool:
+    """Whether all are; without a compiler all but the kernels, and that has to be the reason given."""
+    if not HAS_COMPILER and chosen.kernels.requested == "compiled":
+        assert chosen.kernels.actual == "torch's operations"
+        assert "no C++ compiler" in chosen.kernels.reason
+        chosen = chosen._replace(kernels=Choice("CPU kernels", "none", "none"))
+    return all(is_as_asked(setting) for setting in chosen)
+
+
 @pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-4), ("bf16", 2e-2)])
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])
 def test_ordinary_models_get_every_fast_path_and_the_same_sums(architecture, precision, tolerance):
@@ -112,7 +122,7 @@ def test_ordinary_models_get_every_fast_path_and_the_same_sums(architecture, pre
     chosen = choose(token_loss, precision=precision)
     assert (chosen.layout.actual, chosen.attention.actual) == ("packed", PACKED_NAME)
     assert (chosen.loss.actual, chosen.lora.actual, chosen.int8.actual) == (CHUNKS, FUSED, "none")
-    assert all(is_as_asked(setting) for setting in chosen)
+    assert all_are_as_asked(chosen)
     assert (token_loss.masks_packed_sequences, token_loss.head_mib) == (False, 128)
     assert token_loss.base.config._attn_implementation == PACKED
     for packing in (True, False):
@@ -248,7 +258,7 @@ FAST = {
     "head": CHUNKS,
     "lora": FUSED,
     "elementwise": "keep their inputs",
-    "kernels": "compiled",
+    "kernels": KERNELS_BY,
 }
 PLAIN = {
     "attention": "sdpa",
@@ -264,7 +274,7 @@ def test_a_path_that_is_switched_off_is_plain_as_asked_and_the_others_are_fast(o
     token_loss = TokenLoss(with_adapter(built("qwen2")))
     expected = sums_of(token_loss, packing=True)
     chosen = choose(token_loss, FastConfig(**{off: False}))
-    assert all(is_as_asked(setting) for setting in chosen)
+    assert all_are_as_asked(chosen)
     assert chosen.packed
     actual = {name: getattr(chosen, PARTS[name]).actual for name in SWITCHES}
     expected_names = {name: PLAIN[name] if name == off else FAST[name] for name in SWITCHES}
@@ -294,7 +304,7 @@ def test_with_all_switched_off_nothing_is_set():
     chosen = choose(
         token_loss, FastConfig(**dict.fromkeys(SWITCHES, False))
     )  # and what an earlier choice had set is put back
-    assert all(is_as_asked(setting) for setting in chosen)
+    assert all_are_as_asked(chosen)
     assert (token_loss.masks_packed_sequences, token_loss.head_mib) == (True, None)
     assert own_forwards(token_loss) == before
     assert token_loss.base.config._attn_implementation == "sdpa"
@@ -365,11 +375,18 @@ def test_a_fast_layer_that_computes_something_else_is_not_used(monkeypatch):
     assert_same_sums(sums_of(token_loss, packing=True), expected)
 
 
+def let_attention_be_computed_by(make: attention.Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_choose_maker", lambda *_: make)
+    monkeypatch.setitem(attention.NAMES, make, PACKED_BY)
+
+
 def test_an_attention_that_computes_something_else_is_not_used(monkeypatch):
     token_loss = TokenLoss(with_adapter(built("qwen2")))
     expected = sums_of(token_loss, packing=True)
-    real = kernels.attention_forward
-    monkeypatch.setattr(kernels, "attention_forward", lambda *arguments: -3 * real(*arguments))
+    choose_maker = attention._choose_maker
+    let_attention_be_computed_by(
+        lambda query, *others: -3 * choose_maker(query, query, query)(query, *others), monkeypatch
+    )
     chosen = choose(token_loss)
     assert (chosen.attention.requested, chosen.attention.actual) == (PACKED_NAME, "sdpa")
     assert "different results" in chosen.attention.reason
@@ -381,7 +398,7 @@ def test_a_path_that_runs_out_of_memory_is_no_path_that_computes_something_else(
     def out_of_memory(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(kernels, "attention_forward", out_of_memory)
+    let_attention_be_computed_by(out_of_memory, monkeypatch)
     with pytest.raises(torch.OutOfMemoryError):
         choose(TokenLoss(with_adapter(built("qwen2"))))
 

@@ -1,7 +1,6 @@
 """What a person sees of a run: TensorBoard, plain lines, and the bar in a terminal."""
 
 import os
-import pty
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import EVAL_METRICS, TRAIN_METRICS, read_metrics
+from conftest import EVAL_METRICS, TRAIN_METRICS, open_terminal, read_metrics
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -217,7 +216,7 @@ def test_brackets_in_a_path_are_shown_as_they_are(run_train, tmp_path, capsys, n
 @pytest.fixture
 def terminal(monkeypatch) -> Iterator[Callable[[], str]]:
     """A terminal of 120 columns for the program to write to; call it for what was written."""
-    master, slave = pty.openpty()
+    master, slave = open_terminal()
     received = bytearray()
 
     def read() -> None:

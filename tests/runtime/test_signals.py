@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import equal
 
 import train
 from finetune.run.tracker import Tracker
+from finetune.runtime.cli import run_command
 
 SETTINGS = {"train__num_epochs": 3, "checkpoint__every_steps": 100, "optim__name": "paged_adamw_8bit"}
 STEPS = 6
@@ -147,6 +148,20 @@ def test_a_run_whose_output_nobody_reads_any_more_is_saved_all_the_same(long_run
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
     assert only_checkpoint(run_dir) > 0
+
+
+def test_an_error_that_nobody_reads_leaves_nothing_for_python_to_flush_as_it_exits(monkeypatch):
+    """Python 3.13 would exit with 120 rather than with the program's code."""
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    def fail(_: Sequence[str]) -> None:
+        raise ValueError("the error")
+
+    with os.fdopen(writer, "w") as unread, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", unread)
+        assert run_command(fail, []) == 2
+        unread.flush()
 
 
 def test_a_second_process_is_kept_out_of_a_run_at_work(long_run, run_train, capfd):
