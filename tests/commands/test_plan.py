@@ -72,7 +72,7 @@ def test_it_prints_parts_peaks_time_and_a_budget(plan):
 
 def test_the_budget_it_prints_is_taken_by_the_config(plan, arguments):
     _, printed = plan("--gib", "8")
-    _, _, setting = printed.partition("hold ")
+    _, _, setting = printed.partition("fit ")
     key, _, value = setting.split("\n")[0].partition(" ")
     assert "8.0 GiB fit" in printed
     assert parse_config([*arguments, key, value]).train.max_tokens_per_micro_batch == int(value)
