@@ -1,4 +1,4 @@
-"""`python -m finetune <command>`: what can be done with rows before a run, and with a run after it."""
+"""`python -m finetune <command>`: the commands for rows before a run, and for a run after it."""
 
 import sys
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ BEFORE = {
     "sweep": ("--over KEY=A,B", "a run for each value of a key, and which has the lowest eval loss"),
 }
 AFTER = {
-    "report": ("RUN", "its report: curves, before and after, answers, settings, as one page"),
-    "compare": ("RUN RUN ...", "runs side by side, and what they differ by on the same eval rows"),
-    "chat": ("RUN", "talk with what was trained, beside its base; answers the lines of a pipe"),
-    "generate": ("RUN --input ROWS", "answers to the rows of a file, in batches; goes on after a kill"),
+    "report": ("RUN", "a report on one page: curves, before and after, answers, settings"),
+    "compare": ("RUN RUN ...", "runs side by side, and the difference of their losses on the same rows"),
+    "chat": ("RUN", "chat with the trained model or its base; answers the lines of a pipe"),
+    "generate": ("RUN --input ROWS", "answers to the rows of a file, in batches; resumes if killed"),
     "export": ("RUN --output DIR", "a GGUF file of the merged model, for llama.cpp and Ollama"),
     "push": ("RUN --repo OWNER/NAME", "upload the adapter and its card to the Hugging Face Hub"),
-    "evaluate": ("RUN", "loss, accuracy, answers, base against tuned, with intervals; slices of the rows"),
-    "merge": ("RUN --output DIR", "a model folder without PEFT, compared with what was trained"),
+    "evaluate": ("RUN", "loss, accuracy and answers of base and tuned model, with intervals"),
+    "merge": ("RUN --output DIR", "a model folder that needs no PEFT, compared with the trained model"),
     "replay": ("RUN", "repeat the update whose loss or gradient was not finite"),
 }
 COMMANDS = {**BEFORE, **AFTER}
@@ -57,13 +57,15 @@ def main(argv: Sequence[str]) -> int:
                     return code
 
             def command(argv: Sequence[str]) -> int | None:
-                # Imported when asked for: each brings seconds of libraries, which a Ctrl-C may end.
+                # Imported only when it runs: a command takes seconds to import, which Ctrl-C may end.
                 result: int | None = import_module(f"finetune.commands.{name}").command(argv)
                 return result
 
             return run_command(command, arguments)
     *others, last = COMMANDS
-    print(f"error: {argv[0]} is no command; there are {', '.join(others)} and {last}", file=sys.stderr)
+    print(
+        f"error: {argv[0]} is not a command; the commands are {', '.join(others)} and {last}", file=sys.stderr
+    )
     return 2
 
 

@@ -1,6 +1,6 @@
-"""`python -m finetune audit --config FILE`: what would be trained on, in the terminal and as a page.
+"""`python -m finetune audit --config FILE`: show what would be trained on, in the terminal and as a page.
 
-No model is loaded but its tokenizer, and nothing is written but the page.
+Of the model only the tokenizer is loaded. Only the page is written.
 """
 
 from collections.abc import Sequence
@@ -15,19 +15,19 @@ from finetune.runtime.console import console
 
 
 def command(argv: Sequence[str]) -> None:
-    """Audit the rows of a configuration: print what is found and write the page.
+    """Audit the rows of a configuration: print the findings and write the page.
 
     Raises:
-        ValueError: arguments, rows or a tokenizer that cannot be used, as for train.py; a page that cannot be
-            written.
+        ValueError: invalid arguments, rows or a tokenizer that train.py cannot use either, or a page that
+            cannot be written.
     """
     parser = config_parser(
         "audit",
         "[--page FILE]",
-        "What would be trained on: tokens by role, truncated and dropped rows, duplicates and leaks. "
-        "Loads no model but its tokenizer.",
+        "Show what would be trained on: tokens by role, cut and dropped rows, duplicates and leaks. "
+        "Of the model only the tokenizer is loaded.",
     )
-    parser.add_argument("--page", metavar="FILE", default="audit.html", help="where the HTML page is written")
+    parser.add_argument("--page", metavar="FILE", default="audit.html", help="the page to write (audit.html)")
     arguments, settings = split_arguments(parser, argv)
     config = parse_config(settings)
     page = Path(arguments.page)

@@ -1,6 +1,6 @@
-"""`python -m finetune chat RUN`: talk with what was trained in the terminal, and hear its base beside it.
+"""`python -m finetune chat RUN`: chat with the trained model in the terminal, and compare it with its base.
 
-Where standard input is no terminal, each of its lines is a question of its own, and the answers alone are
+If standard input is not a terminal, each of its lines is a separate question, and only the answers are
 printed.
 """
 
@@ -26,35 +26,37 @@ from finetune.run.answers import answer, encode_question
 from finetune.runtime.cli import split_arguments
 from finetune.runtime.console import console, say
 
-AT_A_TERMINAL, IN_A_PIPE = 0.7, 0.0  # the temperature that is not asked for
+TERMINAL_TEMPERATURE, PIPE_TEMPERATURE = 0.7, 0.0  # defaults
 
 HELP = {
-    "/base": "the base's answer to the last question, without the adapter",
-    "/temperature X": "0 takes the likeliest token; above it draws, the freer the higher",
-    "/length N": "the longest answer, in tokens",
-    "/system TEXT": "another system prompt, from the next answer on",
+    "/base": "the base model's answer to the last question",
+    "/temperature X": "0 picks the most likely token; above 0 samples, more randomly the higher",
+    "/length N": "the maximum length of an answer, in tokens",
+    "/system TEXT": "change the system prompt, from the next answer on",
     "/clear": "forget the conversation",
-    "/undo": "forget the last question and its answer",
-    "/help": "these lines",
-    "/quit": "leave, as do Ctrl-D and Ctrl-C; during an answer Ctrl-C stops it",
+    "/undo": "remove the last question and its answer",
+    "/help": "list the commands",
+    "/quit": "leave, like Ctrl-D and Ctrl-C; during an answer, Ctrl-C stops it",
 }
 
 
 @dataclass
 class Chat:
-    """A conversation, and how it is answered."""
+    """A conversation and the settings of its answers."""
 
     model: TrainedModel
     system_prompt: str | None
     temperature: float
     max_new_tokens: int
     turns: list[Message] = field(default_factory=list)
-    """The user's and the assistant's, alternately"""
+    """User and assistant turns, alternating"""
 
 
 class _Screen(TextStreamer):  # type: ignore[misc]
-    """Writes an answer to the terminal as it comes, and keeps it. Nothing in it is taken for a control
-    sequence or markup."""
+    """Streams an answer to the terminal and keeps its text.
+
+    Control sequences and markup in it have no effect.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -68,13 +70,13 @@ class _Screen(TextStreamer):  # type: ignore[misc]
         console.print(Text(shown), end="", soft_wrap=True)
 
     def _folded(self, text: str) -> str:
-        """The text with line ends before the words that would not fit into the line."""
+        """Break the line before each word that does not fit on it."""
         folded = ""
         for piece in re.findall(r"\n|[^\S\n]+|\S+", text):
             if piece == "\n":
                 folded, self._column, self._space = folded + piece, 0, ""
             elif piece.isspace():
-                self._space += piece  # written with the word behind it, if that does not begin a line
+                self._space += piece  # written before the next word, unless that starts a line
             else:
                 width = cell_len(self._space + piece)
                 fits = self._column == 0 or self._column + width <= console.width
@@ -85,32 +87,34 @@ class _Screen(TextStreamer):  # type: ignore[misc]
 
 
 def command(argv: Sequence[str]) -> None:
-    """Talk until the user leaves, or answer the lines of a pipe.
+    """Chat until the user leaves, or answer the lines of a pipe.
 
     Raises:
-        ValueError: arguments, a run or a model that cannot be used; in a pipe, a line that leaves no room for
-            its answer.
+        ValueError: invalid arguments, or a run or a model that cannot be used; in a pipe, a line that leaves
+            no room for its answer.
     """
     parser = trained_parser(
         "chat",
         "[options]",
-        "Talk with what was trained, beside its base. Lines from a pipe are each answered alone.",
+        "Chat with the trained model, and compare it with its base. "
+        "Each line from a pipe is answered as a new conversation.",
     )
-    parser.add_argument("--system_prompt", help="instead of the run's")
+    parser.add_argument("--system_prompt", help="system prompt (default: the run's)")
     parser.add_argument(
         "--temperature",
         type=float,
-        help=f"0 takes the likeliest token (default {AT_A_TERMINAL:g}; {IN_A_PIPE:g} in a pipe)",
+        help="0 picks the most likely token, above 0 samples "
+        f"(default {TERMINAL_TEMPERATURE:g}; {PIPE_TEMPERATURE:g} in a pipe)",
     )
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (default 256)")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens (256)")
     arguments, settings = split_arguments(parser, argv)
-    at_a_terminal = sys.stdin is not None and sys.stdin.isatty()
+    is_terminal = sys.stdin is not None and sys.stdin.isatty()
     temperature = arguments.temperature
     if temperature is None:
-        temperature = AT_A_TERMINAL if at_a_terminal else IN_A_PIPE
+        temperature = TERMINAL_TEMPERATURE if is_terminal else PIPE_TEMPERATURE
     check_limits(temperature, arguments.max_new_tokens)
-    # Of a pipe the answers are all that is printed.
-    with nullcontext() if at_a_terminal else redirect_stdout(sys.stderr):
+    # In a pipe, only the answers go to standard output.
+    with nullcontext() if is_terminal else redirect_stdout(sys.stderr):
         trained = find_trained(arguments.trained, settings)
         model = load_trained(trained)
         dequantize_on_cpu(model.model, model.precision.actual)
@@ -118,7 +122,7 @@ def command(argv: Sequence[str]) -> None:
     if system_prompt is None:
         system_prompt = trained.config.data.system_prompt
     chat = Chat(model, system_prompt, temperature, arguments.max_new_tokens)
-    if at_a_terminal:
+    if is_terminal:
         _greet(trained)
         with suppress(KeyboardInterrupt):
             _talk(chat)
@@ -127,24 +131,24 @@ def command(argv: Sequence[str]) -> None:
 
 
 def _answer_lines(chat: Chat) -> None:
-    """Print the answer to each line of standard input, as if nothing had been asked before."""
+    """Print the answer to each line of standard input, each as a new conversation."""
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     for line in sys.stdin:
-        if line.strip() and not console.quiet:  # it is when nobody reads any more
+        if line.strip() and not console.quiet:  # it is quiet once its reader is gone
             say(visible(_answer(chat, [{"role": "user", "content": line.strip()}]).text))
 
 
 def _greet(trained: Trained) -> None:
     model = trained.config.model
-    say(f"{trained.adapter} on {model.name_or_path} ({model.quantization}). /help lists what else there is.")
+    say(f"{trained.adapter} on {model.name_or_path} ({model.quantization}). /help lists the commands.")
 
 
 def _talk(chat: Chat) -> None:
     """Answer what is typed until the user leaves."""
-    with suppress(ImportError):  # with it, input() lets lines be edited and remembers them
+    with suppress(ImportError):  # gives input() line editing and a history
         import readline
 
-        # Several lines that are pasted are one question then; Python switches it off.
+        # Makes several pasted lines one question; Python turns it off by default.
         readline.parse_and_bind("set enable-bracketed-paste on")
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     while True:
@@ -160,7 +164,7 @@ def _talk(chat: Chat) -> None:
             if line.strip() == "/quit":
                 return
             if line.startswith("/"):
-                _obey(chat, line)
+                _run_chat_command(chat, line)
             elif line.strip():
                 _ask(chat, line.strip())
         except ValueError as error:
@@ -168,17 +172,17 @@ def _talk(chat: Chat) -> None:
 
 
 def _ask(chat: Chat, question: str) -> None:
-    """Answer a question on screen; both join the conversation, also where the answer was stopped."""
+    """Answer a question on screen, and add both to the conversation, even if the answer was stopped."""
     turns = [*chat.turns, {"role": "user", "content": question}]
     if text := _show_answer(chat, turns):
         chat.turns = [*turns, {"role": "assistant", "content": text}]
 
 
-def _obey(chat: Chat, line: str) -> None:
-    """Do what a line that begins with / says.
+def _run_chat_command(chat: Chat, line: str) -> None:
+    """Run a command of the chat: a line that begins with /.
 
     Raises:
-        ValueError: there is no such command, its value is wrong, or there is nothing to do it to.
+        ValueError: an unknown command, an invalid value, or nothing to apply the command to.
     """
     name, _, value = line.strip().partition(" ")
     value = value.strip()
@@ -200,37 +204,37 @@ def _obey(chat: Chat, line: str) -> None:
                 length = _number(value, int)
                 check_limits(chat.temperature, length)
                 chat.max_new_tokens = length
-            say(f"An answer has {chat.max_new_tokens} tokens at most.")
+            say(f"An answer has at most {chat.max_new_tokens} tokens.")
         case "/system":
             chat.system_prompt = value or chat.system_prompt
-            say(f"The system prompt is: {visible(chat.system_prompt or '(what the chat template brings)')}")
+            prompt = chat.system_prompt or "(the default of the chat template)"
+            say(f"The system prompt is: {visible(prompt)}")
         case "/clear":
             chat.turns = []
-            say("The conversation begins anew.")
+            say("The conversation is cleared.")
         case "/undo":
             if not chat.turns:
-                raise ValueError("There is nothing to take back.")
-            say(f"Taken back: {visible(chat.turns[-2]['content'])}")
+                raise ValueError("There is nothing to undo.")
+            say(f"Undone: {visible(chat.turns[-2]['content'])}")
             chat.turns = chat.turns[:-2]
         case "/help":
             table = Table.grid(padding=(0, 2))
-            for command_line, what in HELP.items():
-                table.add_row(command_line, what)
+            for command_line, description in HELP.items():
+                table.add_row(command_line, description)
             console.print(table)
         case _:
-            raise ValueError(f"{visible(name)} is no command; /help lists them.")
+            raise ValueError(f"{visible(name)} is not a command; /help lists them.")
 
 
 def _number(text: str, kind: type) -> Any:
     try:
         return kind(text)
     except ValueError:
-        raise ValueError(f"{visible(text)} is no {'whole ' if kind is int else ''}number.") from None
+        raise ValueError(f"{visible(text)} is not a {'whole ' if kind is int else ''}number.") from None
 
 
 def _show_answer(chat: Chat, turns: list[Message]) -> str:
-    """Write the answer to the last of these turns as it comes; returns it, or as much as there is when Ctrl-C
-    stops it."""
+    """Stream the answer to the last of these turns, and return it, or the part written before Ctrl-C."""
     screen = _Screen(chat.model.tokenizer)
     start = time.perf_counter()
     try:
@@ -240,16 +244,16 @@ def _show_answer(chat: Chat, turns: list[Message]) -> str:
         console.print(Text("stopped", style="dim"))
     else:
         speed = made.num_tokens / (time.perf_counter() - start)
-        cut = "" if made.ended else "; cut there, /length N allows more"
+        cut = "" if made.ended else "; cut at the limit, /length N allows more"
         console.print(Text(f"{made.num_tokens} tokens, {speed:.1f} a second{cut}", style="dim"))
     return screen.text.strip()
 
 
 def _answer(chat: Chat, turns: list[Message], streamer: Any = None) -> Answer:
-    """The answer to the last of these turns.
+    """Return the answer to the last of these turns.
 
     Raises:
-        ValueError: the chat template refuses them, or they leave no room for an answer.
+        ValueError: the chat template rejects them, or they leave no room for an answer.
     """
     system = [] if chat.system_prompt is None else [{"role": "system", "content": chat.system_prompt}]
     prompt = encode_question(chat.model, [*system, *turns], chat.max_new_tokens)

@@ -1,6 +1,6 @@
-"""`python -m finetune compare RUN RUN ...`: runs side by side, in the terminal and as a page.
+"""`python -m finetune compare RUN RUN ...`: compare runs side by side, in the terminal and as a page.
 
-Where two runs were evaluated on the same tokens, the difference of their last losses is paired by example.
+If two runs were evaluated on the same tokens, the difference of their last losses is paired by example.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,21 @@ from finetune.runtime.console import say
 
 
 def command(argv: Sequence[str]) -> None:
-    """Raises ValueError where an argument is wrong, or a folder holds no run."""
+    """Print the comparison and write the page.
+
+    Raises:
+        ValueError: invalid arguments, or a folder that holds no run.
+    """
     parser = CommandParser(
         prog="python -m finetune compare", usage="%(prog)s RUN RUN ... [--page FILE]", description=__doc__
     )
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="a run's folder")
     parser.add_argument(
-        "--page", metavar="FILE", type=Path, default=Path("compare.html"), help="where the page is written"
+        "--page",
+        metavar="FILE",
+        type=Path,
+        default=Path("compare.html"),
+        help="the page to write",
     )
     arguments = parse_arguments(parser, argv)
     if len(arguments.runs) < 2:

@@ -1,4 +1,4 @@
-"""`python -m finetune evaluate RUN`: the base against the tuned model, with intervals."""
+"""`python -m finetune evaluate RUN`: compare the tuned model with its base, with confidence intervals."""
 
 import argparse
 import json
@@ -19,10 +19,10 @@ from finetune.runtime.files import write_atomically
 
 
 def command(argv: Sequence[str]) -> None:
-    """Print the figures, and write them where --output names a file.
+    """Print the figures, and write them to a file if --output names one.
 
     Raises:
-        ValueError: arguments, an adapter, rows or a base that cannot be used.
+        ValueError: invalid arguments, or an adapter, rows or a base that cannot be used.
     """
     arguments, trained = parse_trained(_parser(), argv)
     _check(arguments)
@@ -32,7 +32,7 @@ def command(argv: Sequence[str]) -> None:
     opened = load_trained(trained)
     examples = tokenize_rows(evaluated.rows, opened.tokenizer, evaluated.data)
     if len(examples.dataset) == 0:
-        raise ValueError(f"no example is left of {evaluated.source}; raise data.max_length")
+        raise ValueError(f"{evaluated.source}: no example is left; raise data.max_length")
     base, tuned = evaluation.evaluate_both(trained, opened, evaluated, examples)
     everything = evaluation.group_figures("all", base, tuned, np.ones(len(base), dtype=bool))
     chosen = [
@@ -69,8 +69,8 @@ def _parser() -> CommandParser:
     parser = trained_parser(
         "evaluate",
         "[--data FILE] [--by COLUMN] [--generate N] [--lm-eval TASKS] [--output FILE]",
-        "Loss, perplexity, entropy and token accuracy of the base and of the tuned model, with 95 % "
-        "intervals (of the change too, paired by example), on the run's eval rows or all rows of a file.",
+        "Loss, perplexity, entropy and token accuracy of the base and of the tuned model, on the run's eval "
+        "rows or on all rows of a file, with 95 % confidence intervals. Changes are paired by example.",
     )
     add = parser.add_argument
     add("--data", metavar="FILE", help="evaluate on all rows of this file, instead of the run's eval rows")
@@ -80,11 +80,17 @@ def _parser() -> CommandParser:
         metavar="N",
         type=int,
         default=20,
-        help="answers to the first N rows (default 20; 0: none)",
+        help="generate answers to the first N rows (default 20; 0: none)",
     )
-    add("--max_new_tokens", metavar="N", type=int, default=128, help="longest answer in tokens (default 128)")
-    add("--lm-eval", metavar="TASKS", help="tasks of lm-evaluation-harness, with commas between them")
-    add("--output", metavar="FILE", type=Path, help="write all figures into this JSON file")
+    add(
+        "--max_new_tokens",
+        metavar="N",
+        type=int,
+        default=128,
+        help="longest answer, in tokens (default 128)",
+    )
+    add("--lm-eval", metavar="TASKS", help="tasks of lm-evaluation-harness, separated by commas")
+    add("--output", metavar="FILE", type=Path, help="write all figures to this JSON file")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""`python -m finetune export RUN --output DIR`: a GGUF file of the merged model, for llama.cpp and Ollama."""
+"""`python -m finetune export RUN --output DIR`: write the merged model as GGUF, for llama.cpp and Ollama."""
 
 import re
 import shlex

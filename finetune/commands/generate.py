@@ -1,7 +1,7 @@
-"""`python -m finetune generate RUN --input ROWS --output FILE`: answers to the rows of a file, in batches.
+"""`python -m finetune generate RUN --input ROWS --output FILE`: answer the rows of a file, in batches.
 
 Answers are kept line by line in FILE.partial, beside the output: if killed, rerun the same command to resume.
-The output itself is written at the end, whole.
+The output itself is written once, at the end.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from finetune.run.answers import (
 from finetune.runtime.console import say
 from finetune.runtime.files import write_atomically
 
-WRITTEN = (".jsonl", ".csv")
-ROWS_NAMED = 10
+OUTPUT_SUFFIXES = (".jsonl", ".csv")
+MAX_ROWS_NAMED = 10
 
 
 def command(argv: Sequence[str]) -> None:
@@ -40,27 +40,31 @@ def command(argv: Sequence[str]) -> None:
     parser = trained_parser(
         "generate",
         "--input ROWS --output FILE [options]",
-        "Answers to the rows of a file, in batches. If killed, rerun the same command to resume.",
+        "Answer the rows of a file, in batches. If killed, rerun the same command to resume.",
     )
     parser.add_argument(
-        "--input", required=True, type=Path, metavar="ROWS", help="a file as train.py reads; needs no answers"
+        "--input",
+        required=True,
+        type=Path,
+        metavar="ROWS",
+        help="a file as train.py reads; answers are optional",
     )
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="FILE", help=".jsonl or .csv, not there yet"
+        "--output", required=True, type=Path, metavar="FILE", help="a new .jsonl or .csv file"
     )
     parser.add_argument(
-        "--which", choices=MODELS, default="tuned", help="who answers: the trained model, its base, or both"
+        "--which", choices=MODELS, default="tuned", help="which answers: the tuned model, its base, or both"
     )
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (default 256)")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens (256)")
     parser.add_argument("--batch_size", type=int, default=16, help="rows answered at once (default 16)")
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.0,
-        help="0, the default, takes the likeliest token; above it draws",
+        help="0 picks the most likely token (the default), above 0 samples",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws, with the row's number (default 0)")
-    parser.add_argument("--system_prompt", help="instead of the run's")
+    parser.add_argument("--seed", type=int, default=0, help="sampling seed, used with the row number (0)")
+    parser.add_argument("--system_prompt", help="system prompt (default: the run's)")
     arguments, trained = parse_trained(parser, argv)
     _check(arguments)
     request = Request(
@@ -102,20 +106,20 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--seed must be at least 0, not {arguments.seed}")
     rows, output = arguments.input, arguments.output
     if not rows.is_file() or rows.suffix.lower() not in FILE_SUFFIXES:
-        raise ValueError(f"--input {rows} is no file that ends in {', '.join(FILE_SUFFIXES)}")
-    if output.suffix.lower() not in WRITTEN:
-        raise ValueError(f"--output {output}: name a file that ends in {' or '.join(WRITTEN)}")
+        raise ValueError(f"--input {rows} is not a file that ends in {', '.join(FILE_SUFFIXES)}")
+    if output.suffix.lower() not in OUTPUT_SUFFIXES:
+        raise ValueError(f"--output {output}: name a file that ends in {' or '.join(OUTPUT_SUFFIXES)}")
     if os.path.lexists(output):
         raise ValueError(f"--output {output} exists already; choose another, or delete it")
     if not os.access(output.parent, os.W_OK):
-        raise ValueError(f"--output {output}: {output.parent} is no folder that can be written")
+        raise ValueError(f"--output {output}: {output.parent} is not a writable folder")
 
 
 def _rows_in_words(numbers: Sequence[int]) -> str:
     if len(numbers) == 1:
         return f"row {numbers[0]}"
-    more = f" and {len(numbers) - ROWS_NAMED:,} more" if len(numbers) > ROWS_NAMED else ""
-    return f"rows {', '.join(map(str, numbers[:ROWS_NAMED]))}{more}"
+    more = f" and {len(numbers) - MAX_ROWS_NAMED:,} more" if len(numbers) > MAX_ROWS_NAMED else ""
+    return f"rows {', '.join(map(str, numbers[:MAX_ROWS_NAMED]))}{more}"
 
 
 def _show_end(records: Sequence[Record], output: Path) -> None:

@@ -1,4 +1,4 @@
-"""`python -m finetune merge RUN --output DIR`: merge the adapter into the weights, and compare the result."""
+"""`python -m finetune merge RUN --output DIR`: merge the adapter into the weights and check the result."""
 
 import argparse
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from finetune.data.splits import tokenize_splits
 from finetune.data.tokenize import Examples
 from finetune.export.fidelity import (
     DTYPES,
-    LEAST_AGREEMENT,
-    MOST_LOSS_CHANGE,
+    MAX_LOSS_CHANGE,
+    MIN_AGREEMENT,
     Candidate,
     Comparison,
     Difference,
@@ -100,10 +100,10 @@ def _is_quantized(config: Config) -> bool:
 
 
 def _examples_to_compare_on(train_set: Examples, eval_set: Examples, num_rows: int) -> Examples:
-    """The first eval examples; of a run without any, the first that it was trained on."""
+    """Return the first eval examples; if the run has none, the first train examples."""
     examples = eval_set
     if len(eval_set.dataset) == 0:
-        say("The run has no eval rows: comparing on rows that it was trained on.")
+        say("The run has no eval rows: comparing on its train rows.")
         examples = train_set
     dataset = examples.dataset.select(range(min(num_rows, len(examples.dataset))))
     return Examples(dataset, examples.truncated, examples.dropped)
@@ -112,7 +112,7 @@ def _examples_to_compare_on(train_set: Examples, eval_set: Examples, num_rows: i
 def _compare(
     arguments: argparse.Namespace, trained: Trained, opened: TrainedModel, comparison: Comparison
 ) -> list[Candidate]:
-    """The merges that may be written: into each base, in fp32 and in the run's 16 bits."""
+    """Compare the merges that may be written: into each base, in fp32 and in 16 bits."""
     bases = [DEQUANTIZED, FULL_PRECISION] if _is_quantized(trained.config) else [FULL_PRECISION]
     bases = bases if arguments.which is None else [arguments.which]
     half = "fp16" if opened.precision.actual == "fp16" else "bf16"
@@ -144,15 +144,15 @@ def _show(comparison: Comparison, precision: str, candidates: Sequence[Candidate
         size, style = f"{it.num_bytes / 1e6:,.0f}", "bold" if it is best else ""
         add(f"{_in_words(it.base)}, {it.dtype}", it.difference, f"{it.agreement_as_run:.1%}", size, style)
     console.print(table)
-    say("KL and top-1 (the same most likely token) per target token: against the trained weights in fp32.")
-    say(f"as run: top-1 compared with the run's own computation in {precision}.")
+    say("KL and top-1 (same most likely token) are per target token, against the trained weights in fp32.")
+    say(f"as run: top-1 against the run's own computation in {precision}.")
     say(_reason(candidates, best, loss))
 
 
 def _reason(candidates: Sequence[Candidate], best: Candidate, loss: float) -> str:
     name = f"{_in_words(best.base)}, {best.dtype}"
     bounds = (
-        f"at least {LEAST_AGREEMENT:.0%} of the most likely tokens and the loss within {MOST_LOSS_CHANGE:.1%}"
+        f"at least {MIN_AGREEMENT:.0%} of the most likely tokens and the loss within {MAX_LOSS_CHANGE:.1%}"
     )
     if not is_faithful(best, loss):
         return f"{name}: the nearest merge that was compared, but it does NOT keep {bounds}."

@@ -1,4 +1,4 @@
-"""`python -m finetune plan --config FILE`: the memory and time that a run will take, and what would fit.
+"""`python -m finetune plan --config FILE`: predict the memory and time of a run, and what would fit.
 
 The memory is predicted by part. The largest update and the largest batch of the evaluation are then run once,
 and what they took is shown beside the prediction.
@@ -96,9 +96,9 @@ def _show_budget(budget: int, gib: float, max_length: int) -> int:
     """Print the largest token budget. Returns 1 if an example may exceed it, else 0."""
     if budget < max_length:
         say(
-            f"{gib:.1f} GiB hold {budget} tokens at most, and an example may have {max_length}: "
+            f"{gib:.1f} GiB fit at most {budget} tokens, and an example may have {max_length}: "
             "lower data.max_length, or set train.gradient_checkpointing"
         )
         return 1
-    say(f"{gib:.1f} GiB hold --train.max_tokens_per_micro_batch {budget // 64 * 64}")
+    say(f"{gib:.1f} GiB fit --train.max_tokens_per_micro_batch {budget // 64 * 64}")
     return 0

@@ -18,20 +18,20 @@ from finetune.run.checkpoint import ADAPTER_CONFIG, CARD, MANIFEST, TRAINING_CON
 from finetune.runtime.cli import CommandParser
 from finetune.runtime.console import console, say
 
-CHANGED = "without folders of this machine"
+CHANGED = "without this machine's folders"
 
 
 def command(argv: Any) -> None:
-    """Show what is uploaded, and upload it as one commit, with the login that the user has.
+    """Show what is uploaded, and upload it as one commit with the user's login.
 
     Raises:
         ValueError: no login, no network, or the hub refuses; the run has no result yet; or --private is
-            asked for a repository that is public.
+            given for a repository that is public.
     """
     parser = CommandParser(prog="python -m finetune push", description=__doc__)
     parser.add_argument("trained", metavar="RUN", type=Path, help="a finished run's folder, or an adapter")
-    parser.add_argument("--repo", metavar="OWNER/NAME", required=True, help="made where it is not there yet")
-    parser.add_argument("--private", action="store_true", help="make the repository a private one")
+    parser.add_argument("--repo", metavar="OWNER/NAME", required=True, help="created if it does not exist")
+    parser.add_argument("--private", action="store_true", help="make the repository private")
     arguments = parser.parse_args(argv)
     repo: str = arguments.repo
     _check_repo_name(repo)
@@ -59,10 +59,10 @@ def _check_repo_name(repo: str) -> None:
 
 
 def files_to_upload(trained: Trained, repo: str) -> dict[str, Path | bytes]:
-    """The files of the adapter's folder by name: as they lie there, or what is uploaded instead.
+    """Return the files to upload by name: those of the adapter's folder, or content that replaces them.
 
-    The card is made anew, unless its first comment is gone: then a person has written it. The base model and
-    the paths of the configuration lose the folders that they have on this machine.
+    The card is written again, unless its first comment is gone: then a person wrote it. The base model and
+    the paths of the configuration lose this machine's folders.
     """
     folder = trained.adapter
     paths = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
@@ -98,10 +98,10 @@ def _without_folders(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(folder: Path, contents: Mapping[str, Path | bytes], url: str) -> None:
-    """Print the files that go to the hub, and where to."""
+    """Print the files to upload and their destination."""
     table = Table("file", "bytes", "", title=Text(f"From {folder} to {url}"), title_justify="left")
     for name, content in contents.items():
-        remark = "made anew" if name == CARD else CHANGED
+        remark = "written again" if name == CARD else CHANGED
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         table.add_row(Text(name), f"{size:,}", remark if isinstance(content, bytes) else "")
     console.print(table)
@@ -119,9 +119,9 @@ def _upload(
         is_public = private and not api.repo_info(repo).private
         if not is_public:
             api.create_commit(repo, operations, commit_message="Upload LoRA adapter")
-    except Exception as error:  # no network, no right to write, a token that has expired: of many kinds
+    except Exception as error:  # no network, no write access, an expired token: of many types
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{repo} could not be uploaded to {api.endpoint}: {reason[:400]}") from error
     if is_public:
-        raise ValueError(f"{repo} is there already, and public: nothing was uploaded; make it private first")
+        raise ValueError(f"{repo} already exists and is public: nothing was uploaded; make it private first")
     return f"{api.endpoint}/{repo}"

@@ -1,4 +1,4 @@
-"""`python -m finetune replay RUN`: repeat the update with a number that was not finite, and show it."""
+"""`python -m finetune replay RUN`: repeat the update that had a non-finite number, and show it."""
 
 import json
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ from finetune.training.setup import load_parts
 
 
 def command(argv: Sequence[str]) -> int:
-    """0 where the update gave the recorded numbers again, 1 where it gave others.
+    """Returns 0 if the update gave the recorded numbers again, else 1.
 
     Raises:
-        ValueError: the run has no bad update, its files are damaged, or its rows are others now.
+        ValueError: the run has no bad update, its files are damaged, or its rows have changed.
     """
     parser = CommandParser(prog="python -m finetune replay", description=__doc__)
     parser.add_argument("run", type=Path, help="the run's folder, which holds bad_update.json")
@@ -38,9 +38,9 @@ def command(argv: Sequence[str]) -> int:
 
 
 def repeat_bad_update(run_dir: Path, recorded: dict[str, Any]) -> dict[str, Any]:
-    """What `examine_update` says of the recorded update, made again from the state before it."""
+    """Repeat the recorded update from the state before it, and return its `examine_update`."""
     if fault := fault_of(run_dir / STATE_BEFORE):
-        raise ValueError(f"{run_dir / STATE_BEFORE} is no whole checkpoint: {fault}")
+        raise ValueError(f"{run_dir / STATE_BEFORE} is not an intact checkpoint: {fault}")
     config = parse_config(["--config", str(run_dir / CONFIG)])
     environment = read_environment(run_dir)
     parts = load_parts(config)
@@ -48,14 +48,14 @@ def repeat_bad_update(run_dir: Path, recorded: dict[str, Any]) -> dict[str, Any]
     if environment["data"] != fingerprint_of(train_set, parts.eval_set):
         raise ValueError(f"the rows of {config.data.path} are not those that the run was trained on")
     fast_paths = choose_fast_paths(config, parts.accelerator, token_loss, train_set, environment["int8"])
-    load_adapter(run_dir / STATE_BEFORE, parts.model)  # not before: its weights may be beyond all bounds
+    load_adapter(run_dir / STATE_BEFORE, parts.model)  # not earlier: its weights may be out of range
     plan = make_plan(config, train_set, fast_paths.packed, 0, environment["num_processes"])
     step = recorded["update"] - 1
     return examine_update(parts.accelerator, token_loss, plan, step, train_set.dataset, parts.tokenizer)
 
 
 def show_update(record: dict[str, Any]) -> None:
-    """Print the examples of an update, and of each the tokens with the largest loss."""
+    """Print the examples of an update, and the tokens with the largest loss of each."""
     target_tokens = f"{record['num_target_tokens']} target tokens"
     title = f"Update {record['update']}, epoch {record['epoch']}: loss {record['loss']} over {target_tokens}"
     table = Table("row", "tokens", "nats", "worst tokens", title=title, title_justify="left")

@@ -1,4 +1,4 @@
-"""`python -m finetune report RUN`: the report of a run as one page, also of one that is not finished."""
+"""`python -m finetune report RUN`: write the report of a run, finished or not, as one page."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +10,14 @@ from finetune.runtime.console import say
 
 
 def command(argv: Sequence[str]) -> None:
-    """Raises ValueError where there is no run, it cannot be read, or the page cannot be written."""
+    """Write the report.
+
+    Raises:
+        ValueError: invalid arguments, a folder that holds no run, or a page that cannot be written.
+    """
     parser = CommandParser(prog="python -m finetune report", description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
-    parser.add_argument("--page", metavar="FILE", type=Path, help=f"where it is written (RUN/{PAGE})")
+    parser.add_argument("--page", metavar="FILE", type=Path, help=f"the page to write (default RUN/{PAGE})")
     arguments = parse_arguments(parser, argv)
     if arguments.page is not None:
         check_page_path(arguments.page)

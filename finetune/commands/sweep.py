@@ -1,15 +1,14 @@
-"""`python -m finetune sweep --over KEY=VALUE,VALUE`: a run for each value, or combination of values, of a few
-keys, one after another."""
+"""`python -m finetune sweep --over KEY=VALUE,VALUE`: train a run for each combination of values of keys."""
 
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 
+from finetune.report.comparison import write_comparison
 from finetune.run.folder import only_one_at_a_time
 from finetune.run.sweep import (
     Trial,
@@ -50,9 +49,9 @@ def command(argv: Sequence[str]) -> int:
         metavar="KEY=VALUE,VALUE",
         help="a key and its values, as the items of a YAML list: one that holds a comma is quoted, or is "
         "itself a list: 'lora.target_modules=all-linear,[q_proj, v_proj]'. Given again, for another key, "
-        "each value meets each",
+        "all combinations are run",
     )
-    parser.add_argument("--random", type=int, metavar="N", help="not all combinations, but N drawn at random")
+    parser.add_argument("--random", type=int, metavar="N", help="run N combinations drawn at random, not all")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of that draw (0)")
     parser.add_argument(
         "--output_dir", type=Path, default=Path("runs/sweep"), help="folder of all its runs (runs/sweep)"
@@ -75,7 +74,7 @@ def command(argv: Sequence[str]) -> int:
 
 
 def _show_trials(trials: Sequence[Trial], outcomes: Mapping[str, str]) -> None:
-    """Print the eval loss of each run's adapter, and which is the lowest."""
+    """Print the eval loss of each run's adapter, and the lowest."""
     keys = short_keys(trials[0].values)
     table = Table(*keys, "eval loss", "after update", "run", title="Sweep", title_justify="left")
     losses: dict[Path, float] = {}
@@ -98,8 +97,8 @@ def _show_trials(trials: Sequence[Trial], outcomes: Mapping[str, str]) -> None:
 
 
 def _write_page(trials: Sequence[Trial], outcomes: Mapping[str, str], page: Path) -> None:
-    """Write the page that compares the finished runs, where there are two."""
+    """Write the page that compares the finished runs, if there are at least two."""
     finished = [trial.run_dir for trial in trials if outcomes.get(trial.run_dir.name) == "finished"]
     if len(finished) > 1:
-        import_module("finetune.commands.compare").write_comparison(finished, page)
+        write_comparison(finished, page)
         say(f"comparison   {page}")

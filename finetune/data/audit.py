@@ -1,6 +1,6 @@
-"""What would be trained on, measured: tokens by role, truncation, ends of turns, and which rows are alike.
+"""Measure what would be trained on: tokens by role, truncation, end-of-turn tokens, and duplicate rows.
 
-Rows, tokens and labels are those of train.py: the same calls produce them.
+Rows, tokens and labels come from the same calls as in train.py.
 """
 
 from collections import defaultdict
@@ -18,21 +18,21 @@ from finetune.data.rows import Rows, answer_of, instruction_of, load_rows, promp
 from finetune.data.splits import tokenize_splits
 from finetune.data.tokenize import IGNORE, ROLES, Examples, dissect, encode, to_messages
 
-# The text of a row that is compared with that of others, by name; the strongest likeness first.
+# The texts by which rows are compared, the strictest comparison first.
 COMPARED: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "prompt and answer": lambda row: f"{prompt_of(row)}\n\N{RIGHTWARDS ARROW}\n{answer_of(row)}",
     "prompt": prompt_of,
     "instruction": instruction_of,
 }
-# Rows are compared within each split, and eval rows with train rows, where a likeness is a leak.
+# Rows are compared within each split. Eval rows are also compared with train rows: a match is a leak.
 SCOPES = ("train", "eval", "leak")
 
 
 class Likeness(NamedTuple):
-    """Row numbers of rows that are alike in one of COMPARED.
+    """The row numbers of rows that are alike in one of COMPARED.
 
-    `same`: groups of rows of any split, the same after `normalize`. `near`: for each of SCOPES, row -> the
-    most similar row and how similar (at least NEAR), of the rows that have no same one there.
+    `same` has groups of rows, of any split, that are equal after `normalize`. `near` maps, for each of
+    SCOPES, a row to the most similar row and the similarity (at least NEAR), if no row equals it.
     """
 
     same: list[list[int]]
@@ -41,14 +41,15 @@ class Likeness(NamedTuple):
 
 @dataclass(frozen=True)
 class Audit:
-    """All that was measured. `examples` has one line for each example, indexed by row number:
+    """The measurements of an audit. `examples` has one line for each example, indexed by row number:
 
-    split; full_length, num_tokens, num_targets (before and after cutting, and of these trained on);
-    num_ends, num_trained_ends (assistant turns with an end-of-turn token, and those whose it is trained) and
-    last_end ("trained", "untrained", or "none" where the template writes none); for each role the number of
-    its tokens (`user`) and of those that are trained on (`user trained`).
+    - split;
+    - full_length, num_tokens, num_targets: tokens before cutting, after it, and target tokens;
+    - num_ends, num_trained_ends: assistant turns with an end-of-turn token, and with a trained one;
+    - last_end: "trained", "untrained", or "none" if the template writes no end-of-turn token;
+    - for each role, its tokens (`user`) and its trained tokens (`user trained`).
 
-    `dropped` (row numbers, by reason) holds both rows without text and those left without a target.
+    `dropped` has row numbers by reason: rows without text and rows left without a target.
     """
 
     config: Config
@@ -59,12 +60,12 @@ class Audit:
 
     @cached_property
     def split_of(self) -> dict[int, str]:
-        """train or eval, of each row that was taken."""
+        """The split, train or eval, of each row that was taken"""
         splits = {"train": self.rows.train, "eval": self.rows.eval}
         return {number: split for split, rows in splits.items() for number in rows["row_number"]}
 
     def cut_rows(self) -> list[tuple[int, int, int, str]]:
-        """(row number, tokens lost, full length, last_end) of the examples that were cut, by row number."""
+        """Return (row number, tokens lost, full length, last_end) of each cut example, by row number."""
         figures = self.examples.assign(lost=self.examples["full_length"] - self.examples["num_tokens"])
         cut = figures[figures["lost"] > 0].sort_index()
         return list(zip(cut.index, cut["lost"], cut["full_length"], cut["last_end"], strict=True))
@@ -97,14 +98,14 @@ def measure(config: Config, tokenizer: Any) -> Audit:
 def measure_examples(
     split: str, rows: Dataset, examples: Examples, tokenizer: Any, config: DataConfig
 ) -> Iterator[dict[str, Any]]:
-    """The line of `Audit.examples` for each example of a split."""
+    """Yield the line of `Audit.examples` for each example of a split."""
     row_of = {row["row_number"]: row for row in rows}
     for example in examples.dataset:
         messages = to_messages(row_of[example["row_number"]], config.system_prompt)
         tokens = encode(tokenizer, messages, config.train_on)
         anatomy = dissect(tokenizer, messages, config.train_on)
         cut = slice(config.max_length)
-        # The labels counted are the example's own, so that the audit measures what training does.
+        # The counts use the example's own labels, so that the audit measures what training does.
         assert len(anatomy.roles) == len(tokens.input_ids)
         assert example["input_ids"] == tokens.input_ids[cut]
         assert example["labels"] == tokens.labels[cut]
@@ -128,7 +129,7 @@ def measure_examples(
 
 
 def compare_rows(rows: Rows, text_of: Callable[[Mapping[str, Any]], str]) -> Likeness:
-    """Rows of both splits that are alike in `text_of`."""
+    """Find the rows of both splits that are alike in `text_of`."""
     splits = {"train": rows.train, "eval": rows.eval}
     texts = {name: [text_of(row) for row in split] for name, split in splits.items()}
     numbers = {name: list(split["row_number"]) for name, split in splits.items()}
@@ -148,9 +149,9 @@ def compare_rows(rows: Rows, text_of: Callable[[Mapping[str, Any]], str]) -> Lik
 def same_in_scope(
     group: Sequence[int], scope: str, split_of: Mapping[int, str]
 ) -> tuple[list[int], list[int]]:
-    """Of a group of same rows those that the scope is about, and those that it sets them beside.
+    """Return the rows of a group of equal rows that a scope is about, and the rows it compares them with.
 
-    Both are empty where no row has another one beside it.
+    Both are empty if no row has another one to be compared with.
     """
     of, among = ("eval", "train") if scope == "leak" else (scope, scope)
     rows = [number for number in group if split_of[number] == of]

@@ -1,4 +1,4 @@
-"""Texts that say the same: but for case, spaces and punctuation, or nearly so."""
+"""Find duplicates: texts that are equal except for case, spaces and punctuation, or nearly equal."""
 
 import re
 import unicodedata
@@ -11,18 +11,18 @@ import numpy as np
 from datasketch import MinHash
 from numpy.typing import NDArray
 
-NEAR = 0.8  # two texts are near duplicates from this similarity on
+NEAR = 0.8  # two texts are near duplicates if they are at least this similar
 SHINGLE_CHARACTERS = 5
-# Texts are candidates where all hashes of a band agree: of the pairs at NEAR, one in 20,000 agrees in none.
+# Texts are candidates if all hashes of a band agree. At similarity NEAR, one in 20,000 pairs agrees in none.
 NUM_BANDS = 25
 HASHES_PER_BAND = 5
-# Templated rows ("Convert 3 km", "Convert 4 km", ...) are all near each other, and comparing each with each
-# would never end: so many of a band are looked at, and so many of all, the nearest by their hashes, measured.
-MOST_PER_BAND = 20
-MOST_MEASURED = 50
+# Templated rows ("Convert 3 km", "Convert 4 km", ...) are all near each other, and have too many pairs to
+# compare. At most this many candidates are taken from a band, and the nearest by their hashes are measured.
+MAX_PER_BAND = 20
+MAX_MEASURED = 50
 
-# Around words only: within one it has a meaning, as in 3.5 and C++ and x-1. Behind a digit ! and quotes have
-# one too (5! and 5'), and brackets have one wherever they stand.
+# Punctuation is removed only around words: within a word it has a meaning, as in 3.5, C++ and x-1. After a
+# digit, ! and quotes have a meaning too (5! and 5'), and brackets always have one.
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 _QUOTES = "\"'\N{LEFT DOUBLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK}"
 _QUOTES += "\N{LEFT SINGLE QUOTATION MARK}\N{RIGHT SINGLE QUOTATION MARK}"
@@ -38,23 +38,20 @@ class Match(NamedTuple):
 
 
 def normalize(text: str) -> str:
-    """The text without what seldom changes its meaning: case, width, spaces, punctuation around words."""
+    """Remove what rarely changes the meaning: case, width, spaces, and punctuation around words."""
     compatible = _NOT_ASCII.sub(lambda match: _compatible(match[0]), text)
     plain = unicodedata.normalize("NFC", compatible.casefold())
     return " ".join(_PUNCTUATION.sub("", plain).split()) or plain.strip()
 
 
 def _compatible(letter: str) -> str:
-    """The plain form of a wide letter, a ligature and the like; raised digits stay: 10² is not 102."""
+    """The plain form of a wide letter, a ligature and the like; superscripts stay: 10² is not 102."""
     is_raised = unicodedata.decomposition(letter).startswith(("<super>", "<sub>"))
     return letter if is_raised else unicodedata.normalize("NFKC", letter)
 
 
 def same_after_normalizing(texts: Sequence[str]) -> list[list[int]]:
-    """The positions of texts that `normalize` leaves the same, wherever there are two or more.
-
-    Blank texts are the same as nothing.
-    """
+    """Group the positions of texts that are equal after `normalize`. Blank texts equal no other."""
     places: dict[str, list[int]] = defaultdict(list)
     for position, text in enumerate(texts):
         places[normalize(text)].append(position)
@@ -62,11 +59,11 @@ def same_after_normalizing(texts: Sequence[str]) -> list[list[int]]:
 
 
 def most_similar(texts: Sequence[str], among: Sequence[str] | None = None) -> list[Match | None]:
-    """For each text the most similar one `among` others, or, without these, among the texts themselves.
+    """Find the most similar text for each text, `among` others or, by default, among the texts themselves.
 
-    None where nothing reaches NEAR, and for blank texts. Similarity is the Jaccard index of the sets of
+    It is None if no text reaches NEAR, and for blank texts. Similarity is the Jaccard index of the sets of
     5-character pieces of the normalized texts (Broder 1997). Candidates come from MinHash with
-    locality-sensitive hashing, which may miss a pair just above NEAR, in a crowd above all.
+    locality-sensitive hashing, which may miss a pair just above NEAR, most of all among many similar texts.
     """
     wanted = [normalize(text) for text in texts]
     themselves = among is None
@@ -99,10 +96,10 @@ def most_similar(texts: Sequence[str], among: Sequence[str] | None = None) -> li
             for band in range(NUM_BANDS):
                 others = alike.get((band, bands[number * NUM_BANDS + band]), [])
                 middle = bisect_left(others, number)
-                found.update(others[max(0, middle - MOST_PER_BAND // 2) : middle + MOST_PER_BAND // 2])
+                found.update(others[max(0, middle - MAX_PER_BAND // 2) : middle + MAX_PER_BAND // 2])
             candidates = np.array(sorted(found - {number}), np.int64)
             agreement = (hashes[candidates] == hashes[number]).sum(axis=1)
-            nearest = candidates[np.argsort(-agreement, kind="stable")[:MOST_MEASURED]]
+            nearest = candidates[np.argsort(-agreement, kind="stable")[:MAX_MEASURED]]
             best = _nearest(text, [unique[c] for c in nearest])
             near[text] = Match(places[best[0]][0], best[1], exact=False) if best is not None else None
         matches.append(near[text])
@@ -110,7 +107,7 @@ def most_similar(texts: Sequence[str], among: Sequence[str] | None = None) -> li
 
 
 def _nearest(text: str, candidates: list[str]) -> tuple[str, float] | None:
-    """The most similar candidate and its similarity; None where none reaches NEAR."""
+    """The most similar candidate and its similarity; None if none reaches NEAR."""
     pieces = _shingles(text)
     scored = [(candidate, _jaccard(pieces, _shingles(candidate))) for candidate in candidates]
     best = max(scored, key=lambda pair: pair[1], default=None)

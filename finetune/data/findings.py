@@ -1,4 +1,4 @@
-"""What an audit finds wrong: the problems of each row, and the rows that share a finding."""
+"""The findings of an audit: the problems of each row, and the rows that share a problem."""
 
 import textwrap
 from bisect import bisect_left
@@ -10,11 +10,11 @@ from typing import NamedTuple
 from finetune.data.audit import SCOPES, Audit, same_in_scope
 from finetune.data.rows import instruction_of
 
-FEW_TARGETS = 2  # such an example teaches a word, and to stop
+FEW_TARGETS = 2  # too few to teach more than a word
 
 
 class Severity(IntEnum):
-    """The worst is the lowest."""
+    """The lowest value is the most severe."""
 
     DROPPED = 0
     NO_END = 1
@@ -26,7 +26,7 @@ class Severity(IntEnum):
 
 
 class Problem(NamedTuple):
-    """Of two problems of the same severity, the one with more `tokens_lost` is worse."""
+    """A problem of a row. At the same severity, more `tokens_lost` are worse."""
 
     severity: Severity
     text: str
@@ -34,14 +34,14 @@ class Problem(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """The number of one row, or of rows that belong together."""
+    """The number of a row, or the numbers of rows that belong together."""
 
     numbers: Sequence[int]
     note: str = ""
 
 
 class Listing(NamedTuple):
-    """Rows that share a finding. `joint` stands between the numbers of one entry."""
+    """Rows that share a finding. `joint` separates the numbers of an entry."""
 
     title: str
     entries: Sequence[Entry]
@@ -49,7 +49,7 @@ class Listing(NamedTuple):
 
 
 def find_problems(audit: Audit) -> dict[int, list[Problem]]:
-    """The problems of each row, the worst first; a row without any is left out."""
+    """Return the problems of each row that has any, the worst first."""
     problems: dict[int, list[Problem]] = defaultdict(list)
     for reason, numbers in audit.dropped.items():
         for number in numbers:
@@ -66,7 +66,7 @@ def find_problems(audit: Audit) -> dict[int, list[Problem]]:
         leak = Problem(Severity.LEAK, f"leak: {text} in train")
         problems[number].append(leak if scope == "leak" else Problem(severity, text))
 
-    # A weaker likeness to no more rows, or to the same nearest row, adds nothing.
+    # A weaker likeness is reported only if it adds a row.
     num_said: dict[tuple[int, str], int] = defaultdict(int)
     nearest_said = set()
     for name, alike in audit.likeness.items():
@@ -92,7 +92,7 @@ def find_problems(audit: Audit) -> dict[int, list[Problem]]:
 
 
 def find_listings(audit: Audit) -> list[Listing]:
-    """The rows that share a finding, one listing for each kind that occurs."""
+    """Return a listing of the rows for each kind of finding that occurs."""
     examples, last_end = audit.examples, audit.examples["last_end"]
     inner_end_lost = (examples["num_trained_ends"] < examples["num_ends"]) & (last_end != "untrained")
     cut = [Entry([number], f"{lost} of {full} lost") for number, lost, full, _ in audit.cut_rows()]
@@ -144,7 +144,7 @@ def _instructions(audit: Audit) -> dict[int, str]:
 
 
 def _some(numbers: list[int], but: int, most: int = 10) -> str:
-    """The first of the sorted numbers without `but`, and how many more there are."""
+    """The first of the sorted numbers, except `but`, and how many more there are."""
     first = [number for number in numbers[: most + 1] if number != but][:most]
     place = bisect_left(numbers, but)
     more = len(numbers) - (numbers[place : place + 1] == [but]) - len(first)

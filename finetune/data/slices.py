@@ -1,4 +1,4 @@
-"""Groups of examples whose figures are looked at apart: by length, by input, by any column of the data."""
+"""Slices of the eval examples, for separate figures: by length, by input, by any column of the data."""
 
 import textwrap
 from collections import Counter
@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from finetune.data.tokenize import Examples
 
-MOST_VALUES = 12  # of a column, the most frequent ones; the rest is one group
+MAX_VALUES = 12  # the most frequent values of a column; the others form one slice
 
 
 class Slice(NamedTuple):
     name: str
     members: NDArray[np.bool_]
-    """[E]: which of the examples belong to it"""
+    """[E]: which examples belong to it"""
 
 
 def by_length(lengths: NDArray[np.int64]) -> list[Slice]:
@@ -29,7 +29,7 @@ def by_length(lengths: NDArray[np.int64]) -> list[Slice]:
 
 
 def by_input(rows: Dataset, examples: Examples) -> list[Slice]:
-    """With and without an input; none where the rows know no such thing."""
+    """Examples with and without an input; no slices if the rows have no such column."""
     if "input" not in rows.column_names:
         return []
     inputs = dict(zip(rows["row_number"], rows["input"], strict=True))
@@ -38,15 +38,15 @@ def by_input(rows: Dataset, examples: Examples) -> list[Slice]:
 
 
 def by_leak(leaks: Mapping[int, object], examples: Examples) -> list[Slice]:
-    """Rows that are trained on too, and the others."""
+    """Examples that are also in the train rows, and the others."""
     leaked = np.array([number in leaks for number in examples.dataset["row_number"]], dtype=bool)
     return [Slice("trained on too", leaked), Slice("not trained on", ~leaked)]
 
 
 def by_value(column: str, values: Sequence[str], examples: Examples) -> list[Slice]:
-    """The most frequent values of a column, most frequent first; values[n - 1] is that of row n."""
+    """One slice for each frequent value of a column, most frequent first; values[n - 1] is that of row n."""
     own = np.array([values[number - 1] for number in examples.dataset["row_number"]], dtype=object)
-    frequent = [value for value, _ in Counter(own.tolist()).most_common(MOST_VALUES)]
+    frequent = [value for value, _ in Counter(own.tolist()).most_common(MAX_VALUES)]
     names = [textwrap.shorten(value, 40, placeholder=" ...") or "(empty)" for value in frequent]
     slices = [Slice(f"{column} = {name}", own == value) for name, value in zip(names, frequent, strict=True)]
     others = ~np.isin(own, frequent)
@@ -55,5 +55,5 @@ def by_value(column: str, values: Sequence[str], examples: Examples) -> list[Sli
 
 
 def without_trivial(slices: Sequence[Slice]) -> list[Slice]:
-    """Those that hold some of the examples and not all."""
+    """The slices that hold some of the examples, but not all."""
     return [one for one in slices if one.members.any() and not one.members.all()]

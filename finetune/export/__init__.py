@@ -1,9 +1,8 @@
-"""A trained adapter as a model that other programs load.
+"""Turn a trained adapter into a model that other programs can load.
 
-An adapter and its base come in; a model folder or a GGUF file comes out. Read `merge` first (the
-adapter in the weights of the base), then `fidelity` (how much of the model a merge
-keeps), `gguf` (one file for llama.cpp) and `modelfile` (its
-settings for Ollama).
+The input is an adapter and its base. The output is a model folder or a GGUF file. Read `merge` first (merge
+the adapter into the base), then `fidelity` (compare the merged model with the trained one), `gguf` (one file
+for llama.cpp) and `modelfile` (its settings for Ollama).
 
 May import: report, run, training, model, ops, data, runtime, the configuration.
 """

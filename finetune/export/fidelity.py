@@ -1,4 +1,4 @@
-"""How faithfully a merged model predicts what the trained one does, and which merge to write."""
+"""Compare a merged model's predictions with the trained model's, and choose the merge to write."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,10 +19,10 @@ from finetune.run.adapter import Trained, TrainedModel
 from finetune.run.folder import read_environment
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# What a faithful merge keeps of the trained model, on its eval rows.
-LEAST_AGREEMENT = 0.99
-MOST_LOSS_CHANGE = 0.005
-CHUNK = 256  # target tokens whose logits exist at a time
+# A merge is faithful if, on the eval rows, it agrees with the trained model to within these bounds.
+MIN_AGREEMENT = 0.99
+MAX_LOSS_CHANGE = 0.005
+CHUNK = 256  # target tokens whose logits are in memory at a time
 
 
 class Predictions(NamedTuple):
@@ -38,14 +38,14 @@ class Predictions(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Of predictions q from p, per target token."""
+    """How predictions q differ from p: means over the target tokens."""
 
     kl: float
     """KL(p || q) in nats"""
     agreement: float
-    """The share of tokens for which both predict the same most likely token"""
+    """Fraction of tokens for which both have the same most likely token"""
     loss: float
-    """Of q, in nats"""
+    """Loss of q in nats"""
 
 
 class Candidate(NamedTuple):
@@ -55,33 +55,33 @@ class Candidate(NamedTuple):
     dtype: str
     num_bytes: int
     difference: Difference
-    """From the trained model in fp32"""
+    """Difference from the trained model, computed in fp32"""
     agreement_as_run: float
-    """With the trained model in the run's own precision"""
+    """Agreement with the trained model, computed in the run's precision"""
 
 
 class Comparison(NamedTuple):
-    """The examples to compare on, and what the trained model predicts for them."""
+    """The examples to compare on, and the trained model's predictions for them."""
 
     examples: Examples
     batches: list[list[int]]
     packing: bool
     target_ids: Tensor
     as_run: Predictions
-    """In the run's own precision and on its paths"""
+    """Predictions in the run's precision, with the run's fast paths"""
     trained: Predictions
-    """With the same weights in fp32: without rounding, which differs between any two computations"""
+    """Predictions of the same weights in fp32: the reference, since rounding differs between computations"""
     loss: float
-    """Of `trained`"""
+    """Loss of `trained` in nats per target token"""
 
 
 def start_comparison(
     trained: Trained, opened: TrainedModel, train_set: Examples, examples: Examples
 ) -> Comparison | None:
-    """Compute the predictions of the trained model; None if its logits are not its head times its last hidden
-    states.
+    """Compute the trained model's predictions for `examples`.
 
-    `train_set` is what the run was trained on: it decides the layout of the batches.
+    Returns None if the model's logits are not the product of its head with its last hidden states.
+    `train_set` holds the examples that the run was trained on. They determine the layout of the batches.
     """
     config = replace(trained.config, fast=replace(trained.config.fast, head=True))
     token_loss = TokenLoss(opened.model)
@@ -94,10 +94,10 @@ def start_comparison(
     ids = [batch.target_ids for batch in iterate_batches(batches, examples.dataset, packing, device)]
     precision = opened.accelerator.autocast()
     as_run = predict(token_loss, batches, examples, packing, precision)
-    # With the adapter unmerged, so that the merge itself is tested too.
+    # The adapter is unmerged, so that the comparison also tests the merge.
     reference = load_unmerged(trained, opened, DEQUANTIZED)
     in_fp32 = predict(TokenLoss(reference), batches, examples, packing, nullcontext())
-    in_fp32 = Predictions(in_fp32.hidden, as_run.weight)  # the same head: rounded to the run's precision
+    in_fp32 = Predictions(in_fp32.hidden, as_run.weight)  # the same head, rounded to the run's precision
     loss = difference(as_run, in_fp32, torch.cat(ids)).loss
     return Comparison(examples, batches, packing, torch.cat(ids), as_run, in_fp32, loss)
 
@@ -110,7 +110,7 @@ def predict(
     packing: bool,
     precision: AbstractContextManager[Any],
 ) -> Predictions:
-    """The predictions for all target tokens, without dropout."""
+    """Compute the predictions for all target tokens, without dropout."""
     weight: Tensor = token_loss.base.get_output_embeddings().weight
     micro_batches = iterate_batches(batches, examples.dataset, packing, weight.device)
     with dropout_off(token_loss), precision:
@@ -120,7 +120,7 @@ def predict(
 
 @torch.no_grad()
 def difference(p: Predictions, q: Predictions, target_ids: Tensor) -> Difference:
-    """How q differs from p on N target tokens; target_ids [N]."""
+    """Compute how q differs from p on N target tokens; target_ids [N]."""
     sums = torch.zeros(3, dtype=torch.float64, device=target_ids.device)
     for start in range(0, len(target_ids), CHUNK):
         part = slice(start, start + CHUNK)
@@ -135,7 +135,7 @@ def difference(p: Predictions, q: Predictions, target_ids: Tensor) -> Difference
 def compare_merge(
     trained: Trained, opened: TrainedModel, comparison: Comparison, base: str, dtypes: Sequence[str]
 ) -> list[Candidate]:
-    """The merge into one base, rounded to each of `dtypes` in turn, computed in fp32."""
+    """Merge into one base, round to each of `dtypes` in turn, and compare. All computation is in fp32."""
     candidates = []
     model = merge(load_unmerged(trained, opened, base))
     batches, packing = comparison.batches, comparison.packing
@@ -152,7 +152,10 @@ def compare_merge(
 
 
 def choose(candidates: Sequence[Candidate], loss: float) -> Candidate:
-    """The smallest faithful merge, or else the nearest to the trained model, whose loss is `loss`."""
+    """Return the smallest faithful merge, or the nearest one if none is faithful.
+
+    `loss` is the trained model's loss.
+    """
     faithful = [candidate for candidate in candidates if is_faithful(candidate, loss)]
     if faithful:
         return min(faithful, key=lambda candidate: (candidate.num_bytes, candidate.difference.kl))
@@ -161,4 +164,4 @@ def choose(candidates: Sequence[Candidate], loss: float) -> Candidate:
 
 def is_faithful(candidate: Candidate, loss: float) -> bool:
     _, agreement, own = candidate.difference
-    return agreement >= LEAST_AGREEMENT and abs(own / loss - 1) <= MOST_LOSS_CHANGE
+    return agreement >= MIN_AGREEMENT and abs(own / loss - 1) <= MAX_LOSS_CHANGE

@@ -1,7 +1,7 @@
-"""A model and its tokenizer as one GGUF file, as llama.cpp's own converter would write it.
+"""Write a model and its tokenizer as one GGUF file, as llama.cpp's converter does.
 
-Keys and names of tensors are the library `gguf`'s, which llama.cpp's converter is built on too. What that
-converter does beyond them is here, for the architectures llama and qwen2 with a byte-level BPE tokenizer.
+Keys and tensor names come from the `gguf` library, which llama.cpp's converter also uses. This module adds
+what the converter itself does, for the llama and qwen2 architectures with a byte-level BPE tokenizer.
 """
 
 import json
@@ -22,9 +22,9 @@ BLOCK = 32  # weights that share a scale in Q8_0
 
 
 def unsupported(config: Any, tokenizer: Any) -> str | None:
-    """What of a model `write_gguf` has no rule for, in words; None where it has all.
+    """Return why `write_gguf` does not support a model, or None if it does.
 
-    `config` is the model's, of transformers.
+    `config` is the model's transformers configuration.
     """
     if config.model_type not in ARCHITECTURES:
         return f"its architecture is {config.model_type}"
@@ -33,19 +33,19 @@ def unsupported(config: Any, tokenizer: Any) -> str | None:
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act}"
     if getattr(config, "use_sliding_window", False):
-        return "its attention slides"
+        return "its attention uses a sliding window"
     if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
-        return "its linear layers have biases that the architecture has not by itself"
+        return "its linear layers have biases that the architecture does not define"
     if _pre_tokenizer(tokenizer) is None:
-        return "its tokenizer splits words in another way than GPT-2's, SmolLM's or Qwen2's"
+        return "its tokenizer does not split text as GPT-2's, SmolLM's or Qwen2's does"
     return None
 
 
 def write_gguf(path: Path, model: Any, tokenizer: Any, name: str, number_format: str) -> None:
-    """Write a causal language model that `unsupported` has nothing against.
+    """Write a causal language model for which `unsupported` returns None.
 
-    `number_format` is one of FORMATS; vectors stay in fp32, and a matrix whose rows are no whole number of
-    Q8_0's blocks becomes f16.
+    `number_format` is one of FORMATS. Vectors stay in fp32. With q8_0, a matrix whose row length is not a
+    multiple of the block size is written in f16.
     """
     config = model.config
     writer = gguf.GGUFWriter(path, config.model_type)
@@ -68,7 +68,7 @@ def write_gguf(path: Path, model: Any, tokenizer: Any, name: str, number_format:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor_name, tensor in _tensors(model):  # one at a time: the copies of all would double the model
+        for tensor_name, tensor in _tensors(model):  # one at a time: copies of all would double the memory
             writer.write_tensor_data(gguf.quantize(_array(tensor), kinds[tensor_name]))
     finally:
         writer.close()
@@ -103,8 +103,10 @@ def _add_architecture(writer: gguf.GGUFWriter, config: Any) -> None:
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights under llama.cpp's names. A head that shares its weights with the embeddings is left out:
-    llama.cpp takes them for both."""
+    """Yield the weights under llama.cpp's names.
+
+    A head that shares its weight with the embeddings is left out: llama.cpp then uses that weight for both.
+    """
     config = model.config
     architecture = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == config.model_type)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
@@ -123,8 +125,11 @@ def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _interleave(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rows of each head in the order that llama.cpp's rotation of a llama takes: pairs of neighbours turn
-    together, where transformers turns the two halves of a head. tensor [heads * head_dim, hidden_size]"""
+    """Reorder the rows of each head for llama.cpp's rotary embedding. tensor [heads * head_dim, hidden_size]
+
+    For the llama architecture, llama.cpp rotates pairs of adjacent rows. transformers rotates the first half
+    of a head with the second.
+    """
     halves = tensor.reshape(num_heads, 2, tensor.shape[0] // num_heads // 2, -1)
     return halves.transpose(1, 2).reshape(tensor.shape)
 
@@ -149,7 +154,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, vocab_size: int) -> 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         vocab = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
-    # Asked, not looked up: it is the tokenizer's post-processor that decides, in one of several ways.
+    # Found by encoding a text: post-processors add these tokens in several different ways.
     ids = tokenizer("a")["input_ids"]
     vocab.add_special_token["bos"] = ids[0] == tokenizer.bos_token_id
     vocab.add_special_token["eos"] = ids[-1] == tokenizer.eos_token_id
@@ -157,7 +162,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, vocab_size: int) -> 
 
 
 def _pre_tokenizer(tokenizer: Any) -> str | None:
-    """llama.cpp's name for how the tokenizer splits text before it merges; None where it is none of these."""
+    """Return llama.cpp's name of the pre-tokenizer, or None if it is not one of the three below."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     if backend["model"]["type"] != "BPE" or backend["model"].get("ignore_merges"):
         return None

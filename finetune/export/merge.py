@@ -1,6 +1,7 @@
-"""The adapter merged into the weights of the base: a model that needs neither PEFT nor bitsandbytes.
+"""Merge the adapter into the weights of the base: the result needs neither PEFT nor bitsandbytes.
 
-The base is the one on disk, or the one that the adapter was trained on, dequantized. All is computed in fp32.
+The base is either the full-precision model on disk or the dequantized one that the adapter was trained on.
+The merge is computed in fp32.
 """
 
 from dataclasses import replace
@@ -19,15 +20,15 @@ from finetune.run.adapter import Trained, TrainedModel, load_trained
 from finetune.runtime.accelerator import DTYPES
 from finetune.runtime.files import require_room, staged_folder
 
-SMALL_FILES_BYTES = 2**26  # beside the weights: the tokenizer's files, with a margin
+SMALL_FILES_BYTES = 2**26  # in addition to the weights: the tokenizer's files, with a margin
 FULL_PRECISION, DEQUANTIZED = "full_precision", "dequantized"
 
 
 def load_unmerged(trained: Trained, opened: TrainedModel, base: str) -> peft.PeftModel:
-    """The adapter on its base in fp32, on the device of `opened`.
+    """Load the adapter on its base in fp32, on the device of `opened`.
 
     FULL_PRECISION is the base on disk. DEQUANTIZED is the base in `opened`, which the adapter was trained on:
-    quantized weights as they are multiplied there, all others rounded to the run's precision.
+    quantized weights are dequantized as in its forward pass, all others are rounded to the run's precision.
 
     Raises:
         ValueError: the base cannot be loaded, or the adapter changes embeddings that the head shares.
@@ -48,7 +49,7 @@ def load_unmerged(trained: Trained, opened: TrainedModel, base: str) -> peft.Pef
 
 
 def _set_weights(model: nn.Module, trained_base: nn.Module, dtype: torch.dtype) -> None:
-    """Set the weights of a model in fp32 to those that a quantized base has in a forward pass in `dtype`."""
+    """Set the weights of an fp32 model to those that a quantized base uses in a forward pass in `dtype`."""
     round_weights(model, dtype)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -65,7 +66,7 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def merge(unmerged: peft.PeftModel) -> Any:
-    """The causal language model with the adapter merged into its weights; `unmerged` is consumed.
+    """Return the causal language model with the adapter merged into its weights; `unmerged` is consumed.
 
     Raises:
         ValueError: a merged weight is not finite.
@@ -74,32 +75,32 @@ def merge(unmerged: peft.PeftModel) -> Any:
 
 
 def load_merged(trained: Trained) -> TrainedModel:
-    """The adapter merged into the base on disk, in fp32, with its tokenizer.
+    """Load the adapter merged into the base on disk, in fp32, with its tokenizer.
 
     Raises:
         ValueError: as `load_trained` and `merge`.
     """
     config = trained.config
-    plain = replace(
+    unquantized = replace(
         config,
         model=replace(config.model, quantization="none"),
         train=replace(config.train, mixed_precision="no"),
     )
-    loaded = load_trained(replace(trained, config=plain))
+    loaded = load_trained(replace(trained, config=unquantized))
     return replace(loaded, model=merge(loaded.model))
 
 
 def save_merged(model: Any, tokenizer: Any, dtype: torch.dtype, folder: Path) -> None:
-    """Write the model in `dtype` and its tokenizer, whole or not at all, for transformers alone to load.
+    """Write the model in `dtype` and its tokenizer to a folder that transformers alone can load.
 
-    The model is left in `dtype`.
+    The folder is written whole or not at all. The model itself is converted to `dtype`.
 
     Raises:
         ValueError: the disk has no room for them.
         OSError: they could not be written.
     """
     model.to(dtype)
-    if hasattr(model.config, "quantization_config"):  # of a base that was loaded from a GGUF file
+    if hasattr(model.config, "quantization_config"):  # from a base that was loaded from a GGUF file
         del model.config.quantization_config
     folder = folder.absolute()
     require_room(folder.parent, model_bytes(model, dtype) + SMALL_FILES_BYTES, folder.name, advice="")
@@ -109,7 +110,7 @@ def save_merged(model: Any, tokenizer: Any, dtype: torch.dtype, folder: Path) ->
 
 
 def model_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of the weights in `dtype`; tied weights count once."""
+    """Return the bytes of the weights in `dtype`; tied weights count once."""
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 

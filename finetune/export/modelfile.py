@@ -1,4 +1,4 @@
-"""An Ollama Modelfile for a GGUF file: https://docs.ollama.com/modelfile."""
+"""Write an Ollama Modelfile for a GGUF file: https://docs.ollama.com/modelfile."""
 
 import re
 from collections.abc import Sequence
@@ -6,8 +6,8 @@ from typing import Any
 
 from finetune.data.tokenize import Message, render
 
-# What Ollama renders (Go's text/template) is what `_chatml` renders. A system turn, also the one of SYSTEM,
-# is the first of .Messages.
+# A Go text/template that renders the same text as `_chatml`. In Ollama the system turn, including that of
+# SYSTEM, is the first of .Messages.
 CHATML_IN_GO = """\
 {{- range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
@@ -32,16 +32,16 @@ _PROBES: tuple[list[Message], ...] = (
 
 
 def modelfile(gguf_name: str, tokenizer: Any, system_prompt: str | None) -> tuple[str, list[str]]:
-    """The Modelfile beside the GGUF file of that name, and what it leaves out, in words.
+    """Return the Modelfile for the GGUF file of that name, and a description of each line it leaves out.
 
-    TEMPLATE is there where the chat template is found to be ChatML, and SYSTEM where a system prompt can be
-    written: the run's, or else the one that the chat template puts there by itself.
+    It has a TEMPLATE if the chat template is ChatML. It has a SYSTEM if there is a system prompt that can be
+    quoted: the run's, or else the chat template's default.
     """
     lines, left_out = [f"FROM ./{gguf_name}"], []
     default = chatml_default(tokenizer)
     if default is None:
         left_out.append(
-            "TEMPLATE: the chat template is not ChatML; Ollama guesses one, or takes none: add the right one"
+            "TEMPLATE: the chat template is not ChatML; Ollama guesses one or uses none: add the right one"
         )
     else:
         lines.append(f'TEMPLATE """{CHATML_IN_GO}"""')
@@ -55,11 +55,13 @@ def modelfile(gguf_name: str, tokenizer: Any, system_prompt: str | None) -> tupl
 
 
 def chatml_default(tokenizer: Any) -> str | None:
-    """The system prompt that the chat template writes where a conversation has none ("" where it writes
-    none); None where the template is not ChatML."""
+    """Return the chat template's default system prompt, or "" if it has none.
+
+    Returns None if the template is not ChatML.
+    """
     try:
         rendered = [render(tokenizer, probe, add_generation_prompt=True) for probe in _PROBES]
-    except ValueError:  # it refuses such a conversation
+    except ValueError:  # the template rejects such a conversation
         return None
     found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n", rendered[0], re.DOTALL)
     default = found[1] if found else ""
@@ -75,6 +77,9 @@ def _chatml(messages: Sequence[Message], default: str) -> str:
 
 
 def _can_be_quoted(text: str) -> bool:
-    """Ollama has no escapes within its quotes, and drops what cannot be printed; of white space it keeps all
-    that is ASCII (github.com/ollama/ollama, parser/parser.go)."""
+    """Whether a Modelfile can hold the text between quotes.
+
+    Ollama has no escapes within quotes, and drops unprintable characters except ASCII white space
+    (github.com/ollama/ollama, parser/parser.go).
+    """
     return '"""' not in text and all(letter.isprintable() or letter in "\n\t" for letter in text)

@@ -1,4 +1,4 @@
-"""Curves as SVG inside a page: drawn by matplotlib, coloured by the page, for light and dark alike."""
+"""Draw curves with matplotlib as SVG for a page, whose CSS sets their colours in light and dark mode."""
 
 import io
 import re
@@ -9,9 +9,9 @@ import numpy as np
 from markupsafe import Markup
 
 NUM_COLOURS = 8
-WIDTH, HEIGHT = 4.6, 2.5  # inches: lettering of 9 points then has a page's size on a phone and on a screen
+WIDTH, HEIGHT = 4.6, 2.5  # inches: text of 9 points is then readable on a phone and on a screen
 
-# What matplotlib draws in, and what the page makes of it.
+# The placeholder colours that matplotlib draws with, and the CSS variables that replace them.
 _INK, _GRID = "#fe0000", "#fe0001"
 _COLOURS = {number: f"#fe01{number:02x}" for number in range(1, NUM_COLOURS + 1)}
 _CSS = {_INK: "var(--dim)", _GRID: "var(--line)"} | {
@@ -20,14 +20,14 @@ _CSS = {_INK: "var(--dim)", _GRID: "var(--line)"} | {
 
 
 class Line(NamedTuple):
-    """Points by update; None or NaN leaves a gap. `name` is shown by the page, beside `colour`, 1 to 8."""
+    """A line of a chart; None or NaN leaves a gap. The page shows `name` beside `colour`, 1 to 8."""
 
     name: str
     xs: Sequence[float]
     ys: Sequence[float | None]
     colour: int
     dotted: bool = False
-    """With a dot at each point"""
+    """Draw a dot at each point"""
     dashed: bool = False
 
 
@@ -41,13 +41,13 @@ class Chart(NamedTuple):
 def draw(
     title: str, unit: str, lines: Sequence[Line], x_name: str = "update", from_zero: bool = False
 ) -> Chart:
-    """A chart of one or more lines. Nothing that a user or a model wrote is in its SVG."""
-    from matplotlib import rc_context  # brings half a second of libraries
+    """Draw a chart of one or more lines. Its SVG contains no text from a user or a model."""
+    from matplotlib import rc_context  # takes half a second to import
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     settings: dict[Any, Any] = {
-        "svg.fonttype": "none",  # text stays text: in the page's font, and to be searched
+        "svg.fonttype": "none",  # text stays text: searchable, and in the page's font
         "svg.hashsalt": title,
         "font.size": 9,
         "text.color": _INK,
@@ -64,15 +64,15 @@ def draw(
         axes = figure.add_subplot()
         for line in lines:
             ys = np.array(line.ys, dtype=np.float64)
-            # A line through fewer than two neighbours is none.
-            is_alone = bool((np.isfinite(ys[1:]) & np.isfinite(ys[:-1])).sum() == 0)
+            # Without two adjacent points no line is visible: draw markers.
+            has_no_segment = bool((np.isfinite(ys[1:]) & np.isfinite(ys[:-1])).sum() == 0)
             axes.plot(
                 line.xs,
                 ys,
                 color=_COLOURS[line.colour],
                 linewidth=2 if line.dotted else 1.4,
                 linestyle="--" if line.dashed else "-",
-                marker="o" if line.dotted or is_alone else None,
+                marker="o" if line.dotted or has_no_segment else None,
                 markersize=4.5,
                 clip_on=False,
             )
@@ -87,11 +87,11 @@ def draw(
             axes.set_ylim(bottom=0)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return Chart(title, unit, lines, _for_page(file.getvalue(), _in_words(title, lines)))
+    return Chart(title, unit, lines, _for_page(file.getvalue(), _describe(title, lines)))
 
 
-def _in_words(title: str, lines: Sequence[Line]) -> str:
-    """For those who cannot see it: where each line begins and ends."""
+def _describe(title: str, lines: Sequence[Line]) -> str:
+    """Describe the chart for screen readers: the first and last value of each line."""
     ends = []
     for number, line in enumerate(lines, 1):
         known = [y for y in line.ys if y is not None and np.isfinite(y)]
@@ -102,8 +102,10 @@ def _in_words(title: str, lines: Sequence[Line]) -> str:
 
 
 def _for_page(svg: str, label: str) -> Markup:
-    """matplotlib's file as an element of a page: no fonts and colours of its own, and no ids of groups, which
-    would stand there twice."""
+    """Turn matplotlib's SVG file into an element of a page.
+
+    Its fonts and colours are replaced by the page's. Its group ids are removed: several charts have the same.
+    """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", svg, flags=re.DOTALL)

@@ -1,6 +1,6 @@
-"""Runs side by side, as a page and in the terminal.
+"""Compare runs side by side, as a page and in the terminal.
 
-Where two runs were evaluated on the same tokens, the difference of their last losses is paired by example.
+If two runs were evaluated on the same tokens, the difference of their last losses is paired by example.
 """
 
 from collections import Counter
@@ -201,7 +201,7 @@ def curves(records: Sequence[Record], rows: Sequence[RunRow]) -> list[Chart]:
         overlaid(title, unit, metric, split)
         for title, unit, metric in (
             ("Loss", "nats per target token", "loss"),
-            ("Token accuracy", "share of target tokens", "mean_token_accuracy"),
+            ("Token accuracy", "fraction of target tokens", "mean_token_accuracy"),
         )
         for split in ("eval", "train")
     ]

@@ -1,6 +1,6 @@
-"""The HTML pages that runs and commands write: each needs nothing but itself, on a screen, a phone or paper.
+"""Write the HTML pages of runs and commands. Each is self-contained, for screens, phones and paper.
 
-The templates lie in templates/; page.html is the frame of all of them.
+The templates are in templates/; all of them extend page.html.
 """
 
 import os
@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 TEMPLATES = PackageLoader("finetune.report", "templates")
 
-# Invisible characters and those that move others: control characters, and marks of the writing direction.
+# Invisible characters and those that reorder others: control characters and direction marks.
 _UNSEEN = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
@@ -25,8 +25,8 @@ def visible(text: str) -> str:
 
 
 def check_page_path(path: Path) -> None:
-    """Raise ValueError if no page can be written to `path`: before the work that would be lost."""
-    if path.suffix.lower() not in (".html", ".htm"):  # so that no data file is ever overwritten
+    """Raise ValueError if no page can be written to `path`. Commands call it before their work."""
+    if path.suffix.lower() not in (".html", ".htm"):  # so that no data file is overwritten
         raise ValueError(f"--page {path}: name a file that ends in .html")
     if path.is_dir():
         raise ValueError(f"--page {path} is a folder")

@@ -1,8 +1,7 @@
-"""A run's model card: the README.md beside its adapter. What the run recorded, and nothing else."""
+"""Write a run's model card, the README.md beside its adapter, from what the run recorded."""
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -17,27 +16,21 @@ from finetune.data.files import is_local
 from finetune.model import starter
 from finetune.model.load import hub_name
 from finetune.report.html import TEMPLATES
-from finetune.run.folder import (
-    METRICS,
-    example_sums_file,
-    read_environment,
-    read_evaluations,
-    read_example_sums,
-    read_lines,
-)
+from finetune.report.intervals import Interval
+from finetune.report.records import Record, changes, read_record
 
 MADE_HERE = "<!-- Made from the record of the run. Without this line, `push` leaves the card as it is. -->"
-# What vLLM takes for --max-lora-rank (docs.vllm.ai, vllm.config.lora, MaxLoRARanks).
+# The values that vLLM accepts for --max-lora-rank (docs.vllm.ai, vllm.config.lora, MaxLoRARanks).
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-# Keys that the card's other parts show, or that decide nothing about the weights.
-NO_SETTINGS = (
+# Keys that other parts of the card show, or that do not affect the weights.
+OMITTED_KEYS = (
     *("output_dir", "resume", "strict", "log.", "checkpoint.", "eval."),
     *("data.path", "data.system_prompt", "model.name_or_path"),
 )
 
 
 class Figure(NamedTuple):
-    """A metric on the eval rows, as the table shows it; `before` and `change` are empty where unknown."""
+    """A metric on the eval rows, as the table shows it; `before` and `change` are empty if unknown."""
 
     name: str
     before: str
@@ -46,31 +39,31 @@ class Figure(NamedTuple):
 
 
 class Base(NamedTuple):
-    """The base model, as the card names and loads it."""
+    """The base model: how the card names and loads it."""
 
     name: str
     on_hub: bool
     is_starter: bool
     gguf: bool
     arguments: str
-    """Of from_pretrained, as Python"""
+    """Arguments of from_pretrained, as Python source"""
     comment: str
 
 
 def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
-    """The card of a run whose last update is made: Markdown behind YAML metadata, as the hub reads it.
+    """Return the card of a run after its last update: Markdown with YAML front matter, as the hub reads it.
 
-    `repo` is where it is uploaded to (OWNER/NAME); without one it speaks of the folder it lies in. Folders of
-    this machine are not named.
+    `repo` (OWNER/NAME) is the repository it is uploaded to. Without one, the code in the card loads the
+    adapter from the card's own folder. The card names no folders of this machine.
 
     Raises:
-        ValueError: environment.json or a record of an evaluation cannot be read.
+        ValueError: a file of the run cannot be read.
     """
-    environment = read_environment(run_dir)
-    evaluations = read_evaluations(run_dir)
-    figures = measured(run_dir, evaluations)
+    record = read_record(run_dir)
+    environment, evaluations = record.environment, record.eval_lines
+    figures = result_figures(record)
     base = _describe_base(config.model)
-    rows = environment.get("rows")  # runs of older versions have no count
+    rows = environment.get("rows")  # older versions did not record the counts
     settings = {key: value for key, value in flatten(config_to_dict(config)).items() if value is not None}
     values = {
         "front_matter": yaml.safe_dump(_metadata(config, base), sort_keys=False, allow_unicode=True),
@@ -91,15 +84,15 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
         if rows
         else "",
         "data": environment["data"],
-        "num_updates": max((entry["step"] for entry in read_lines(run_dir / METRICS)), default=0),
+        "num_updates": record.num_steps,
         "global_batch_size": environment["global_batch_size"],
         "hardware": _hardware(environment),
         "python": environment["python"],
         "versions": ", ".join(f"{name} {version}" for name, version in environment["packages"].items()),
-        "settings": [(key, value) for key, value in settings.items() if not key.startswith(NO_SETTINGS)],
+        "settings": [(key, value) for key, value in settings.items() if not key.startswith(OMITTED_KEYS)],
         "vllm_rank": next((rank for rank in VLLM_RANKS if rank >= config.lora.r), None),
     }
-    # No HTML escapes: what comes from a user stands in code spans, where Markdown shows it as it is.
+    # No HTML escaping: text from users is in code spans, which Markdown shows verbatim.
     markdown = Environment(
         loader=TEMPLATES, undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
     )
@@ -108,47 +101,31 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
 
 
 def without_folder(path: str) -> str:
-    """A path without the folder it has on this machine: `/home/me/rows.csv` becomes `rows.csv`; a relative
-    path and a hub name stay."""
+    """Remove this machine's folder from a path: `/home/me/rows.csv` becomes `rows.csv`.
+
+    Relative paths and hub names are unchanged.
+    """
     return PurePath(path).name or path if path.startswith(("/", "~", "..")) else path
 
 
-def measured(run_dir: Path, evaluations: Sequence[dict[str, Any]]) -> list[Figure]:
-    """Loss and token accuracy of the last evaluation, and of the first if it was made before training."""
-    if not evaluations:
+def result_figures(record: Record) -> list[Figure]:
+    """Loss and token accuracy after training and, if they were measured before training, before it."""
+    found = changes(record)
+    if not found:
         return []
-    first, last = evaluations[0], evaluations[-1]
-    steps = [first["step"], last["step"]] if first["step"] == 0 < last["step"] else [last["step"]]
-    if not all(example_sums_file(run_dir, step).exists() for step in steps):  # a run of an older version
-        return _figures_alone(evaluations, steps)
-    from finetune.report.intervals import difference_interval, mean_interval
-
+    was_measured_before = record.eval_lines[0]["step"] == 0
     figures = []
-    frames = [read_example_sums(run_dir, step) for step in steps]
-    counts = frames[-1]["num_target_tokens"].to_numpy(float)
-    for name, column in (("loss, nats per target token", "nll"), ("token accuracy", "correct")):
-        sums = [frame[column].to_numpy(float) for frame in frames]
-        after = _with_interval(mean_interval(sums[-1], counts))
-        if len(sums) == 1:
-            figures.append(Figure(name, "", after, ""))
-            continue
-        before = _with_interval(mean_interval(sums[0], counts))
-        change = _with_interval(difference_interval(sums[0], sums[1], counts), sign="+")
-        figures.append(Figure(name, before, after, change))
+    for name, metric in (("loss, nats per target token", "loss"), ("token accuracy", "mean_token_accuracy")):
+        first, last, change = found[metric]
+        if first is None or change is None or not was_measured_before:
+            figures.append(Figure(name, "", _with_interval(last), ""))
+        else:
+            cells = _with_interval(first), _with_interval(last), _with_interval(change, sign="+")
+            figures.append(Figure(name, *cells))
     return figures
 
 
-def _figures_alone(evaluations: Sequence[dict[str, Any]], steps: Sequence[int]) -> list[Figure]:
-    figures = []
-    for name, key in (("loss, nats per target token", "loss"), ("token accuracy", "mean_token_accuracy")):
-        after = evaluations[-1][key]
-        before = evaluations[0][key] if len(steps) == 2 else None
-        change = "" if before is None else f"{after - before:+.4f}"
-        figures.append(Figure(name, _number(before), _number(after), change))
-    return figures
-
-
-def _with_interval(interval: tuple[float, float, float], sign: str = "") -> str:
+def _with_interval(interval: Interval, sign: str = "") -> str:
     value, low, high = (f"{number:{sign}.4f}" for number in interval)
     return value if "nan" in low else f"{value} [{low}, {high}]"
 
@@ -171,13 +148,13 @@ def _metadata(config: Config, base: Base) -> dict[str, Any]:
 
 
 def _licence(config: ModelConfig) -> str | None:
-    """What the base says of its licence: the starter's is known, a folder may have a card of its own."""
+    """Return the base's licence: the starter's is known, and a folder may have a card that states it."""
     if config.name_or_path == "starter":
         return starter.LICENCE
     card = Path(config.name_or_path).expanduser() / "README.md"
     try:
         licence = (metadata_load(card) or {}).get("license") if card.is_file() else None
-    except (OSError, ValueError, yaml.YAMLError, HFValidationError):  # of a card that is none of ours
+    except (OSError, ValueError, yaml.YAMLError, HFValidationError):  # the base's card may be malformed
         return None
     return licence if isinstance(licence, str) else None
 
@@ -207,8 +184,10 @@ def _hardware(environment: dict[str, Any]) -> str:
 
 
 def _code(value: Any) -> str:
-    """Any text as a code span, also within a table: on one line, and with a fence longer than its own
-    backticks (CommonMark, 6.1)."""
+    """Format any text as a code span that can be in a table.
+
+    It is on one line, and its fence is longer than any run of backticks in it (CommonMark, 6.1).
+    """
     plain = value if isinstance(value, str) else json.dumps(value)
     text = " ".join(plain.split()).replace("|", "\\|") or " "
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
@@ -216,5 +195,5 @@ def _code(value: Any) -> str:
 
 
 def _literal(text: str) -> str:
-    """Any text as a string of Python, on one line."""
+    """Format any text as a Python string literal on one line."""
     return json.dumps(text, ensure_ascii=False)

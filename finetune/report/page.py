@@ -1,4 +1,4 @@
-"""The report of a run as one page: its data and settings, the curves, and what training changed."""
+"""Write the report of a run as one page: data, settings, curves, and what training changed."""
 
 import shlex
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ TRAIN, EVAL, PUBLISHED = 1, 2, 3  # colours
 def leave_report(run_dir: Path) -> None:
     """Write the report of a run that has just ended.
 
-    The run itself is saved already, so no failure of its report may end it with an error.
+    The run is already saved, so a failure to write the report must not end it with an error.
     """
     try:
         write_report(run_dir, run_dir / PAGE)
@@ -66,7 +66,7 @@ def write_report(run_dir: Path, page: Path) -> None:
 
 
 def curves(record: Record) -> list[Chart]:
-    """A chart of each metric that has a value."""
+    """Draw a chart of each metric that has a value."""
     published = comparable_metrics(record.config)
     train, evals = record.train_lines, record.eval_lines
 
@@ -83,13 +83,13 @@ def curves(record: Record) -> list[Chart]:
 
     drawn = [
         both("Loss", "nats per target token", "loss"),
-        both("Token accuracy", "share of target tokens", "mean_token_accuracy"),
+        both("Token accuracy", "fraction of target tokens", "mean_token_accuracy"),
         both("Entropy", "nats, of the predictions", "entropy"),
         alone("Gradient norm", "before clipping", "grad_norm"),
         alone("Learning rate", "", "learning_rate"),
         alone("Speed", "useful tokens per second", "useful_tokens_per_second"),
         alone("MFU", "% of the device's matmul rate", "mfu", scale=100),
-        alone("Memory", "GiB, the most held so far", "peak_memory_gib"),
+        alone("Memory", "GiB, peak so far", "peak_memory_gib"),
     ]
     return [chart for chart in drawn if chart is not None]
 
@@ -103,7 +103,7 @@ def line_of(
     scale: float = 1,
     per_epoch: bool = False,
 ) -> Line:
-    """A metric of log lines as a line of a chart, by update or by epoch."""
+    """Return a metric of log lines as a line of a chart, by update or by epoch."""
     known = [entry for entry in entries if metric in entry]
     xs = [entry["epoch" if per_epoch else "step"] for entry in known]
     ys = [None if entry[metric] is None else scale * entry[metric] for entry in known]

@@ -1,4 +1,4 @@
-"""What the folder of a run says of it, whether it is finished or not, and what its evaluations differ by."""
+"""Read the record of a run, finished or not, and compute how its metrics changed."""
 
 import json
 import math
@@ -24,13 +24,13 @@ from finetune.run.folder import (
     read_example_sums,
 )
 
-# A metric of an evaluation, and the sums of each example that it is a mean of.
+# Each eval metric, and the column of per-example sums that it is the mean of.
 SUMS_OF = {"loss": "nll", "mean_token_accuracy": "correct", "entropy": "entropy"}
 
 
 @dataclass(frozen=True)
 class Record:
-    """A run. The lines of metrics.jsonl are in their order; null in them is None."""
+    """What a run recorded. Lines are in the order of metrics.jsonl; null is None."""
 
     folder: Path
     config: Config
@@ -49,7 +49,7 @@ class Record:
 
     @property
     def num_steps(self) -> int:
-        """Updates that are logged."""
+        """The last update that was logged"""
         return max((int(line["step"]) for line in (*self.train_lines, *self.eval_lines)), default=0)
 
     @property
@@ -65,24 +65,24 @@ class Record:
 
     @property
     def state(self) -> str:
-        """Whether the run is finished, in a sentence."""
+        """A sentence that says whether the run is finished"""
         steps, planned = self.num_steps, self.planned_steps
         if self.is_finished and steps < planned:
             return f"Finished early, after update {steps:,} of {planned:,}."
         if self.is_finished:
             return f"Finished, after {steps:,} updates."
         if (self.folder / BAD_UPDATE).exists():
-            return "Stopped, as a loss or gradient was not a finite number."
-        return f"Not finished: this is what there is, logged up to update {steps:,} of {planned:,}."
+            return "Stopped: a loss or gradient was not finite."
+        return f"Not finished: logged up to update {steps:,} of {planned:,}."
 
     @cached_property
     def first_sums(self) -> pd.DataFrame | None:
-        """What the first evaluation found of each example; None where the run did not write it down."""
+        """Per-example sums of the first evaluation; None if the run did not record them"""
         return self._sums_of(0)
 
     @cached_property
     def last_sums(self) -> pd.DataFrame | None:
-        """The same of the last one."""
+        """Per-example sums of the last evaluation; None if the run did not record them"""
         return self._sums_of(-1)
 
     def _sums_of(self, place: int) -> pd.DataFrame | None:
@@ -91,7 +91,11 @@ class Record:
 
 
 def read_record(folder: Path) -> Record:
-    """Raises ValueError where `folder` holds no run, or files of it that cannot be read."""
+    """Read the record of the run in `folder`.
+
+    Raises:
+        ValueError: `folder` holds no run, or a file of it cannot be read.
+    """
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} holds no run: {folder / CONFIG} is not there")
     config = parse_config(["--config", str(folder / CONFIG)])
@@ -107,7 +111,7 @@ def read_record(folder: Path) -> Record:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file that may be being written: a last line without its end is passed over."""
+    """Read the objects of a JSON Lines file, except an incomplete last line: it may be in writing."""
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         *lines, _ = text.split("\n")
@@ -117,10 +121,10 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Change(NamedTuple):
-    """A metric at the first evaluation, at the last one, and by how much it changed.
+    """A metric at the first and at the last evaluation, and the change between them.
 
-    Where the run did not write down the sums of each example, the bounds are NaN; `first` and `change` are
-    None where there was but one evaluation.
+    The bounds are NaN if the run did not record the per-example sums. `first` and `change` are None if there
+    was only one evaluation.
     """
 
     first: Interval | None
@@ -129,7 +133,7 @@ class Change(NamedTuple):
 
 
 def changes(record: Record) -> dict[str, Change]:
-    """Of each metric of SUMS_OF; none where nothing was evaluated."""
+    """Compute the change of each metric in SUMS_OF; empty if nothing was evaluated."""
     lines = record.eval_lines
     if not lines:
         return {}
@@ -158,7 +162,7 @@ def _mean(sums: pd.DataFrame, column: str) -> Interval:
 
 
 def difference(before: pd.DataFrame, after: pd.DataFrame, column: str = "nll") -> Interval:
-    """How much the mean per target token differs between two evaluations of the same rows."""
+    """Compute the change of a mean per target token between two evaluations of the same rows."""
     counts = _column(before, "num_target_tokens")
     return difference_interval(_column(before, column), _column(after, column), counts)
 
@@ -168,18 +172,17 @@ def _column(sums: pd.DataFrame, column: str) -> Any:
 
 
 def are_same_rows(sums: pd.DataFrame, others: pd.DataFrame) -> bool:
-    """Whether two evaluations are of the same rows with the same number of target tokens each."""
+    """Whether two evaluations cover the same rows with the same numbers of target tokens."""
     columns = ["row_number", "num_target_tokens"]
     return sums[columns].equals(others[columns])
 
 
 def have_same_eval_data(record: Record, other: Record) -> bool:
-    """Whether the last evaluations of two runs are of the same tokens, so that they can be compared row by
-    row."""
+    """Whether the last evaluations of two runs cover the same tokens, so that they can be paired by row."""
     if not (record.eval_lines and other.eval_lines):
         return False
     eval_data, other_data = (
-        (data["eval_examples"], data["fingerprint"].rpartition("-")[2])  # train-eval
+        (data["eval_examples"], data["fingerprint"].rpartition("-")[2])  # of the form TRAIN-EVAL
         for data in (record.environment["data"], other.environment["data"])
     )
     sums, others = record.last_sums, other.last_sums
@@ -187,12 +190,12 @@ def have_same_eval_data(record: Record, other: Record) -> bool:
 
 
 def rounding(line: dict[str, Any]) -> str:
-    """The measured error of an eval line's loss, in words; empty for one computed in fp32."""
+    """The measured rounding error of an eval line's loss, as text; empty if it was computed in fp32."""
     return f"± {line['loss_error']:.4f} by rounding" if "loss_error" in line else ""
 
 
 def median(record: Record, metric: str) -> float | None:
-    """Of a metric of the train lines; None where no line has it."""
+    """The median of a metric over the train lines; None if no line has it."""
     values = [line[metric] for line in record.train_lines if line.get(metric) is not None]
     return float(np.median(values)) if values else None
 

@@ -125,7 +125,7 @@ def test_a_conversation_with_its_base_beside_it(talk, run_dir):
     assert second in answers[1]
     assert answers[2] == "> without the adapter:"
     assert base in screen
-    assert "> Taken back: Why?" in screen
+    assert "> Undone: Why?" in screen
     assert screen.count(first) >= 2  # anew, after /clear
     assert expected(run_dir, "What is a bond?", base=True) in screen
 
@@ -139,16 +139,16 @@ def test_commands_change_what_comes_next_and_say_what_is_wrong(talk, run_dir):
     )
     for line in (
         "There is no question yet.",
-        "There is nothing to take back.",
-        "/nothing is no command; /help lists them.",
-        "warm is no number.",
+        "There is nothing to undo.",
+        "/nothing is not a command; /help lists them.",
+        "warm is not a number.",
         "temperature must be 0 (the likeliest token) or 0.01 to 100, not -1",
         "The temperature is 0.5.",
-        "1.5 is no whole number.",
+        "1.5 is not a whole number.",
         "the number of new tokens must be at least 1, not 0",
         "The system prompt is: Be short.",
         "The system prompt is: Be [long].",
-        "An answer has 3 tokens at most.",
+        "An answer has at most 3 tokens.",
     ):
         assert f"> {line}\n" in screen
     assert all(command in screen for command in chat.HELP)
@@ -250,7 +250,7 @@ def test_in_a_real_terminal(run_dir, terminal):
         wait_for("stopped")
         wait_for("> ")
         write(b"/undo\r")
-        wait_for("Taken back: What is\r\na bond?")
+        wait_for("Undone: What is\r\na bond?")
         wait_for("> ")
         write(b"\x03")
         assert process.wait(60) == 0

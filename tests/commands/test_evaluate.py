@@ -140,17 +140,6 @@ def test_answers_of_both_models_are_compared_with_the_references(run_dir, figure
     assert "chrF" in printed
 
 
-def test_perfect_and_empty_answers_have_the_scores_of_such():
-    from finetune.model.generate import Answer
-    from finetune.report.evaluation import Written, score_answers
-
-    right, wrong = Answer("It is four.", 5, True), Answer("", 1, False)
-    scores = score_answers([Written(1, [], "It is four.", wrong, right)] * 2, 5)
-    assert scores["chrf"].tuned.value == 100
-    assert scores["chrf"].base.value == 0
-    assert scores["ended"].change.value == 1
-
-
 def test_the_harness_gets_the_base_and_the_tuned_model(run_dir, figures, monkeypatch):
     calls = []
 

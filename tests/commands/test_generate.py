@@ -257,8 +257,8 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(ask, tmp_path, monkeypat
     for call, told in (
         (lambda: ask(name="answers.txt", expect=2), "ends in .jsonl or .csv"),
         (lambda: ask(name="there.jsonl", expect=2), "exists already"),
-        (lambda: ask(name="none/answers.csv", expect=2), "is no folder that can be written"),
-        (lambda: ask(rows=tmp_path / "none.csv", expect=2), "none.csv is no file"),
+        (lambda: ask(name="none/answers.csv", expect=2), "is not a writable folder"),
+        (lambda: ask(rows=tmp_path / "none.csv", expect=2), "none.csv is not a file"),
         (lambda: ask(rows=empty, expect=2), "has no row to answer"),
         (lambda: ask("--batch_size", "0", expect=2), "--batch_size must be at least 1"),
         (lambda: ask("--max_new_tokens", "0", expect=2), "at least 1, not 0"),

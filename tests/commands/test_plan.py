@@ -65,16 +65,16 @@ def test_it_prints_parts_peaks_time_and_a_budget(plan):
     assert "predicted GiB" in printed
     assert "measured GiB" in printed
     assert re.search(r"^An epoch: about [\d.,]+ min, .*; epochs planned: 3$", printed, re.M)
-    (budget,) = re.findall(r"^\d+\.\d GiB hold --train.max_tokens_per_micro_batch (\d+)$", printed, re.M)
+    (budget,) = re.findall(r"^\d+\.\d GiB fit --train.max_tokens_per_micro_batch (\d+)$", printed, re.M)
     assert int(budget) % 64 == 0
     assert int(budget) >= 128
 
 
 def test_the_budget_it_prints_is_taken_by_the_config(plan, arguments):
     _, printed = plan("--gib", "8")
-    _, _, setting = printed.partition("hold ")
+    _, _, setting = printed.partition("fit ")
     key, _, value = setting.split("\n")[0].partition(" ")
-    assert "8.0 GiB hold" in printed
+    assert "8.0 GiB fit" in printed
     assert parse_config([*arguments, key, value]).train.max_tokens_per_micro_batch == int(value)
 
 
@@ -91,10 +91,10 @@ def test_too_little_memory_is_1_and_says_what_to_change(plan):
     code, printed = plan("--gib", "0.001")
     assert code == 1
     last = printed.splitlines()[-1]
-    assert "0.0 GiB hold 0 tokens at most, and an example may have 128" in last
+    assert "0.0 GiB fit at most 0 tokens, and an example may have 128" in last
     assert "data.max_length" in last
     assert "train.gradient_checkpointing" in last
-    assert "hold --train" not in printed
+    assert "fit --train" not in printed
 
 
 def test_without_eval_rows_it_shows_updates_alone(plan):

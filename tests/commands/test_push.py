@@ -194,7 +194,7 @@ def test_a_private_repository_is_asked_for_and_a_public_one_is_not_written_to(ru
     hub.files.clear()
     hub.exists_publicly = True
     push(run_dir, "--private", expect=2)
-    assert "me/it is there already, and public: nothing was uploaded" in capsys.readouterr().err
+    assert "me/it already exists and is public: nothing was uploaded" in capsys.readouterr().err
     assert hub.files == {}
     push(run_dir)  # without --private it is where this adapter belongs
     assert hub.files

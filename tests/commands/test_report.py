@@ -235,7 +235,7 @@ def test_an_unfinished_run_has_a_report_of_what_there_is(finished):
     with (finished / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"split": "train", "st')  # as it is being written
     said = text_of(report(finished))
-    assert "Not finished: this is what there is, logged up to update 2 of 6." in said
+    assert "Not finished: logged up to update 2 of 6." in said
     assert "There is one evaluation" in said
     assert f"To resume python train.py --config {finished}/config.yaml " in said
     (finished / "metrics.jsonl").unlink()
@@ -248,7 +248,7 @@ def test_an_unfinished_run_has_a_report_of_what_there_is(finished):
 def test_a_run_that_diverged_has_a_report(run_train):
     diverging = {"optim__name": "sgd", "optim__learning_rate": 1e30, "optim__max_grad_norm": 0}
     run_dir = run_train(expect=1, **diverging)
-    assert "Stopped, as a loss or gradient was not a finite number." in text_of(report(run_dir))
+    assert "Stopped: a loss or gradient was not finite." in text_of(report(run_dir))
 
 
 def test_a_gradient_norm_that_was_not_finite_leaves_a_gap(finished):

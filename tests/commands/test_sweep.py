@@ -3,12 +3,10 @@
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,8 +59,7 @@ def pages(monkeypatch) -> list[tuple[list[str], Path]]:
     def write_comparison(run_dirs: Any, page: Path) -> None:
         written.append(([path.name for path in run_dirs], page))
 
-    module = SimpleNamespace(write_comparison=write_comparison)
-    monkeypatch.setitem(sys.modules, "finetune.commands.compare", module)
+    monkeypatch.setattr("finetune.commands.sweep.write_comparison", write_comparison)
     return written
 
 

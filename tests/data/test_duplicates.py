@@ -144,7 +144,7 @@ def test_a_crowd_of_near_texts_is_compared_in_a_time_that_grows_with_it_alone(mo
     monkeypatch.setattr(duplicates, "_jaccard", lambda a, b: measured.append(1) or jaccard(a, b))
     crowd = [f"{SENTENCE} {number} times" for number in range(400)]
     assert all(match is not None for match in most_similar(crowd))
-    assert len(measured) <= duplicates.MOST_MEASURED * len(crowd) < len(crowd) * (len(crowd) - 1) / 4
+    assert len(measured) <= duplicates.MAX_MEASURED * len(crowd) < len(crowd) * (len(crowd) - 1) / 4
 
 
 def test_a_same_text_goes_before_near_ones():

@@ -126,7 +126,7 @@ def test_a_run_without_an_evaluation_claims_no_result(run_train):
     card = (run_train(data__eval_fraction=0, train__max_steps=1) / "adapter" / "README.md").read_text()
     assert "Not measured: the run had no evaluation." in card
     assert "before" not in card
-    assert "Nothing about its answers was measured." in card
+    assert "The quality of its answers was not measured." in card
 
 
 def test_without_an_evaluation_before_training_there_is_no_change(run_train):

@@ -111,7 +111,10 @@ def test_weights_that_overflow_are_never_saved(run_train, capfd):
     [
         (lambda run: (run / "bad_update.json").unlink(), "has no bad_update.json"),
         (lambda run: (run / "bad_update.json").write_text("{"), "cannot be read"),
-        (lambda run: (run / "bad_update" / "state.json").write_text("{}"), "no whole checkpoint: state.json"),
+        (
+            lambda run: (run / "bad_update" / "state.json").write_text("{}"),
+            "not an intact checkpoint: state.json",
+        ),
         (
             lambda run: (run / "environment.json").write_text("[]"),
             "environment.json is not the record of a run",
