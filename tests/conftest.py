@@ -222,16 +222,23 @@ def made_once() -> dict[str, Path]:
     return {}
 
 
-def on_same_rows(
-    run_train: Callable[..., Path], rows_file: Path, made_once: dict[str, Path]
-) -> Callable[..., Path]:
-    """`run_train` with one file of rows for a module's tests: a run is refused to go on with another."""
+@pytest.fixture
+def run_on_same_rows(run_train, rows_file, made_once) -> Callable[..., Path]:
+    """`run_train` with one file of rows for a module's tests: a run is refused to resume with another."""
     made_once.setdefault("rows", rows_file)
 
     def run(**settings: Any) -> Path:
         return run_train(**{"data__path": made_once["rows"], **settings})
 
     return run
+
+
+@pytest.fixture
+def whole(request, run_on_same_rows, tmp_path, made_once) -> Path:
+    """An undisturbed run with the settings WHOLE of the test's module; made once, and only read."""
+    if "whole" not in made_once:
+        made_once["whole"] = run_on_same_rows(output_dir=tmp_path / "whole", **request.module.WHOLE)
+    return made_once["whole"]
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

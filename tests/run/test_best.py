@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import on_same_rows, read_metrics
+from conftest import read_metrics
 from kills import (
     StoppedError,
     assert_ended_alike,
@@ -39,20 +39,7 @@ SETTINGS = {
     "log__every_steps": 3,
 }
 BEST, ENDS_AT, PLANNED = 3, 6, 8
-BOTH = {**SETTINGS, "checkpoint__keep_best": True, "train__early_stopping_patience": ENDS_AT - BEST}
-
-
-@pytest.fixture
-def run_train(run_train, rows_file, made_once) -> Callable[..., Path]:
-    return on_same_rows(run_train, rows_file, made_once)
-
-
-@pytest.fixture
-def whole(run_train, tmp_path, made_once) -> Path:
-    """A run of BOTH that nothing stopped; made once, and only read."""
-    if "whole" not in made_once:
-        made_once["whole"] = run_train(output_dir=tmp_path / "whole", **BOTH)
-    return made_once["whole"]
+WHOLE = {**SETTINGS, "checkpoint__keep_best": True, "train__early_stopping_patience": ENDS_AT - BEST}
 
 
 def eval_losses(run_dir: Path) -> dict[int, float]:
@@ -83,27 +70,31 @@ def test_the_best_checkpoint_is_kept_and_its_adapter_is_the_result(whole):
     assert adapter_step(whole) == BEST
 
 
-def test_a_run_out_of_patience_ends_as_one_planned_that_long_does(run_train, tmp_path, capfd):
+def test_a_run_out_of_patience_ends_as_one_planned_that_long_does(run_on_same_rows, tmp_path, capfd):
     """The same updates, adapter, checkpoints, evaluations and answers."""
     patient = {**SETTINGS, "train__early_stopping_patience": ENDS_AT - BEST}
-    run_dir = run_train(output_dir=tmp_path / "run", **patient)
+    run_dir = run_on_same_rows(output_dir=tmp_path / "run", **patient)
     said = " ".join(capfd.readouterr().out.split())
     best = eval_losses(run_dir)[BEST]
     assert (
         f"Ended early, after update {ENDS_AT} of {PLANNED}: the last 3 evaluations had no lower loss than "
         f"{best:.4f}, that after update {BEST}."
     ) in said
-    planned = run_train(output_dir=tmp_path / "planned", **SETTINGS, train__max_steps=ENDS_AT)
+    planned = run_on_same_rows(output_dir=tmp_path / "planned", **SETTINGS, train__max_steps=ENDS_AT)
     assert "Ended early" not in capfd.readouterr().out
     assert training_lines(run_dir) == training_lines(planned)
     assert weights(run_dir / "adapter") == weights(planned / "adapter")
     assert digests(run_dir / "checkpoints") == digests(planned / "checkpoints")
     assert (run_dir / "answers.jsonl").read_bytes() == (planned / "answers.jsonl").read_bytes()
-    run_train(output_dir=run_dir, **patient)
+    run_on_same_rows(output_dir=run_dir, **patient)
     assert f"The run in {run_dir} is finished" in capfd.readouterr().out
     more_patient = {**patient, "train__early_stopping_patience": 4}
     assert_refused(
-        run_train, capfd, "train.early_stopping_patience was 3, is 4", output_dir=run_dir, **more_patient
+        run_on_same_rows,
+        capfd,
+        "train.early_stopping_patience was 3, is 4",
+        output_dir=run_dir,
+        **more_patient,
     )
 
 
@@ -190,15 +181,15 @@ def stopping(moment: str, step: int) -> tuple[str, Callable[..., Any]]:
     ],
 )
 def test_a_run_killed_then_ends_with_the_same_bits(
-    run_train, whole, tmp_path, capfd, moment, step, goes_on_after
+    run_on_same_rows, whole, tmp_path, capfd, moment, step, goes_on_after
 ):
     run_dir = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(*stopping(moment, step))
         with pytest.raises(StoppedError):
-            run_train(output_dir=run_dir, **BOTH)
+            run_on_same_rows(output_dir=run_dir, **WHOLE)
     assert not (run_dir / "adapter").exists()
-    run_train(output_dir=run_dir, **BOTH)
+    run_on_same_rows(output_dir=run_dir, **WHOLE)
     said = capfd.readouterr().out
     assert f"after update {goes_on_after}." in said
     assert f"Ended early, after update {ENDS_AT}" in said
@@ -207,16 +198,16 @@ def test_a_run_killed_then_ends_with_the_same_bits(
 
 
 def test_patience_that_ends_between_checkpoints_is_told_again_by_the_same_evaluations(
-    run_train, whole, tmp_path
+    run_on_same_rows, whole, tmp_path
 ):
     """Without keep_best the run goes on from before the evaluations that ended it."""
-    settings = {**BOTH, "checkpoint__keep_best": False}
+    settings = {**WHOLE, "checkpoint__keep_best": False}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(*stopping("after the evaluation's line", ENDS_AT))
         with pytest.raises(StoppedError):
-            run_train(output_dir=tmp_path / "run", **settings)
+            run_on_same_rows(output_dir=tmp_path / "run", **settings)
     assert checkpoint_names(tmp_path / "run") == ["step_000004"]
-    run_dir = run_train(output_dir=tmp_path / "run", **settings)
+    run_dir = run_on_same_rows(output_dir=tmp_path / "run", **settings)
     assert training_lines(run_dir) == training_lines(whole)
     assert weights(run_dir / "adapter") == weights(checkpoint(whole, ENDS_AT))
     assert checkpoint_names(run_dir) == ["step_000006"]
@@ -226,20 +217,22 @@ def test_patience_that_ends_between_checkpoints_is_told_again_by_the_same_evalua
 
 
 @pytest.fixture
-def without_result(whole, run_train, tmp_path, made_once) -> Iterator[Path]:
-    """A copy of a run of BOTH that was killed before its result was written."""
+def without_result(whole, run_on_same_rows, tmp_path, made_once) -> Iterator[Path]:
+    """A copy of a run of WHOLE that was killed before its result was written."""
     if "killed" not in made_once:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(*stopping("while writing the result", ENDS_AT))
             with pytest.raises(StoppedError):
-                run_train(output_dir=tmp_path / "killed", **BOTH)
+                run_on_same_rows(output_dir=tmp_path / "killed", **WHOLE)
         made_once["killed"] = tmp_path / "killed"
     return Path(shutil.copytree(made_once["killed"], tmp_path / "run"))
 
 
-def test_a_damaged_best_checkpoint_is_named_and_the_best_whole_one_is_taken(run_train, without_result, capfd):
+def test_a_damaged_best_checkpoint_is_named_and_the_best_whole_one_is_taken(
+    run_on_same_rows, without_result, capfd
+):
     damage(checkpoint(without_result, BEST) / "optimizer.safetensors", "altered")
-    run_train(output_dir=without_result, **BOTH)
+    run_on_same_rows(output_dir=without_result, **WHOLE)
     said = " ".join(capfd.readouterr().out.split())
     assert "Of the lowest eval loss, step_000003 cannot be used: optimizer.safetensors was altered" in said
     assert weights(without_result / "adapter") == weights(checkpoint(without_result, ENDS_AT))
@@ -247,15 +240,17 @@ def test_a_damaged_best_checkpoint_is_named_and_the_best_whole_one_is_taken(run_
     assert checkpoint_names(without_result) == ["step_000003", "step_000006"]
 
 
-def test_a_best_checkpoint_damaged_on_the_way_leaves_the_next_best_in_its_place(run_train, tmp_path, whole):
+def test_a_best_checkpoint_damaged_on_the_way_leaves_the_next_best_in_its_place(
+    run_on_same_rows, tmp_path, whole
+):
     """From then on the best whole one is what is never removed."""
     run_dir = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(*stopping("in the evaluation", BEST + 1))
         with pytest.raises(StoppedError):
-            run_train(output_dir=run_dir, **BOTH)
+            run_on_same_rows(output_dir=run_dir, **WHOLE)
     damage(checkpoint(run_dir, BEST) / "adapter_model.safetensors", "truncated")
-    run_train(output_dir=run_dir, **BOTH)
+    run_on_same_rows(output_dir=run_dir, **WHOLE)
     losses = eval_losses(whole)
     next_best = min((BEST + 1, ENDS_AT - 1, ENDS_AT), key=lambda step: losses[step])
     assert adapter_step(run_dir) == next_best
@@ -263,7 +258,7 @@ def test_a_best_checkpoint_damaged_on_the_way_leaves_the_next_best_in_its_place(
 
 
 @pytest.mark.parametrize("name", [f"step_{BEST + 1:06d}", "adapter"])
-def test_a_full_disk_costs_the_best_checkpoint_nothing(run_train, whole, tmp_path, capfd, name):
+def test_a_full_disk_costs_the_best_checkpoint_nothing(run_on_same_rows, whole, tmp_path, capfd, name):
     from finetune.runtime.files import require_room
 
     def full(folder: Path, num_bytes: int, what: str) -> None:
@@ -272,17 +267,17 @@ def test_a_full_disk_costs_the_best_checkpoint_nothing(run_train, whole, tmp_pat
     run_dir = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("finetune.runtime.files.require_room", full)
-        run_train(expect=2, output_dir=run_dir, **BOTH)
+        run_on_same_rows(expect=2, output_dir=run_dir, **WHOLE)
     assert f"no room for {name} in" in capfd.readouterr().err
     assert fault_of(checkpoint(run_dir, BEST)) is None
-    run_train(output_dir=run_dir, **BOTH)
+    run_on_same_rows(output_dir=run_dir, **WHOLE)
     assert_ended_alike(run_dir, whole)
 
 
-def test_training_that_brought_nothing_says_so(run_train, tmp_path, capfd):
+def test_training_that_brought_nothing_says_so(run_on_same_rows, tmp_path, capfd):
     """A learning rate that moves no weight: no evaluation is better than that of step 0."""
-    nothing = {**BOTH, "optim__learning_rate": 1e-37}
-    run_dir = run_train(output_dir=tmp_path / "run", **nothing)
+    nothing = {**WHOLE, "optim__learning_rate": 1e-37}
+    run_dir = run_on_same_rows(output_dir=tmp_path / "run", **nothing)
     losses = eval_losses(run_dir)
     assert list(losses) == [0, 1, 2, 3]
     said = " ".join(capfd.readouterr().out.split())
