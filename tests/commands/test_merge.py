@@ -154,7 +154,7 @@ def test_without_eval_rows_the_training_rows_are_compared_on(run_train, tmp_path
     run_dir = run_train(data__eval_fraction=0)
     run_merge(run_dir, tmp_path / "merged", "--rows", "5")
     printed = capsys.readouterr().out
-    assert "rows that it was trained on" in printed
+    assert "comparing on its train rows" in printed
     assert "of 5 rows" in printed
 
 

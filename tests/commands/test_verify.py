@@ -215,13 +215,13 @@ def change_attention(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[Boundaries, float], tuple[Boundaries, float]]
 ) -> None:
     """Whatever computes it here, and both passes, so that one's gradient is the other's."""
-    choose_maker = attention._choose_maker
+    choose_implementation = attention._choose_implementation
 
-    def choose_wrong(*tensors: Tensor) -> attention.Maker:
-        make = choose_maker(*tensors)
+    def choose_wrong(*tensors: Tensor) -> attention.Implementation:
+        make = choose_implementation(*tensors)
         return lambda query, key, value, *others: make(query, key, value, *change(*others))
 
-    monkeypatch.setattr(attention, "_choose_maker", choose_wrong)
+    monkeypatch.setattr(attention, "_choose_implementation", choose_wrong)
 
 
 def turn_positions_the_wrong_way(monkeypatch: pytest.MonkeyPatch) -> None:

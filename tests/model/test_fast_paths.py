@@ -375,17 +375,17 @@ def test_a_fast_layer_that_computes_something_else_is_not_used(monkeypatch):
     assert_same_sums(sums_of(token_loss, packing=True), expected)
 
 
-def let_attention_be_computed_by(make: attention.Maker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_choose_maker", lambda *_: make)
+def let_attention_be_computed_by(make: attention.Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_choose_implementation", lambda *_: make)
     monkeypatch.setitem(attention.NAMES, make, PACKED_BY)
 
 
 def test_an_attention_that_computes_something_else_is_not_used(monkeypatch):
     token_loss = TokenLoss(with_adapter(built("qwen2")))
     expected = sums_of(token_loss, packing=True)
-    choose_maker = attention._choose_maker
+    choose_implementation = attention._choose_implementation
     let_attention_be_computed_by(
-        lambda query, *others: -3 * choose_maker(query, query, query)(query, *others), monkeypatch
+        lambda query, *others: -3 * choose_implementation(query, query, query)(query, *others), monkeypatch
     )
     chosen = choose(token_loss)
     assert (chosen.attention.requested, chosen.attention.actual) == (PACKED_NAME, "sdpa")
