@@ -30,32 +30,34 @@ def describe_machine(accelerator: Accelerator) -> list[Choice]:
 
 def _describe_device(device: torch.device) -> Choice:
     """A torch build for CUDA requests a GPU, unless the launcher was told to use the CPU."""
-    got = device.type
+    actual = device.type
     told_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
-    if got == "cpu" and torch.version.cuda and not told_cpu:
+    if actual == "cpu" and torch.version.cuda and not told_cpu:
         reason = f"torch is built for CUDA {torch.version.cuda} and finds no GPU that it can use"
-        return Choice("device", "cuda", got, reason)
-    return Choice("device", got, got)
+        return Choice("device", "cuda", actual, reason)
+    return Choice("device", actual, actual)
 
 
 def _describe_processes(num_processes: int) -> Choice:
     """On a CPU, `accelerate launch` starts one process even if several were requested: it sets up a
     rendezvous address, and starts one."""
-    name, got = "processes", str(num_processes)
+    name, actual = "processes", str(num_processes)
     if under_accelerate_launch() and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         reason = "on a CPU accelerate launch starts one; torchrun --nproc_per_node N train.py starts N"
-        return Choice(name, "several", got, reason)
-    return Choice(name, got, got)
+        return Choice(name, "several", actual, reason)
+    return Choice(name, actual, actual)
 
 
-def choose_precision(asked: str) -> Choice:
+def choose_precision(requested: str) -> Choice:
     """bf16 becomes fp16 with loss scaling on a GPU without native bf16; fp16 becomes bf16 on a CPU."""
     name = "precision"
-    if asked == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
-        return Choice(name, asked, "fp16", f"{torch.cuda.get_device_name()} has no bf16; losses are scaled")
-    if asked == "fp16" and not torch.cuda.is_available():
-        return Choice(name, asked, "bf16", "fp16 with loss scaling needs a GPU")
-    return Choice(name, asked, asked)
+    if requested == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
+        return Choice(
+            name, requested, "fp16", f"{torch.cuda.get_device_name()} has no bf16; losses are scaled"
+        )
+    if requested == "fp16" and not torch.cuda.is_available():
+        return Choice(name, requested, "bf16", "fp16 with loss scaling needs a GPU")
+    return Choice(name, requested, requested)
 
 
 def create_accelerator(config: Config, precision: str) -> Accelerator:

@@ -100,17 +100,17 @@ def assert_same_sums(actual: dict[str, Any], expected: dict[str, Any], tolerance
     assert (flat - right).norm() < 10 * tolerance * right.norm()
 
 
-def is_as_asked(setting: Choice) -> bool:
+def is_as_requested(setting: Choice) -> bool:
     return setting.requested == setting.actual and setting.reason == ""
 
 
-def all_are_as_asked(chosen: FastPaths) -> bool:
+def all_are_as_requested(chosen: FastPaths) -> bool:
     """Whether all are; without a compiler all but the kernels, and that has to be the reason given."""
     if not HAS_COMPILER and chosen.kernels.requested == "compiled":
         assert chosen.kernels.actual == "torch's operations"
         assert "no C++ compiler" in chosen.kernels.reason
         chosen = chosen._replace(kernels=Choice("CPU kernels", "none", "none"))
-    return all(is_as_asked(setting) for setting in chosen)
+    return all(is_as_requested(setting) for setting in chosen)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-4), ("bf16", 2e-2)])
@@ -122,7 +122,7 @@ def test_ordinary_models_get_every_fast_path_and_the_same_sums(architecture, pre
     chosen = choose(token_loss, precision=precision)
     assert (chosen.layout.actual, chosen.attention.actual) == ("packed", PACKED_NAME)
     assert (chosen.loss.actual, chosen.lora.actual, chosen.int8.actual) == (CHUNKS, FUSED, "none")
-    assert all_are_as_asked(chosen)
+    assert all_are_as_requested(chosen)
     assert (token_loss.masks_packed_sequences, token_loss.head_mib) == (False, 128)
     assert token_loss.base.config._attn_implementation == PACKED
     for packing in (True, False):
@@ -132,7 +132,7 @@ def test_ordinary_models_get_every_fast_path_and_the_same_sums(architecture, pre
 @pytest.mark.parametrize("architecture", ["qwen2", "llama", "phi3", "gpt2"])
 def test_models_that_keep_packed_examples_apart_are_packed(architecture):
     chosen = choose(TokenLoss(with_adapter(built(architecture))))
-    assert is_as_asked(chosen.layout)
+    assert is_as_requested(chosen.layout)
     assert chosen.packed
     assert chosen.attention.actual == PACKED_NAME
 
@@ -178,7 +178,7 @@ def test_padded_is_what_is_asked_where_packing_is_off():
     token_loss = TokenLoss(falcon_h1())
     chosen = choose(token_loss, packing=False)
     assert (chosen.layout.requested, chosen.layout.actual, chosen.layout.reason) == ("padded", "padded", "")
-    assert is_as_asked(chosen.attention)
+    assert is_as_requested(chosen.attention)
     assert PACKED not in (chosen.attention.actual, token_loss.base.config._attn_implementation)
 
 
@@ -274,7 +274,7 @@ def test_a_path_that_is_switched_off_is_plain_as_asked_and_the_others_are_fast(o
     token_loss = TokenLoss(with_adapter(built("qwen2")))
     expected = sums_of(token_loss, packing=True)
     chosen = choose(token_loss, FastConfig(**{off: False}))
-    assert all_are_as_asked(chosen)
+    assert all_are_as_requested(chosen)
     assert chosen.packed
     actual = {name: getattr(chosen, PARTS[name]).actual for name in SWITCHES}
     expected_names = {name: PLAIN[name] if name == off else FAST[name] for name in SWITCHES}
@@ -304,7 +304,7 @@ def test_with_all_switched_off_nothing_is_set():
     chosen = choose(
         token_loss, FastConfig(**dict.fromkeys(SWITCHES, False))
     )  # and what an earlier choice had set is put back
-    assert all_are_as_asked(chosen)
+    assert all_are_as_requested(chosen)
     assert (token_loss.masks_packed_sequences, token_loss.head_mib) == (True, None)
     assert own_forwards(token_loss) == before
     assert token_loss.base.config._attn_implementation == "sdpa"
