@@ -73,8 +73,8 @@ def check_config(config: Config) -> None:
         "checkpoint.keep_best": config.checkpoint.keep_best,
         "train.early_stopping_patience": train.early_stopping_patience,
     }
-    for key, value in by_eval_loss.items():
-        if value and data.eval_fraction == 0:
+    for key, setting in by_eval_loss.items():
+        if setting and data.eval_fraction == 0:
             raise ValueError(f"{key} goes by the eval loss, and data.eval_fraction 0 does not evaluate")
     if budget is not None and budget < data.max_length:
         raise ValueError(
