@@ -153,7 +153,8 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return operators.rotate(dy.flatten(0, 1), *ctx.saved_tensors, -1).view(dy.shape), None, None
+        cos, sin = ctx.saved_tensors
+        return operators.rotate(dy.flatten(0, 1), cos, sin, -1).view(dy.shape), None, None
 
 
 class _RmsNorm(torch.autograd.Function):
