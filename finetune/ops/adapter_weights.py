@@ -41,7 +41,7 @@ class AdapterCopies:
         self._copies = None
 
     def of(self, parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> list[Tensor]:
-        """The parameters in `dtype`, without gradients. Outside the decoder's forward pass, copies are new."""
+        """The parameters in `dtype`, detached. Outside the decoder's forward pass they are copied anew."""
         if self._copies is None:
             return in_dtype(parameters, dtype)
         if dtype not in self._copies:
@@ -111,9 +111,8 @@ def add_gradients_in_place(parameters: Sequence[nn.Parameter]) -> None:
 def pass_on_gradient(
     parameters: Sequence[nn.Parameter], gradient: Tensor, factor: float
 ) -> list[Tensor | None]:
-    """What a backward function returns for these parameters, whose concatenated gradient is factor * gradient.
-
-    It is added to their `grad` where they ask for it.
+    """What a backward function returns for these parameters: their gradients, or None where it added them to
+    `grad` because the parameters ask for that. Concatenated, the gradients are factor * gradient.
     """
     if not all(getattr(parameter, "adds_gradient_in_place", False) for parameter in parameters):
         whole = gradient.to(parameters[0].dtype, memory_format=torch.contiguous_format)

@@ -18,7 +18,7 @@ from finetune.ops.quantized import frozen_weight, int8_state
 
 
 class BaseWeights:
-    """The weights [out, in] and biases [out] of frozen linear layers with the same `in`, joined along `out`."""
+    """The weights [out, in] and biases [out] of frozen linear layers of one input, joined along `out`."""
 
     def __init__(self, bases: Sequence[Any]) -> None:
         self.bases = list(bases)
@@ -49,13 +49,15 @@ class BaseWeights:
             return torch.cat([frozen_weight(base, dtype) for base in self.bases])
         first = self.bases[0]
         if isinstance(first, bnb.nn.Linear8bitLt):
-            return operators.dequantize_int8(*self._joint, dtype)
+            codes, largest = self._joint
+            return operators.dequantize_int8(codes, largest, dtype)
         if isinstance(first, bnb.nn.Linear4bit):
             own: QuantState = first.weight.quant_state
             codes, largest = self._joint
             shape = torch.Size((sum(self.sizes), first.in_features))
             state = QuantState(largest, shape, own.code, own.blocksize, own.quant_type, own.dtype)
-            return dequantize_4bit(codes, state).to(dtype)
+            dequantized: Tensor = dequantize_4bit(codes, state)
+            return dequantized.to(dtype)
         return self._joint[0].to(dtype)
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
@@ -78,7 +80,7 @@ class BaseWeights:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _follow_changes(self) -> None:
-        """Join again after a layer got other tensors: it was moved to another device, or its adapter merged."""
+        """Join again if a layer has got other tensors: it was moved, or its adapter merged."""
         if self._current_pointers() != self._pointers:
             self._join()
 
@@ -120,6 +122,8 @@ def _can_join(bases: Sequence[Any]) -> bool:
         states: list[QuantState] = [base.weight.quant_state for base in bases]
         formats = {(state.blocksize, state.quant_type, state.dtype) for state in states}
         # A block that crosses from one layer to the next would mix their scales.
-        are_whole_blocks = all(base.weight.quant_state.shape.numel() % states[0].blocksize == 0 for base in bases)
+        are_whole_blocks = all(
+            base.weight.quant_state.shape.numel() % states[0].blocksize == 0 for base in bases
+        )
         return len(formats) == 1 and are_whole_blocks and not any(state.nested for state in states)
     return type(first) in (nn.Linear, bnb.nn.Linear8bitLt)

@@ -9,7 +9,7 @@ attention's output, gate and up, and LoRA's thin products. The rest is computed 
 
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -74,14 +74,16 @@ def _stacks(model: nn.Module) -> list[tuple[nn.Module, list[Any]]]:
 
 
 def _is_candidate(layer: Any) -> bool:
-    """Whether a decoder layer has the parts of Llama's and no others, each known to compute what Llama's does."""
+    """Whether a layer has the parts of Llama's and no others, each known to compute what Llama's does."""
     for name, children in CHILDREN.items():
         part = getattr(layer, name, None) if name else layer
         if not isinstance(part, nn.Module) or {child for child, _ in part.named_children()} != children:
             return False
     parts = (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlp)
     linears = _linears(layer)
-    adapters = [adapter for linear in linears if isinstance(linear, LoraLayer) for adapter in linear.parameters()]
+    adapters = [
+        adapter for linear in linears if isinstance(linear, LoraLayer) for adapter in linear.parameters()
+    ]
     trained = {id(parameter) for parameter in layer.parameters() if parameter.requires_grad}
     return (
         all(elementwise.is_enabled(part) for part in parts)
@@ -99,7 +101,12 @@ def _linears(layer: Any) -> list[Any]:
 
 
 def _has_hooks(module: Any) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
     return any(hooks)
 
 
@@ -114,7 +121,8 @@ class FusedLayer:
         self.gate_up, self.down = Projection([gate, up]), Projection([down])
         self.projections = (self.qkv, self.out, self.gate_up, self.down)
         # Modules whose hooks would not run. The others' are those of `in_fp32`, which need not.
-        self._skipped = [layer.self_attn, layer.mlp, *(x for x in (q, k, v, o, gate, up, down) if _is_lora(x))]
+        adapted = [linear for linear in _linears(layer) if isinstance(linear, LoraLayer)]
+        self._skipped = [layer.self_attn, layer.mlp, *adapted]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -133,15 +141,15 @@ class FusedLayer:
         x = torch.randn(1, 8, len(weight), generator=generator).to(weight.device, weight.dtype)
         angles = torch.linspace(0, 3, 8 * layer.self_attn.head_dim // 2, device=weight.device).view(1, 8, -1)
         angles = torch.cat([angles, angles], dim=-1)
-        arguments = {"position_embeddings": (angles.cos().to(x.dtype), angles.sin().to(x.dtype))}
+        positions = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         with torch.no_grad(), dropout_off(layer), dequantized(layer):
             try:
-                expected = type(layer).forward(layer, x, attention_mask=None, **arguments)
+                expected = type(layer).forward(layer, x, attention_mask=None, position_embeddings=positions)
             except Exception:  # it takes other inputs, so it is a different kind of layer
                 return False
-            if not self._can_compute(x, **arguments):
+            if not self._can_compute(x, positions):
                 return False
-            actual = self._compute(x, self._calls(x), **arguments)
+            actual = self._compute(x, self._calls(x), positions)
         return bool((actual - expected).float().norm() <= TOLERANCE * expected.float().norm())
 
     def __call__(self, hidden_states: Tensor, *arguments: Any, **named: Any) -> Tensor:
@@ -163,7 +171,7 @@ class FusedLayer:
         past_key_values: Any = None,
         **_: Any,
     ) -> bool:
-        """Whether the input is without a cache, all in one precision, and the layer is as it was when enabled."""
+        """Whether there is no cache, one precision for all, and the layer is as it was when enabled."""
         return (
             past_key_values is None
             and position_embeddings is not None
@@ -211,10 +219,6 @@ class FusedLayer:
         return result.view(shape)
 
 
-def _is_lora(linear: Any) -> bool:
-    return isinstance(linear, LoraLayer)
-
-
 class _NormQkv(torch.autograd.Function):
     """The first norm, the products with q, k and v, and rotary positions.
 
@@ -230,7 +234,7 @@ class _NormQkv(torch.autograd.Function):
         normed, scale = operators.rms_norm(x, norm.weight.to(x.dtype), norm.variance_epsilon)
         qkv, u = fused.qkv.forward(normed, call)
         heads = qkv.view(len(x), -1, size)
-        num_queries, num_keys, num_values = (outputs // size for outputs in fused.qkv.base.sizes)
+        num_queries, num_keys, _ = (outputs // size for outputs in fused.qkv.base.sizes)
         rotated = operators.rotate(heads[:, : num_queries + num_keys], cos, sin, 1)
         values = heads[:, num_queries + num_keys :].contiguous()
         ctx.save_for_backward(x, cos, sin, scale, u)

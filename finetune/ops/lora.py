@@ -72,32 +72,35 @@ def _fast_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return _compute([layer], x)
 
 
-def project(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
-    """The outputs of several layers for the same input x [..., in].
+def project(layers: Sequence[Any], x: Tensor) -> Tensor:
+    """The outputs of several layers for the same input x [..., in], side by side: [..., sum of out].
 
     One call computes all of them if each is a LoRA layer on the fast path with the same settings. They then
     share the dropout noise on the input.
     """
     if not can_project_together(layers):
-        return [layer(x) for layer in layers]
-    return list(_compute(layers, x).split([layer.out_features for layer in layers], dim=-1))
+        return torch.cat([layer(x) for layer in layers], dim=-1)
+    return _compute(layers, x)
 
 
 def can_project_together(layers: Sequence[Any]) -> bool:
     """Whether each is a LoRA layer on the fast path, with the same settings and without hooks."""
-    return all(
-        is_ready(layer)
-        and layer.int8_matmul == layers[0].int8_matmul
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
-        for layer in layers
-    ) and projection_of(layers).is_ready()
+    return (
+        all(
+            is_ready(layer)
+            and layer.int8_matmul == layers[0].int8_matmul
+            and not (layer._forward_hooks or layer._forward_pre_hooks)
+            for layer in layers
+        )
+        and projection_of(layers).is_ready()
+    )
 
 
 def is_ready(layer: Any) -> bool:
     """Whether it is a LoRA layer on the fast path that computes one adapter at present."""
-    return getattr(layer.__dict__.get("forward"), "__func__", None) is _fast_forward and _has_one_active_adapter(
-        layer
-    )
+    return getattr(
+        layer.__dict__.get("forward"), "__func__", None
+    ) is _fast_forward and _has_one_active_adapter(layer)
 
 
 def projection_of(layers: Sequence[Any]) -> Projection:

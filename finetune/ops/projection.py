@@ -69,7 +69,9 @@ class Projection:
         )
 
     def _dropouts(self) -> list[float]:
-        modules = [layer.lora_dropout[name] for layer, name in zip(self.lora_layers, self._names, strict=True)]
+        modules = [
+            layer.lora_dropout[name] for layer, name in zip(self.lora_layers, self._names, strict=True)
+        ]
         return [float(x.p) if isinstance(x, nn.Dropout) and x.training else 0.0 for x in modules]
 
     def begin(self, dtype: torch.dtype, copies: AdapterCopies | None = None) -> Call | None:
@@ -86,7 +88,9 @@ class Projection:
         ]
         return Call(a, weights[count:], factors, noise)
 
-    def forward(self, x: Tensor, call: Call | None, int8_matmul: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, call: Call | None, int8_matmul: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """y, and for the backward pass u [T, R] = dropout(x) A^T without dropout's factor.
 
         With `int8_matmul`, bitsandbytes multiplies int8 weights by int8 activations.
@@ -121,7 +125,7 @@ class Projection:
         v, parameters = dy.new_empty(u.shape), self.parameters[len(call.bs) :]
         of_b: list[Tensor | None] = []
         for (dy_part, u_part, b, factor), v_part, parameter in zip(
-            self._by_layer(dy, u, call), v.split(_ranks(call), dim=1), parameters, strict=True
+            self._by_layer(dy, u, call), torch.split(v, _ranks(call), dim=1), parameters, strict=True
         ):
             v_part.addmm_(dy_part, b, beta=0, alpha=factor)
             of_b += pass_on_gradient([parameter], (u_part.t() @ dy_part).t(), factor)
@@ -137,7 +141,7 @@ class Projection:
     def _by_layer(self, y: Tensor, u: Tensor, call: Call) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
         """The parts of y [T, out] and u [T, R] that belong to each adapted layer, its B, and its factor."""
         y_parts = [y[:, outputs] for outputs in self._outputs]
-        return zip(y_parts, u.split(_ranks(call), dim=1), call.bs, call.factors, strict=True)
+        return zip(y_parts, torch.split(u, _ranks(call), dim=1), call.bs, call.factors, strict=True)
 
 
 def _ranks(call: Call) -> list[int]:
