@@ -116,7 +116,7 @@ def pass_on_gradient(
     """
     if not all(getattr(parameter, "adds_gradient_in_place", False) for parameter in parameters):
         whole = gradient.to(parameters[0].dtype, memory_format=torch.contiguous_format)
-        return list((whole if factor == 1 else whole * factor).split([len(p) for p in parameters]))
+        return list(torch.split(whole if factor == 1 else whole * factor, [len(p) for p in parameters]))
     grads = [parameter.grad for parameter in parameters]
     assert all(grad is not None for grad in grads), "a gradient was set to None"
     present = [grad for grad in grads if grad is not None]
@@ -124,6 +124,6 @@ def pass_on_gradient(
     if whole_grad is not None:
         whole_grad.add_(gradient, alpha=factor)
     else:
-        for grad, part in zip(present, gradient.split([len(grad) for grad in present]), strict=True):
+        for grad, part in zip(present, torch.split(gradient, [len(grad) for grad in present]), strict=True):
             grad.add_(part, alpha=factor)
     return [None] * len(parameters)

@@ -29,9 +29,7 @@ class BaseWeights:
     def _join(self) -> None:
         parts = [_tensors(base) for base in self.bases]
         self._joint: list[Tensor] | None = None
-        if len(parts) == 1:
-            self._joint = parts[0]
-        elif _can_join(self.bases):
+        if len(parts) > 1 and _can_join(self.bases):
             self._joint = [joined(tensors) for tensors in zip(*parts, strict=True)]
             views = [
                 joint.split([len(own) for own in tensors])
@@ -46,7 +44,8 @@ class BaseWeights:
         """[out, in]: the weights in `dtype`. They are not copied if they have this data type already."""
         self._follow_changes()
         if self._joint is None:
-            return torch.cat([frozen_weight(base, dtype) for base in self.bases])
+            weights = [frozen_weight(base, dtype) for base in self.bases]
+            return weights[0] if len(weights) == 1 else torch.cat(weights)
         first = self.bases[0]
         if isinstance(first, bnb.nn.Linear8bitLt):
             codes, largest = self._joint
@@ -90,7 +89,7 @@ class BaseWeights:
 
     def separate(self) -> None:
         """Give each layer tensors of its own again. This object must not be used afterwards."""
-        if len(self.bases) > 1 and self._joint is not None:
+        if self._joint is not None:
             for base in self.bases:
                 _replace_tensors(base, [tensor.clone() for tensor in _tensors(base)])
 
