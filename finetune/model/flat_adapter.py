@@ -131,7 +131,7 @@ class FlatAdapter:
         that is 0. Returns the norm before clipping, a scalar on the device. Does not wait for the device."""
         # In two steps: on a CPU, a sum over millions of fp32 numbers would be off by 1e-4.
         norm_of_block = torch.linalg.vector_norm(self.gradient.view(-1, BLOCK), dim=1)
-        norm = torch.linalg.vector_norm(norm_of_block) / loss_scale
+        norm: Tensor = torch.linalg.vector_norm(norm_of_block) / loss_scale
         if max_norm > 0:
             # As torch.nn.utils.clip_grad_norm_ does.
             self.gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0) / loss_scale)
@@ -147,8 +147,9 @@ class FlatAdapter:
     def rounded(self, dtype: torch.dtype) -> Tensor:
         """[n]: the weights in a 16-bit type, for products. The tensor is the same one each time; it is
         written anew only after the weights have changed."""
-        copy: Tensor
-        copy, version = self._rounded.get(dtype) or (torch.empty_like(self.weights, dtype=dtype), -1)
+        if dtype not in self._rounded:
+            self._rounded[dtype] = torch.empty_like(self.weights, dtype=dtype), -1
+        copy, version = self._rounded[dtype]
         if version != self.weights._version:
             copy.copy_(self.weights)
             self._rounded[dtype] = copy, self.weights._version

@@ -19,8 +19,10 @@ COUNT = 3  # index of the number of target tokens among the sums
 
 
 class SumWindow:
-    """Adds up TokenSums on the device. Those of the current update are apart until it is made, since it may be
-    repeated. Only `reduce` waits for the device."""
+    """Adds up TokenSums on the device; only `reduce` waits for the device.
+
+    Those of the current update are apart until it is made, since it may be repeated.
+    """
 
     def __init__(self, device: torch.device) -> None:
         # nll, entropy, correct, count; fp64 resolves one token's part of a million nats.
@@ -28,7 +30,7 @@ class SumWindow:
         self._of_update = torch.zeros_like(self._sums)
 
     def begin_update(self) -> None:
-        """Forget the sums of an update that was not kept."""
+        """Start the sums of an update at zero; those of one that was not kept are forgotten."""
         self._of_update.zero_()
 
     def add(self, sums: TokenSums) -> None:
@@ -36,9 +38,8 @@ class SumWindow:
         self._of_update += torch.stack([sums.nll.detach(), sums.entropy, sums.correct, sums.count])
 
     def keep_update(self) -> None:
-        """Take the current update into the window, and begin the next."""
+        """Take the current update into the window."""
         self._sums += self._of_update
-        self._of_update.zero_()
 
     def total(self, accelerator: Any) -> Tensor:
         """The sums over all ranks: [4] float64, without those of the current update."""
