@@ -28,6 +28,7 @@ from finetune.training.memory_model import (
     measure_evaluation,
     measure_update,
     predict,
+    storage_bytes,
 )
 from finetune.training.setup import Parts, load_parts
 
@@ -214,22 +215,27 @@ def test_what_a_process_holds_besides_its_model_is_counted_with_gradients_and_wi
 ):
     """On a card these are tensors, such as the noise of dropout."""
     prediction, parts = predicted()
-    weights = prediction.adapter // 2
+    trainable = [parameter for parameter in parts.model.parameters() if parameter.requires_grad]
+    weights = storage_bytes(trainable)
 
     def other_bytes(held: int) -> int:
         monkeypatch.setattr("finetune.training.memory_model.held_bytes", lambda device: held)
         return predict(parse_config(arguments), parts.accelerator, parts.token_loss, True).process
 
+    for parameter in trainable:
+        parameter.grad = None
     assert other_bytes(prediction.base + weights + 12345) == 12345
     assert other_bytes(0) == 0
-    for parameter in parts.model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    assert other_bytes(prediction.base + 2 * weights + 12345) == 12345
+    for parameter in trainable:
+        parameter.grad = torch.zeros_like(parameter)
+    gradients = sum(parameter.numel() * 4 for parameter in trainable)
+    assert other_bytes(prediction.base + weights + gradients + 12345) == 12345
 
 
 def test_counting_leaves_no_gradient_and_no_other_weights(predicted):
     _, parts = predicted()
-    assert all(parameter.grad is None for parameter in parts.model.parameters())
+    gradients = [p.grad for p in parts.model.parameters() if p.grad is not None]
+    assert not any(gradient.any() for gradient in gradients)
     assert all(not p.detach().any() for n, p in parts.model.named_parameters() if "lora_B" in n)
 
 
