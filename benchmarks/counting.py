@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 BLOCK = 512  # bytes: torch's allocator rounds the size of each storage up to a multiple
 
@@ -58,18 +58,23 @@ class Totals:
 class Counting(TorchDispatchMode):
     """Within it, each operation on tensors of `device` counts for the part that is current.
 
-    An operation is a call that makes or changes memory; views are none. It works on real and on fake tensors.
-    Where the program needs a number that a fake tensor does not have, it gets one: True or 0, as if every
-    check had passed.
+    An operation is a call that makes or changes memory; views are none. With `fake`, tensors on the device are
+    fake and those on the CPU are real. Where the program then needs a number from the device, it gets one: True
+    or 0, as if every check had passed.
 
     `decompositions` give the operations that a library's operator consists of on the device, by its name.
     """
 
-    def __init__(self, device: str, decompositions: dict[str, Callable[..., Any]]) -> None:
+    def __init__(
+        self,
+        device: str,
+        decompositions: dict[str, Callable[..., Any]] | None = None,
+        fake: FakeTensorMode | None = None,
+    ) -> None:
         super().__init__()
         self.parts: dict[str, Totals] = {}
         self._current = self.parts.setdefault("", Totals())
-        self._device, self._decompositions = device, decompositions
+        self._device, self._decompositions, self._fake = device, decompositions or {}, fake
         self._live: dict[int, int] = {}
         self._live_bytes = 0
 
@@ -100,7 +105,9 @@ class Counting(TorchDispatchMode):
         if inputs and name in self._decompositions:
             with self:
                 return self._decompositions[name](*args, **kwargs)
-        result = self._compute(function, name, args, kwargs)
+        if inputs and name in WAITS:
+            self.wait()
+        result = self._compute(function, name, args, kwargs, bool(inputs))
         outputs = self._on_device(result)
         if inputs or outputs:
             self._count(function, name, args, kwargs, inputs, outputs)
@@ -113,17 +120,26 @@ class Counting(TorchDispatchMode):
     def _on_device(self, tree: Any) -> list[Tensor]:
         return [x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.device.type == self._device]
 
-    def _compute(self, function: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        on_device = bool(self._on_device((args, kwargs)))
-        if name in WAITS and on_device:
-            self.wait()
-        try:
+    def _compute(
+        self, function: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], has_inputs: bool
+    ) -> Any:
+        device = kwargs.get("device")
+        if self._fake is None or not has_inputs and (device is None or device.type != self._device):
             return function(*args, **kwargs)
+        # Real tensors, on the CPU, become fake: torch would otherwise compute with them on the card.
+        args, kwargs = tree_map_only(Tensor, self._faked, (args, kwargs))
+        try:
+            with self._fake:
+                return function(*args, **kwargs)
         except DataDependentOutputException:
-            if name == "aten::equal":
-                return True
-            dtype = args[0].dtype
-            return True if dtype == torch.bool else 0.0 if dtype.is_floating_point else 0
+            return True if name == "aten::equal" or args[0].dtype == torch.bool else 0
+
+    def _faked(self, tensor: Tensor) -> Tensor:
+        assert self._fake is not None
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        # Of another object: torch remembers what it made fake, and refuses to swap a remembered parameter.
+        return self._fake.from_tensor(tensor.detach())
 
     def _count(
         self,

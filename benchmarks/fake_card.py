@@ -88,6 +88,8 @@ def pretend() -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch.backends.cuda.is_flash_attention_available = lambda: True
+    # Fake parameters cannot change places; all modules are made on the card.
+    torch.nn.Module.to = lambda module, *_, **__: module
     # Paged state lies in the host's memory, and moving pages is no operation on tensors.
     bnb.functional.get_paged = _paged
     bnb.functional.fill = lambda *_, **__: None

@@ -6,7 +6,7 @@ is left out.
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,6 @@ from torch import Tensor
 
 from finetune.config import Config
 from finetune.data.collate import MicroBatch
-from finetune.model.fast_paths import FastPaths, choose_fast_paths
-from finetune.model.load import add_adapter
 from finetune.model.loss import TokenLoss
 from finetune.runtime import accelerator as machine
 from finetune.training.metrics import SumWindow, all_finite
@@ -38,9 +36,9 @@ class Program:
     window: SumWindow
 
 
-def set_up(config: Config, accelerator: Any, base: Any) -> Program:
-    """The base with a fresh adapter and its optimizer, on the reference paths."""
-    token_loss = TokenLoss(add_adapter(base, config.lora)).train()
+def set_up(config: Config, accelerator: Any, model: Any) -> Program:
+    """The model with its adapter, and the optimizer, on the reference paths."""
+    token_loss = TokenLoss(model).train()
     trainable = [parameter for parameter in token_loss.parameters() if parameter.requires_grad]
     name = choose_optimizer(config.optim.name, accelerator.device).actual
     optimizer = create_optimizer(name, trainable, config.optim)
@@ -54,23 +52,18 @@ def make_update(program: Program, batch: MicroBatch, step: int, part: Part) -> N
     token_loss, accelerator = program.token_loss, program.accelerator
     machine.reseed(program.config.train.seed, step, rank=0)
     set_learning_rate(program.optimizer, program.config.optim.learning_rate)
-    with part("forward"):
-        own, contexts = token_loss.target_hidden, []
+    with part("forward"), ExitStack() as head:
+        own = token_loss.target_hidden
 
         def then_the_head(batch: MicroBatch) -> Tensor:
             hidden = own(batch)
-            contexts.append(part("head"))
-            contexts[0].__enter__()
+            head.enter_context(part("head"))
             return hidden
 
         token_loss.target_hidden = then_the_head  # type: ignore[method-assign]
-        try:
-            with accelerator.autocast():
-                sums = token_loss(batch)
-        finally:
-            del token_loss.target_hidden
-            for context in contexts:
-                context.__exit__(None, None, None)
+        head.callback(delattr, token_loss, "target_hidden")
+        with accelerator.autocast():
+            sums = token_loss(batch)
     with part("backward"):
         accelerator.backward(sums.nll / len(batch.target_ids))
         program.window.add(sums)
