@@ -1,8 +1,8 @@
-"""bitsandbytes' operators as what its CUDA code asks of a card: its own kernels, and torch's operations around them.
+"""bitsandbytes' operators as what its CUDA code asks of a card: its kernels, and operations of torch.
 
-Read in bitsandbytes 0.50.0, backends/cuda/ops.py and backends/default/ops.py. Operators that are a single kernel
-there are not listed: they count as they are. A kernel that has no operator of its own is one conversion here,
-which reads and writes as much.
+Read in bitsandbytes 0.50.0, backends/cuda/ops.py and backends/default/ops.py. Operators that are a single
+kernel there are not listed: they count as they are. A kernel that has no operator of its own is one
+conversion here, which reads and writes as much.
 """
 
 from collections.abc import Callable, Sequence

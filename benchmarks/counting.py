@@ -1,17 +1,18 @@
-"""Count what a program asks of a device: operations, bytes, live bytes, and how often the host waits for it."""
+"""Count what a program asks of a device: operations, bytes, live bytes, and waits of the host for it."""
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 BLOCK = 512  # bytes: torch's allocator rounds the size of each storage up to a multiple
 
@@ -25,13 +26,26 @@ PRODUCTS |= {
     for direction in ("forward", "backward")
 }
 PRODUCTS |= {"aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_efficient_attention"}
-# Products with dropout on one operand: beside the product, they read one piece of noise for each number of it.
+# Products with dropout on one operand: beside the product, they read noise for each of its numbers.
 DROPPED_PRODUCTS = {"finetune::dropped_product", "finetune::dropped_sum", "finetune::add_dropped"}
 # They make memory and launch nothing.
-FREE = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
+FREE = {
+    "aten::empty",
+    "aten::empty_like",
+    "aten::empty_strided",
+    "aten::new_empty",
+    "aten::new_empty_strided",
+}
 FREE |= {"aten::detach", "aten::lift", "aten::lift_fresh", "aten::_local_scalar_dense"}
 # They write a tensor that they do not read.
-PURE_WRITES = {"aten::copy_", "aten::fill_", "aten::zero_", "aten::random_", "aten::uniform_", "aten::normal_"}
+PURE_WRITES = {
+    "aten::copy_",
+    "aten::fill_",
+    "aten::zero_",
+    "aten::random_",
+    "aten::uniform_",
+    "aten::normal_",
+}
 PURE_WRITES |= {"aten::_foreach_copy_", "aten::_foreach_zero_", "aten::bernoulli_"}
 # They read or write only the places of a tensor that their indices name.
 INDEXED = {"aten::embedding", "aten::gather", "aten::index", "aten::index_select"}
@@ -58,9 +72,9 @@ class Totals:
 class Counting(TorchDispatchMode):
     """Within it, each operation on tensors of `device` counts for the part that is current.
 
-    An operation is a call that makes or changes memory; views are none. With `fake`, tensors on the device are
-    fake and those on the CPU are real. Where the program then needs a number from the device, it gets one: True
-    or 0, as if every check had passed.
+    An operation is a call that makes or changes memory; views are none. With `fake`, tensors on the device
+    are fake and those on the CPU are real. Where the program then needs a number from the device, it gets
+    True or 0, as if every check had passed.
 
     `decompositions` give the operations that a library's operator consists of on the device, by its name.
     """
@@ -100,72 +114,67 @@ class Counting(TorchDispatchMode):
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = function.name().partition(".")[0]
-        inputs = self._on_device((args, kwargs))
-        if inputs and name in self._decompositions:
+        operator = _operator(function)
+        given = [*_tensors(args), *_tensors(kwargs.values())]
+        inputs = self._on_device(given)
+        if inputs and operator.is_view:
+            return function(*args, **kwargs)
+        if inputs and operator.name in self._decompositions:
             with self:
-                return self._decompositions[name](*args, **kwargs)
-        if inputs and name in WAITS:
+                return self._decompositions[operator.name](*args, **kwargs)
+        if inputs and operator.name in WAITS:
             self.wait()
-        result = self._compute(function, name, args, kwargs, bool(inputs))
-        outputs = self._on_device(result)
+        result = self._compute(operator, function, args, kwargs, inputs, given)
+        outputs = self._on_device(_tensors([result]))
         if inputs or outputs:
-            self._count(function, name, args, kwargs, inputs, outputs)
-        if _copies_between_devices(name, args, kwargs, result) and not _is_non_blocking(function, args, kwargs):
+            written = self._on_device(_tensors(operator.written(args, kwargs)))
+            self._count(operator, inputs, written, outputs)
+        if _copies_between_devices(operator.name, given, result) and not _is_non_blocking(
+            function, args, kwargs
+        ):
             self.wait()
         for tensor in outputs:
             self._track(tensor)
         return result
 
-    def _on_device(self, tree: Any) -> list[Tensor]:
-        return [x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.device.type == self._device]
+    def _on_device(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        return [x for x in tensors if x.device.type == self._device]
 
     def _compute(
-        self, function: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], has_inputs: bool
+        self,
+        operator: "_Operator",
+        function: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        inputs: list[Tensor],
+        given: list[Tensor],
     ) -> Any:
         device = kwargs.get("device")
-        if self._fake is None or not has_inputs and (device is None or device.type != self._device):
+        is_elsewhere = not inputs and (device is None or device.type != self._device)
+        if self._fake is None or is_elsewhere:
             return function(*args, **kwargs)
-        # Real tensors, on the CPU, become fake: torch would otherwise compute with them on the card.
-        args, kwargs = tree_map_only(Tensor, self._faked, (args, kwargs))
+        if not all(isinstance(x, FakeTensor) for x in given):
+            # Real tensors, on the CPU, become fake: torch would otherwise compute with them on the card.
+            args, kwargs = tree_map_only(Tensor, self._fake.from_tensor, (args, kwargs))
         try:
             with self._fake:
                 return function(*args, **kwargs)
         except DataDependentOutputException:
-            return True if name == "aten::equal" or args[0].dtype == torch.bool else 0
-
-    def _faked(self, tensor: Tensor) -> Tensor:
-        assert self._fake is not None
-        if isinstance(tensor, FakeTensor):
-            return tensor
-        # Of another object: torch remembers what it made fake, and refuses to swap a remembered parameter.
-        return self._fake.from_tensor(tensor.detach())
+            return True if operator.name == "aten::equal" or given[0].dtype == torch.bool else 0
 
     def _count(
-        self,
-        function: Any,
-        name: str,
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
-        inputs: list[Tensor],
-        outputs: list[Tensor],
+        self, operator: "_Operator", inputs: list[Tensor], written: list[Tensor], outputs: list[Tensor]
     ) -> None:
-        written = self._on_device(
-            [
-                args[index] if index < len(args) else kwargs.get(argument.name)
-                for index, argument in enumerate(function._schema.arguments)
-                if argument.alias_info is not None and argument.alias_info.is_write
-            ]
-        )
         known = {_storage(x) for x in inputs}
         made = [x for x in outputs if _storage(x) not in known]
-        if name in FREE or not made and not written or all(x.numel() == 0 for x in [*made, *written]):
+        changed = [*made, *written]
+        if operator.name in FREE or all(x.numel() == 0 for x in changed):
             return
         self._current.operations += 1
-        self._current.by_name[name] += 1
-        traffic = _traffic(name, inputs, written, made, is_out=function._overloadname.endswith("out"))
+        self._current.by_name[operator.name] += 1
+        traffic = _traffic(operator, inputs, written, made)
         self._current.traffic += traffic
-        self._current.traffic_by_name[name] += traffic
+        self._current.traffic_by_name[operator.name] += traffic
 
     def _track(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -182,9 +191,43 @@ class Counting(TorchDispatchMode):
         weakref.finalize(storage, ended)
 
 
-def _traffic(
-    name: str, inputs: list[Tensor], written: list[Tensor], made: list[Tensor], is_out: bool
-) -> int:
+class _Operator(NamedTuple):
+    name: str
+    is_view: bool
+    is_out: bool
+    """It writes into given tensors without reading them"""
+    writes: tuple[tuple[int, str], ...]
+    """The places and names of the arguments that it changes"""
+
+    def written(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+        return [args[i] if i < len(args) else kwargs.get(name) for i, name in self.writes]
+
+
+@cache
+def _operator(function: Any) -> _Operator:
+    schema = function._schema
+    returned = [value.alias_info for value in schema.returns]
+    is_view = bool(returned) and all(alias is not None and not alias.is_write for alias in returned)
+    name, is_out = function.name().partition(".")[0], function._overloadname.endswith("out")
+    writes = tuple(
+        (place, argument.name)
+        for place, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    return _Operator(name, is_view, is_out, writes)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among the values, and in their lists and tuples."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _traffic(operator: _Operator, inputs: list[Tensor], written: list[Tensor], made: list[Tensor]) -> int:
+    name = operator.name
     if name in PRODUCTS:
         return 0
     if name in DROPPED_PRODUCTS:
@@ -195,7 +238,7 @@ def _traffic(
         changes = [x for x in inputs if _storage(x) != _storage(written[0])]
         return _bytes(changes) + 2 * _bytes(x for x in changes if x.dtype == written[0].dtype)
     is_read = {_storage(x) for x in inputs}
-    if is_out or name in PURE_WRITES:
+    if operator.is_out or name in PURE_WRITES:
         is_read -= {_storage(x) for x in written}
     return _bytes(x for x in inputs if _storage(x) in is_read) + _bytes([*written, *made])
 
@@ -210,10 +253,10 @@ def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _copies_between_devices(name: str, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> bool:
+def _copies_between_devices(name: str, given: list[Tensor], result: Any) -> bool:
     if name == "aten::copy_":
-        return bool(args[0].device.type != args[1].device.type)
-    return name == "aten::_to_copy" and bool(args[0].device.type != result.device.type)
+        return given[0].device.type != given[1].device.type
+    return name == "aten::_to_copy" and given[0].device.type != result.device.type
 
 
 def _is_non_blocking(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:

@@ -2,10 +2,10 @@
 
     python benchmarks/device_budget.py --out benchmarks/results/device_budget.json
 
-The program's own set-up and update run on fake tensors (see `fake_card`), on one micro-batch of 1,004 tokens with
-512 targets, and everything they ask for is counted by part. The trial of the fast paths at the start is a part of
-its own. Needs no card and no weights. GB are 10^9 bytes. The peak has no CUDA context and no workspaces of
-libraries in it.
+The program's own set-up and update run on fake tensors (see `fake_card`), on one micro-batch of 1,004 tokens
+with 512 targets, and everything they ask for is counted by part. The trial of the fast paths at the start is
+a part of its own. Needs no card and no weights. GB are 10^9 bytes. The peak includes no CUDA context and no
+workspaces of libraries.
 """
 
 import argparse
@@ -20,12 +20,12 @@ if __name__ == "__main__":
 
 from typing import Any
 
+import torch
 from card_operators import DECOMPOSITIONS
 from common import provenance, write_result
 from counting import Counting, Totals
 from datasets import Dataset
 from fake_model import CARD, SIZES, fake_base
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -56,7 +56,7 @@ def micro_batch() -> MicroBatch:
 
 
 def count_finetune(model: str, base: str, dropout: float) -> tuple[dict[str, Totals], list[Choice]]:
-    """The parts of the trial ("trial") and of the second update: the first one makes the optimizer's state."""
+    """The trial, the parts of the second update (the first makes the optimizer's state), the paths taken."""
     config = Config(
         model=ModelConfig(quantization=BASES[base]),  # type: ignore[arg-type]
         lora=LoraConfig(lora_dropout=dropout),

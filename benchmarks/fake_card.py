@@ -1,4 +1,4 @@
-"""A card where there is none: fake tensors on "cuda" that go forward and backward in a torch built for the CPU.
+"""A card where there is none: fake tensors on "cuda" that go forward and backward in a CPU build of torch.
 
     import fake_card
     fake_card.insert()  # before the first import of torch
@@ -26,7 +26,7 @@ MEMORY = 12 * 2**30
 
 
 def insert() -> None:
-    """Load `fake_card.cpp` into this process, compiled for this torch. A torch built for CUDA needs none of it.
+    """Compile `fake_card.cpp` and load it into this process. A torch built for CUDA needs none of it.
 
     Raises:
         RuntimeError: torch is already imported, or there is no C++ compiler.
@@ -34,7 +34,8 @@ def insert() -> None:
     if "torch" in sys.modules:
         raise RuntimeError("a fake card has to be inserted before torch is imported")
     found = importlib.util.find_spec("torch")
-    assert found is not None and found.origin is not None
+    assert found is not None
+    assert found.origin is not None
     torch_dir = Path(found.origin).parent
     if next(torch_dir.glob("lib/libtorch_cuda.*"), None) is not None:
         return
@@ -58,6 +59,7 @@ def pretend() -> None:
     """Have torch.cuda answer for the fake card in the rest of this process."""
     import bitsandbytes as bnb
     import torch
+    from torch._subclasses.fake_tensor import FakeTensor
 
     properties = SimpleNamespace(
         name="fake card", total_memory=MEMORY, major=CAPABILITY[0], minor=CAPABILITY[1],
@@ -88,6 +90,8 @@ def pretend() -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch.backends.cuda.is_flash_attention_available = lambda: True
+    # On a card, torch takes lists of plain tensors in one operation.
+    torch.utils._foreach_utils._foreach_supported_types.append(FakeTensor)
     # Fake parameters cannot change places; all modules are made on the card.
     torch.nn.Module.to = lambda module, *_, **__: module
     # Paged state lies in the host's memory, and moving pages is no operation on tensors.

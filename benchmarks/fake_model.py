@@ -12,16 +12,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoModelForCausalLM, Qwen2Config
 from transformers.initialization import no_init_weights
 
-SIZES = {
-    "Qwen2-0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
-    "Qwen2-1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
-}  # fmt: skip
+SIZES = {  # hidden size, intermediate size, layers, heads
+    "Qwen2-0.5B": (896, 4864, 24, 14),
+    "Qwen2-1.5B": (1536, 8960, 28, 12),
+}
 CARD = torch.device("cuda", 0)
 NF4_BLOCK = 64
 
 
 def fake_base(size: str, base: str) -> Any:
-    """The frozen base `int8`, `nf4` or `bf16`; the rest of it is in bf16. To be called under a FakeTensorMode."""
+    """The frozen base: int8, nf4 or bf16 layers, the rest in bf16. For use while `Counting` fakes a card."""
+    hidden, intermediate, layers, heads = SIZES[size]
     config = Qwen2Config(
         vocab_size=151936,
         num_key_value_heads=2,
@@ -29,7 +30,10 @@ def fake_base(size: str, base: str) -> Any:
         max_position_embeddings=32768,
         rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        **SIZES[size],
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
     )
     with CARD, no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -75,7 +79,9 @@ def _nf4_layer(layer: nn.Linear) -> bnb.nn.Linear4bit:
 
 def _without_weight(kind: Any, layer: nn.Linear, **settings: Any) -> Any:
     """A layer of this kind, whose own parameters are placeholders, with the bias of `layer`."""
-    with _disable_current_modes():  # bitsandbytes makes parameters of a class of its own, which cannot be fake
+    with (
+        _disable_current_modes()
+    ):  # bitsandbytes makes parameters of a class of its own, which cannot be fake
         quantized = kind(1, 1, **settings)
     quantized.in_features, quantized.out_features = layer.in_features, layer.out_features
     quantized.bias = layer.bias

@@ -1,7 +1,7 @@
 """An update of the program in parts, as train.py makes it: forward, head, backward, clip, optimizer, zero.
 
-It runs on a card and on fake tensors alike. What train.py has between its own lines (logs, checkpoints, the plan)
-is left out.
+It runs on a card and on fake tensors alike. What train.py has between these parts (logs, checkpoints, the
+plan) is left out.
 """
 
 import math
