@@ -20,8 +20,9 @@ from finetune.model import fast_paths
 from finetune.model.fast_paths import FastPaths, choose_fast_paths, use_reference_paths
 from finetune.model.load import add_adapter, load_model
 from finetune.model.loss import TokenLoss
-from finetune.ops import attention, lora, quantized
+from finetune.ops import attention
 from finetune.ops.attention import PACKED
+from finetune.ops.base_weights import BaseWeights
 from finetune.runtime.choice import Choice
 
 CPU = torch.device("cpu")
@@ -366,8 +367,8 @@ def test_nf4_layers_without_an_adapter_pass_gradients_on_after_the_choice(fast_l
 def test_a_fast_layer_that_computes_something_else_is_not_used(monkeypatch):
     token_loss = TokenLoss(with_adapter(built("qwen2")))
     expected = sums_of(token_loss, packing=True)
-    real = quantized.multiply
-    monkeypatch.setattr(lora, "multiply", lambda *arguments: 1.5 * real(*arguments))
+    real = BaseWeights.dequantize
+    monkeypatch.setattr(BaseWeights, "dequantize", lambda *arguments: 1.5 * real(*arguments))
     chosen = choose(token_loss)
     assert (chosen.lora.requested, chosen.lora.actual) == (FUSED, "PEFT's")
     assert "different results" in chosen.lora.reason
