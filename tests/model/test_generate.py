@@ -17,9 +17,9 @@ from finetune.model.generate import (
     Sampler,
     answer_prompts,
     check_limits,
-    dequantize_on_cpu,
     encode_prompt,
     generate_answers,
+    multiply_dequantized,
     require_room,
 )
 from finetune.model.load import add_adapter, load_base, load_tokenizer
@@ -162,7 +162,7 @@ def test_weights_held_dequantized_give_the_same_answers(tiny_model_dir, quantiza
 
     before = outcome()
     assert any(map(is_quantized, model.modules()))
-    dequantize_on_cpu(model, precision)
+    multiply_dequantized(model, precision)
     assert not any(map(is_quantized, model.modules()))
     after = outcome()
     assert after[0] == before[0]
