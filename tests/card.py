@@ -1,7 +1,8 @@
-"""Torch's attention kernels for GPUs, imitated on a CPU: what they get is checked, and computed in fp64.
+"""Parts of a GPU imitated on a CPU.
 
-Their definitions in torch's own sources are the contract: offsets of sequences in int32, causal masks aligned
-at the end of each sequence, head sizes in multiples of 8.
+Torch's attention kernels: what they get is checked, and computed in fp64. Their definitions in its own
+sources are the contract: offsets of sequences in int32, causal masks aligned at the end of each sequence,
+head sizes in multiples of 8. And quantized layers whose weights are fake tensors on a GPU.
 """
 
 from collections.abc import Iterator
@@ -9,10 +10,11 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from finetune.ops import attention
+from finetune.ops import attention, quantized
 
 
 @contextmanager
@@ -205,3 +207,34 @@ def masked_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
     scores = query @ key.transpose(1, 2) * scale
     later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + scores.shape[2] - scores.shape[1])
     return scores.masked_fill(later, -torch.inf)
+
+
+def quantized_layer(kind: str, bias: bool = True) -> Any:
+    """An int8 or nf4 layer of 64 inputs and 128 outputs."""
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 128, bias=bias)
+    if kind == "nf4":
+        layer = bnb.nn.Linear4bit(64, 128, bias=bias, quant_type="nf4", compute_dtype=torch.bfloat16)
+    else:
+        layer = bnb.nn.Linear8bitLt(64, 128, bias=bias, has_fp16_weights=False)
+    layer.load_state_dict(plain.to(torch.bfloat16).state_dict())
+    layer = layer.to("cpu").requires_grad_(False)
+    if kind == "nf4":
+        layer.weight.quant_state.packing_format_for_cpu = False
+    return layer
+
+
+def put_on_gpu(layer: Any) -> None:
+    """Give a layer weights that are fake tensors on a GPU, within FakeTensorMode."""
+    if isinstance(layer, bnb.nn.Linear4bit):
+        state = layer.weight.quant_state
+        state.absmax, state.code = (torch.empty_like(x, device="cuda") for x in (state.absmax, state.code))
+    else:
+        codes, largest = quantized.int8_state(layer)
+        layer.state.CB, layer.state.SCB = (torch.empty_like(x, device="cuda") for x in (codes, largest))
+    weight = nn.Parameter(torch.empty_like(layer.weight.data, device="cuda"), requires_grad=False)
+    own = {name: getattr(layer.weight, name, None) for name in ("CB", "quant_state")}
+    for name, value in own.items():
+        setattr(weight, name, value)
+    layer.weight = weight
+    layer.bias = nn.Parameter(torch.empty_like(layer.bias.data, device="cuda"), requires_grad=False)

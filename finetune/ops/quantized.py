@@ -20,7 +20,7 @@ def frozen_weight(base: Any, dtype: torch.dtype) -> Tensor:
         scales = largest / 127
         if kernels.can_compute(scales) and dtype in kernels.DTYPES:
             return kernels.scale_rows(codes, scales, dtype)
-        return (codes * scales[:, None]).to(dtype)
+        return (codes * scales.unsqueeze(1)).to(dtype)
     if isinstance(base, bnb.nn.Linear4bit):
         assert not getattr(base.weight.quant_state, "packing_format_for_cpu", False), (
             "load_base disables this format"
