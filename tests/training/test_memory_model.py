@@ -66,7 +66,7 @@ def predicted(arguments) -> Callable[..., tuple[Prediction, Parts]]:
         config = parse_config([*arguments, *more])
         parts = load_parts(config)
         paths = choose_fast_paths(config, parts.accelerator, parts.token_loss, parts.train_set)
-        return predict(config, parts, paths.packed), parts
+        return predict(config, parts.accelerator, parts.token_loss, paths.packed), parts
 
     return run
 
@@ -177,7 +177,7 @@ def test_what_is_kept_grows_linearly_with_the_tokens(predicted):
     def kept(num_tokens: int) -> int:
         labels = [-100] * (num_tokens - 1) + [5]
         examples = [{"input_ids": [5] * num_tokens, "labels": labels}]
-        return kept_bytes(parts, collate(examples, packing=True))
+        return kept_bytes(parts.accelerator, parts.token_loss, collate(examples, packing=True))
 
     assert (kept(512) - kept(128)) / 384 == pytest.approx(prediction.kept_per_token, rel=1e-3)
 
