@@ -70,7 +70,7 @@ def count_finetune(model: str, base: str, dropout: float) -> tuple[dict[str, Tot
         frozen = fake_base(model, base)
         with CARD:  # PEFT would make the adapter on the CPU, and real parameters cannot become fake ones
             adapted = add_adapter(frozen, config.lora)
-        program = set_up(config, accelerator, adapted)
+        program = set_up(config, accelerator, "bf16", adapted)
         with counting.part("trial"):
             choices = choose_fast_paths(config, accelerator, program.token_loss, train_set)
         batch = micro_batch().to(CARD)

@@ -90,6 +90,12 @@ def pretend() -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch.backends.cuda.is_flash_attention_available = lambda: True
+    # Fake tensors have no addresses, but the program asks which of them lie in one piece of memory.
+    torch.UntypedStorage.data_ptr = lambda storage: storage._cdata
+    FakeTensor.data_ptr = lambda tensor: (
+        tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
+    )
+    FakeTensor.tolist = _tolist
     # On a card, torch takes lists of plain tensors in one operation.
     torch.utils._foreach_utils._foreach_supported_types.append(FakeTensor)
     # Fake parameters cannot change places; all modules are made on the card.
@@ -98,6 +104,12 @@ def pretend() -> None:
     bnb.functional.get_paged = _paged
     bnb.functional.fill = lambda *_, **__: None
     bnb.functional.prefetch_tensor = lambda *_, **__: None
+
+
+def _tolist(tensor: Any) -> Any:
+    """The whole tensor comes to the host in one copy, as on a card."""
+    tensor = tensor.cpu()
+    return tensor.item() if tensor.dim() == 0 else [_tolist(row) for row in tensor.unbind()]
 
 
 def _paged(*shape: int, dtype: Any, device: Any) -> Any:

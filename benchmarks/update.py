@@ -1,10 +1,9 @@
-"""An update of the program in parts, as train.py makes it: forward, head, backward, clip, optimizer, zero.
+"""An update of the program in parts, as train.py makes it: zero, forward, head, backward, clip, optimizer.
 
 It runs on a card and on fake tensors alike. What train.py has between these parts (logs, checkpoints, the
 plan) is left out.
 """
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -14,12 +13,14 @@ from torch import Tensor
 
 from finetune.config import Config
 from finetune.data.collate import MicroBatch
+from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.loss import TokenLoss
 from finetune.runtime import accelerator as machine
-from finetune.training.metrics import SumWindow, all_finite
+from finetune.training.loss_scale import LossScale
+from finetune.training.metrics import Numbers, SumWindow, check_numbers
 from finetune.training.optim import choose_optimizer, create_optimizer, set_learning_rate
 
-PARTS = ("forward", "head", "backward", "clip", "optimizer", "zero")
+PARTS = ("zero", "forward", "head", "backward", "clip", "optimizer")
 
 Part = Callable[[str], AbstractContextManager[None]]
 
@@ -30,28 +31,39 @@ class Program:
 
     config: Config
     accelerator: Any
+    adapter: FlatAdapter
     token_loss: TokenLoss
-    trainable: list[Any]
     optimizer: Any
+    loss_scale: LossScale
     window: SumWindow
 
 
-def set_up(config: Config, accelerator: Any, model: Any) -> Program:
+def set_up(config: Config, accelerator: Any, precision: str, model: Any) -> Program:
     """The model with its adapter, and the optimizer, on the reference paths."""
-    token_loss = TokenLoss(model).train()
-    trainable = [parameter for parameter in token_loss.parameters() if parameter.requires_grad]
+    adapter, token_loss = FlatAdapter(model), TokenLoss(model).train()
     name = choose_optimizer(config.optim.name, accelerator.device).actual
-    optimizer = create_optimizer(name, trainable, config.optim)
-    ddp_loss, optimizer = accelerator.prepare(token_loss, optimizer)
-    assert ddp_loss is token_loss
-    return Program(config, accelerator, token_loss, trainable, optimizer, SumWindow(accelerator.device))
+    optimizer = create_optimizer(name, adapter, config.optim)
+    window = SumWindow(accelerator.device)
+    return Program(config, accelerator, adapter, token_loss, optimizer, LossScale(precision), window)
 
 
-def make_update(program: Program, batch: MicroBatch, step: int, part: Part) -> None:
-    """Update `step` of one micro-batch; `part` gives the context that each of PARTS runs in."""
-    token_loss, accelerator = program.token_loss, program.accelerator
-    machine.reseed(program.config.train.seed, step, rank=0)
-    set_learning_rate(program.optimizer, program.config.optim.learning_rate)
+def make_update(program: Program, batch: MicroBatch, step: int, part: Part) -> Numbers:
+    """Update `step` of one micro-batch; `part` gives the context that each of PARTS runs in.
+
+    As in train.py, weights are left alone if the numbers of the update are not finite.
+    """
+    config, adapter, token_loss, loss_scale = (
+        program.config,
+        program.adapter,
+        program.token_loss,
+        program.loss_scale,
+    )
+    accelerator, window = program.accelerator, program.window
+    machine.reseed(config.train.seed, step, rank=0)
+    set_learning_rate(program.optimizer, config.optim.learning_rate)
+    with part("zero"):
+        adapter.zero_gradients()
+        window.begin_update()
     with part("forward"), ExitStack() as head:
         own = token_loss.target_hidden
 
@@ -65,13 +77,14 @@ def make_update(program: Program, batch: MicroBatch, step: int, part: Part) -> N
         with accelerator.autocast():
             sums = token_loss(batch)
     with part("backward"):
-        accelerator.backward(sums.nll / len(batch.target_ids))
-        program.window.add(sums)
+        accelerator.backward(loss_scale.apply(sums.nll / len(batch.target_ids)))
+        window.add(sums)
     with part("clip"):
-        limit = program.config.optim.max_grad_norm or math.inf
-        grad_norm = accelerator.clip_grad_norm_(program.trainable, limit)
-        assert all_finite(accelerator, program.window, grad_norm)
-    with part("optimizer"):
-        program.optimizer.step()
-    with part("zero"):
-        program.optimizer.zero_grad()
+        adapter.reduce_gradients(accelerator)
+        grad_norm = adapter.clip_gradients(config.optim.max_grad_norm, loss_scale.value)
+        numbers = check_numbers(accelerator, window, grad_norm)
+    if not loss_scale.adapt_to(numbers) and numbers is Numbers.FINITE:
+        with part("optimizer"):
+            program.optimizer.step()
+            window.keep_update()
+    return numbers
