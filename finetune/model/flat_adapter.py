@@ -5,7 +5,6 @@ takes a call each, and on a GPU a call takes longer than its computation. PEFT's
 as they are: only its parameters become views.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,14 +44,13 @@ class Region:
 class FlatAdapter:
     """All trainable parameters of a model as views of one flat tensor, each padded to whole blocks.
 
-    The padding is zero and stays zero. It makes the blocks of an 8-bit optimizer state those that the tensors
-    have on their own, so that an update is the same to the bit. Tensors below SMALLEST_8BIT form a region of
-    their own, whose state stays in fp32.
+    The padding makes the blocks of an 8-bit optimizer state those that the tensors have on their own, so that
+    an update is the same to the bit. Its gradient is zero, and nothing depends on its weights. Tensors below
+    SMALLEST_8BIT form a region of their own, whose state stays in fp32.
 
     The parameters are new objects: whatever holds the model's old ones holds them in vain. Each has an
-    attribute `flat`, this FlatAdapter, for the layers that take views across several parameters (`joint`).
-
-    `weights` and `gradient` [n] fp32 are the flat tensors.
+    attribute `flat`, this FlatAdapter, and lies at its storage offset in each flat tensor: `weights` and
+    `gradient` [n] fp32, and `rounded` [n].
     """
 
     def __init__(self, model: Any) -> None:
@@ -70,7 +68,6 @@ class FlatAdapter:
         self.weights = torch.zeros(num_blocks * BLOCK, device=device)
         self.gradient = torch.zeros_like(self.weights)
         self._views: list[tuple[nn.Parameter, Tensor]] = []  # each parameter, with its view of the gradient
-        self._starts: dict[nn.Parameter, int] = {}
         self._rounded: dict[torch.dtype, tuple[Tensor, int]] = {}
         self.regions: list[Region] = []
         start = 0
@@ -96,7 +93,6 @@ class FlatAdapter:
             owner, _, attribute = name.rpartition(".")
             setattr(self.model.get_submodule(owner), attribute, new)
             self._views.append((new, self.gradient[place].view(old.shape)))
-            self._starts[new] = at
             members.append(Member(index, at - start, old.shape))
             at += _blocks(old.numel()) * BLOCK
         whole = nn.Parameter(self.weights[start:at])
@@ -154,17 +150,6 @@ class FlatAdapter:
             copy.copy_(self.weights)
             self._rounded[dtype] = copy, self.weights._version
         return copy
-
-    def joint(self, flat: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor | None:
-        """[all rows, columns]: several matrices as one view of `flat` (`weights`, `gradient` or `rounded`).
-        None if they do not lie side by side there or differ in their numbers of columns."""
-        columns = {parameter.shape[1:] for parameter in parameters}
-        start = end = self._starts[parameters[0]]
-        for parameter in parameters:
-            if self._starts[parameter] != end or len(columns) > 1:
-                return None
-            end += parameter.numel()
-        return flat[start:end].view(-1, *parameters[0].shape[1:])
 
 
 def _blocks(numbers: int) -> int:

@@ -81,14 +81,19 @@ def _is_candidate(layer: Any) -> bool:
             return False
     parts = (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlp)
     linears = _linears(layer)
-    adapters = [
-        adapter for linear in linears if isinstance(linear, LoraLayer) for adapter in linear.parameters()
-    ]
+    of_adapters = {
+        id(parameter)
+        for linear in linears
+        if isinstance(linear, LoraLayer)
+        for half in (linear.lora_A, linear.lora_B)
+        for parameter in half.parameters()
+    }
     trained = {id(parameter) for parameter in layer.parameters() if parameter.requires_grad}
     return (
         all(elementwise.is_enabled(part) for part in parts)
         and all(type(linear) in LINEARS or lora.is_ready(linear) for linear in linears)
-        and trained <= {id(parameter) for parameter in adapters}
+        and not any(getattr(linear, "int8_matmul", False) for linear in linears)
+        and trained <= of_adapters
         and not any(_has_hooks(module) for module in layer.modules() if module is not layer)
     )
 

@@ -147,7 +147,8 @@ def save_checkpoint(
         ValueError: the disk is full; earlier checkpoints are left as they were.
         FloatingPointError: a weight is not a finite number.
     """
-    if not bool(trained.adapter.weights.isfinite().all()):
+    weights = adapter_weights(trained.model).values()
+    if not all(bool(tensor.isfinite().all()) for tensor in weights):
         raise FloatingPointError(
             f"after update {state.step} a weight is not a finite number; it was not saved"
         )

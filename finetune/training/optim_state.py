@@ -79,7 +79,7 @@ def _join(states: list[dict[str, Any]], region: Region) -> dict[str, Any]:
     for path, first in states[0].items():
         parts = [state[path] for state in states]
         if isinstance(first, Tensor):
-            value: Any = _join_tensors(parts, path, region)
+            value: Any = _join_tensors(parts, path, region, _zero_of(first, path, states[0]))
         elif any(part != first for part in parts):
             raise ValueError("the parameters of the checkpoint have had different numbers of updates")
         else:
@@ -88,12 +88,22 @@ def _join(states: list[dict[str, Any]], region: Region) -> dict[str, Any]:
     return joined
 
 
-def _join_tensors(parts: list[Tensor], path: str, region: Region) -> Tensor:
+def _zero_of(tensor: Tensor, path: str, state: dict[str, Any]) -> int:
+    """What stands for 0 in a tensor of the state: bitsandbytes' 8-bit codes have a map to their values."""
+    if tensor.dtype != torch.uint8:
+        return 0
+    head, _, name = path.rpartition("state")  # state1 or state2
+    values: Tensor = state[f"{head}qmap{name}"]
+    return int(values.abs().argmin())
+
+
+def _join_tensors(parts: list[Tensor], path: str, region: Region, zero: int) -> Tensor:
     first = parts[0]
     if not _is_split(path, first, region.members[0].shape):
         return first
     size = region.parameter.numel() // (BLOCK if _is_of_blocks(path) else 1)
-    joined = torch.zeros(size, dtype=first.dtype)
+    # Padding that were not 0 could be the largest number of its block, by which the others are scaled.
+    joined = torch.full((size,), zero, dtype=first.dtype)
     for member, part in zip(region.members, parts, strict=True):
         _place_of(path, member, joined).copy_(part.flatten())
     return joined
