@@ -10,17 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.ops import kernels
+from finetune.ops import operators
 
 
 def frozen_weight(base: Any, dtype: torch.dtype) -> Tensor:
     """[out, in]: the dequantized weight of a frozen linear layer, rounded as bitsandbytes rounds it."""
     if isinstance(base, bnb.nn.Linear8bitLt):
         codes, largest = int8_state(base)
-        scales = largest / 127
-        if kernels.can_compute(scales) and dtype in kernels.DTYPES:
-            return kernels.scale_rows(codes, scales, dtype)
-        return (codes * scales.unsqueeze(1)).to(dtype)
+        return operators.dequantize_int8(codes, largest, dtype)
     if isinstance(base, bnb.nn.Linear4bit):
         assert not getattr(base.weight.quant_state, "packing_format_for_cpu", False), (
             "load_base disables this format"
