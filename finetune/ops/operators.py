@@ -53,7 +53,7 @@ def _maker(name: str, device: torch.device) -> Maker:
     if device.type == "cuda":
         if not triton_makers.is_enabled():
             return Maker("torch", "Triton is not used")
-        if reason := triton_makers.reason_against(name, device):
+        if reason := triton_makers.reason_against(name):
             return Maker("torch", reason)
         return Maker("Triton", triton_makers.limit_of(name))
     if not hasattr(kernels, name):
@@ -158,15 +158,16 @@ def add_dropped(dx: Tensor, v: Tensor, a: Tensor, pool: Tensor, start: int) -> N
     _add_dropped(dx, v, a, pool, start)
 
 
-_LIBRARY = torch.library.Library("finetune", "DEF")
+_LIBRARY: Any = torch.library.Library("finetune", "DEF")  # type: ignore[no-untyped-call]
 _OPERATORS: list[str] = []
 
 
 def _define(signature: str, fake: Callable[..., Any], in_cpp: Callable[..., bool] | None = None) -> Any:
     """Register an operator, and return it. `in_cpp` says whether the C++ kernels take the arguments."""
     name = signature.partition("(")[0]
-    of_torch, of_cpp = getattr(torch_makers, name), getattr(kernels, name, None)
-    of_triton = getattr(triton_makers, name, None)
+    of_torch: Callable[..., Any] = getattr(torch_makers, name)
+    of_cpp: Callable[..., Any] = getattr(kernels, name, of_torch)
+    of_triton: Callable[..., Any] = getattr(triton_makers, name)
 
     def on_cpu(*arguments: Any) -> Any:
         maker = of_cpp if in_cpp is not None and in_cpp(*arguments) else of_torch

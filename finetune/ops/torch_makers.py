@@ -86,9 +86,8 @@ def gated_silu_backward(gate_up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 def token_stats(logits: Tensor, target_ids: Tensor, with_gradient: bool) -> Tensor:
     rows = ROWS if logits.device.type == "cpu" else max(1, len(logits))
     stats = torch.empty(len(logits), 3, dtype=torch.float32, device=logits.device)
-    for some_logits, ids, some_stats in zip(
-        logits.split(rows), target_ids[:, None].split(rows), stats.split(rows), strict=True
-    ):
+    parts = (torch.split(x, rows) for x in (logits, target_ids[:, None], stats))
+    for some_logits, ids, some_stats in zip(*parts, strict=True):
         likeliest = some_logits.argmax(-1, keepdim=True)
         log_p = torch.log_softmax(some_logits, -1, dtype=torch.float32)
         p = log_p.exp()
