@@ -20,7 +20,7 @@ from finetune.config_checks import LARGEST_WHOLE_NUMBER
 from finetune.data.collate import MicroBatch, collate, iterate_batches
 from finetune.data.plan import Layout, Plan, plan_evaluation
 from finetune.data.tokenize import Examples
-from finetune.ops import chunked_head
+from finetune.ops import chunked_head, torch_makers
 from finetune.ops.quantized import dropout_off
 from finetune.runtime.accelerator import DTYPES, reseed
 from finetune.runtime.memory import GIB, peak_memory_gib, reset_peak_memory
@@ -133,7 +133,7 @@ def _head_bytes(parts: Parts, itemsize: int) -> dict[str, float]:
         return {"head_per_token": vocabulary * (itemsize + 3 * 4), "head_most": math.inf}
     size = chunked_head.bytes_per_logit(DTYPES[parts.precision.actual], parts.accelerator.device)
     rows = chunked_head.tokens_per_chunk(parts.token_loss.head_mib, vocabulary, size)
-    most = rows * vocabulary * size + 2 * chunked_head.ROWS * vocabulary * 4
+    most = rows * vocabulary * size + 2 * torch_makers.ROWS * vocabulary * 4
     return {"head_per_token": vocabulary * size, "head_most": most}
 
 

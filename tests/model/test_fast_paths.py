@@ -2,15 +2,20 @@
 
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import HAS_COMPILER, KERNELS_BY, PACKED_BY
 from datasets import Dataset
 from tiny import NAMES, VOCABULARY, adapter_gradients, fill_adapter, random_examples, with_adapter
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.config import Config, FastConfig, LoraConfig, ModelConfig, TrainConfig
@@ -438,6 +443,56 @@ def test_an_attention_that_computes_something_else_is_not_used(monkeypatch):
     assert_same_sums(sums_of(token_loss, packing=True), expected)
 
 
+class LargestLogits(TorchDispatchMode):
+    """The most rows of a floating-point tensor with a column for each token of the vocabulary."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.rows = vocabulary, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+        for result in results if isinstance(results, list | tuple) else [results]:
+            if isinstance(result, Tensor) and result.shape[-1:] == (self.vocabulary,):
+                self.rows = max(self.rows, result.numel() // self.vocabulary)
+        return results
+
+
+def test_the_trial_holds_the_logits_of_few_tokens():
+    vocabulary, length = 1009, 600
+    examples = random_examples([30, length], vocabulary)
+    token_loss = TokenLoss(with_adapter(built("qwen2", vocab_size=vocabulary, max_position_embeddings=1024)))
+    data = Examples(Dataset.from_list(examples), truncated=[], dropped={})
+    with LargestLogits(vocabulary) as largest:
+        chosen = choose_fast_paths(Config(), Accelerator(cpu=True), token_loss, data)
+    assert all_are_as_requested(chosen)
+    assert 0 < largest.rows <= 64
+
+
+@pytest.mark.parametrize("length", [2, 5, 64, 200])
+def test_the_trial_compares_the_first_own_token_and_the_last_and_some_between(length):
+    examples = Examples(Dataset.from_list(random_examples([length])), truncated=[], dropped={})
+    token_loss = TokenLoss(with_adapter(built("qwen2")))
+    trial = fast_paths._Trial(Accelerator(cpu=True), token_loss, examples)
+    shared = min(16, length // 4)
+    positions = trial.alone.target_positions.tolist()
+    assert (positions[0], positions[-1]) == (shared, length - 2)
+    assert len(positions) == min(64, length - 1 - shared)
+    gaps = {after - before for before, after in pairwise(positions)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
+    assert torch.equal(trial.packed.target_ids, trial.alone.target_ids)
+
+
+def test_the_peak_is_counted_from_after_the_trial(monkeypatch):
+    events: list[Any] = []
+    real = fast_paths._Trial.logits
+    monkeypatch.setattr(fast_paths._Trial, "logits", lambda *own: events.append("trial") or real(*own))
+    monkeypatch.setattr(fast_paths, "reset_peak_memory", events.append)
+    choose(TokenLoss(with_adapter(built("qwen2"))))
+    assert events[-1] == CPU
+    assert set(events[:-1]) == {"trial"}
+
+
 def test_a_path_that_runs_out_of_memory_is_no_path_that_computes_something_else(monkeypatch):
     def out_of_memory(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError
@@ -502,6 +557,56 @@ def test_int8_is_taken_where_it_is_faster_by_more_than_a_fifth(
     assert (chosen.int8.requested, chosen.int8.actual) == (actual, actual)
     assert f"dequantized {dequantized * 1e3:.1f} ms, in int8 {in_int8 * 1e3:.1f} ms" in chosen.int8.reason
     assert_all_layers_multiply(int8_loss, actual == "int8")
+
+
+def test_int8_activations_are_not_the_truth_that_fast_paths_are_compared_with(int8_loss, monkeypatch):
+    """On a GPU, bitsandbytes' layers round the activations: as far off here as any difference can be."""
+    monkeypatch.setattr(
+        bnb.nn.Linear8bitLt, "forward", lambda layer, x: x.new_zeros(*x.shape[:-1], layer.out_features)
+    )
+    chosen = choose(int8_loss, FastConfig(int8_matmul="dequantize"), precision="bf16")
+    assert (chosen.lora.actual, chosen.elementwise.actual) == (FUSED, "keep their inputs")
+    assert chosen.attention.actual == PACKED_NAME
+    assert all_are_as_requested(chosen)
+
+
+@pytest.mark.usefixtures("no_clock")
+@pytest.mark.parametrize(
+    ("asked", "recorded", "actual"),
+    [("auto", None, "dequantize"), ("auto", "int8", "int8"), ("int8", None, "int8")],
+)
+def test_a_gpu_dequantizes_unless_something_else_is_asked_for(int8_loss, asked, recorded, actual):
+    gpu = SimpleNamespace(device=torch.device("cuda"), mixed_precision="fp16", is_main_process=True)
+    config = Config(fast=FastConfig(int8_matmul=asked))
+    chosen = fast_paths._choose_int8(config, gpu, int8_loss.model, train_set(), recorded)
+    assert (chosen.requested, chosen.actual) == (actual, actual)
+    assert ("waits" in chosen.reason) == (actual == "dequantize")
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_int8_is_measured_in_the_precision_of_the_run(int8_loss, monkeypatch, precision, dtype):
+    measured = []
+
+    def multiply(x: Tensor, layer: Any, int8_matmul: bool) -> Tensor:
+        measured.append(x.dtype)
+        return x
+
+    monkeypatch.setattr(quantized, "multiply", multiply)
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    fast_paths._choose_int8(Config(), accelerator, int8_loss.model, train_set(), None)
+    assert set(measured) == {dtype}
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_layers_without_an_adapter_multiply_like_those_with_one(tiny_model_dir, monkeypatch, quantization):
+    source = ModelConfig(name_or_path=str(tiny_model_dir), quantization=quantization)
+    adapter = LoraConfig(lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
+    token_loss = TokenLoss(fill_adapter(load_model(Config(model=source, lora=adapter), "bf16", CPU)))
+    expected = sums_of(token_loss, packing=True, precision="bf16")
+    choose(token_loss, precision="bf16")
+    for kind in (bnb.nn.Linear8bitLt, bnb.nn.Linear4bit):
+        monkeypatch.setattr(kind, "forward", lambda *_: pytest.fail("bitsandbytes multiplied"))
+    assert_same_sums(sums_of(token_loss, packing=True, precision="bf16"), expected, 2e-2)
 
 
 @pytest.mark.usefixtures("no_clock")
