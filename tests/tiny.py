@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from finetune.config import LoraConfig
 from finetune.data.plan import Layout
 from finetune.data.tokenize import IGNORE
+from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.load import add_adapter
 
 Example = dict[str, list[int]]
@@ -80,6 +81,15 @@ def fill_adapter(model: Any) -> Any:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1, generator=generator)
     return model
+
+
+def flat_adapter(*tensors: Tensor) -> FlatAdapter:
+    """A flat adapter of these tensors."""
+    return FlatAdapter(torch.nn.ParameterList(tensor.clone() for tensor in tensors))
+
+
+def parameters_of(adapter: FlatAdapter) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in adapter.model.parameters() if parameter.requires_grad]
 
 
 def adapter_gradients(model: Any) -> dict[str, Tensor]:

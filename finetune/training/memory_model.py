@@ -158,9 +158,8 @@ def measure_update(config: Config, parts: Parts, plan: Plan) -> Measured:
 
     update = max(updates, key=lambda update: (largest(update.micro_batches), update.num_tokens))
     device = parts.accelerator.device
-    trainable = [p for p in parts.model.parameters() if p.requires_grad]
     name = choose_optimizer(config.optim.name, device).actual
-    optimizer = create_optimizer(name, trainable, config.optim)
+    optimizer = create_optimizer(name, parts.adapter, config.optim)
     window = SumWindow(device)
     dataset, packing = parts.train_set.dataset, plan.layout.packing
     reset_peak_memory(device)
@@ -170,8 +169,9 @@ def measure_update(config: Config, parts: Parts, plan: Plan) -> Measured:
             sums = parts.token_loss(batch)
         torch.autograd.backward(sums.nll / update.num_target_tokens)
         window.add(sums)
-    torch.nn.utils.clip_grad_norm_(trainable, config.optim.max_grad_norm or 1.0)
+    parts.adapter.clip_gradients(config.optim.max_grad_norm or 1.0)
     optimizer.step()
+    window.keep_update()
     window.total(parts.accelerator).tolist()  # waits for the device
     seconds = time.perf_counter() - start
     return Measured(update.num_tokens, largest(update.micro_batches), seconds, peak_memory_gib(device))
