@@ -25,7 +25,7 @@ from finetune.model import fast_paths
 from finetune.model.fast_paths import FastPaths, choose_fast_paths, use_reference_paths
 from finetune.model.load import add_adapter, load_model
 from finetune.model.loss import TokenLoss
-from finetune.ops import attention
+from finetune.ops import attention, quantized
 from finetune.ops.attention import PACKED
 from finetune.ops.base_weights import BaseWeights
 from finetune.ops.decoder_layer import FusedLayer

@@ -92,6 +92,7 @@ def test_the_record_of_a_run_says_what_it_ran_on_and_with(run_train, tmp_path, r
         "adapter_step",
         "base",
         "int8",
+        "token_budget",
         "described",
         "settings",
         "global_batch_size",
