@@ -1,9 +1,9 @@
 """The Accelerator, the precision, and the record of this machine."""
 
+import ctypes
 import os
 import platform
 import time
-import warnings
 from importlib.metadata import version
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
+from accelerate.utils import GradScalerKwargs, parse_flag_from_env
 
 from finetune.config import Config
 from finetune.runtime.choice import Choice
@@ -33,9 +33,31 @@ def _describe_device(device: torch.device) -> Choice:
     actual = device.type
     told_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     if actual == "cpu" and torch.version.cuda and not told_cpu:
-        reason = f"torch is built for CUDA {torch.version.cuda} and finds no GPU that it can use"
+        supported = _driver_cuda_version()
+        if supported is None or supported >= _as_numbers(torch.version.cuda)[:1]:  # minor versions fit
+            reason = f"torch is built for CUDA {torch.version.cuda} and finds no GPU that it can use"
+        else:
+            version = ".".join(map(str, supported))
+            reason = (
+                f"the NVIDIA driver is too old: it supports CUDA {version}, and this torch needs "
+                f"{torch.version.cuda}; update the driver, or install a torch for CUDA {version} or older"
+            )
         return Choice("device", "cuda", actual, reason)
     return Choice("device", actual, actual)
+
+
+def _as_numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
+def _driver_cuda_version() -> tuple[int, int] | None:
+    """The newest version of CUDA that the NVIDIA driver supports, such as (12, 4); None without a driver."""
+    number = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except OSError:
+        return None
+    return None if failed else (number.value // 1000, number.value % 1000 // 10)
 
 
 def _describe_processes(num_processes: int) -> Choice:
@@ -61,14 +83,13 @@ def choose_precision(requested: str) -> Choice:
 
 
 def create_accelerator(config: Config, precision: str) -> Accelerator:
-    """The Accelerator: device, autocast, fp16 loss scaling, and communication between ranks.
+    """The Accelerator: device, autocast, and communication between ranks.
 
-    Accumulation and the schedule are the loop's own, so Accelerate gets no accumulation steps.
+    Accumulation, the schedule and fp16's loss scale are the loop's own.
 
     Raises:
         ValueError: the launcher started several processes and Accelerate does not see them.
     """
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # but without a successor
     # oneDNN caches a compiled program for each shape. Each update has another number of tokens, so that its
     # default of 1024 programs grows to half a GiB. A forward and backward pass needs about 150.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
@@ -80,8 +101,7 @@ def create_accelerator(config: Config, precision: str) -> Accelerator:
         cpu=not torch.cuda.is_available(),
         log_with="tensorboard",
         project_dir=config.output_dir,
-        # Ranks may differ in their number of forward passes, so none may wait for the others in one.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[GradScalerKwargs(enabled=False)],
     )
     if accelerator.device.type == "cpu":
         _use_all_cores(accelerator.num_processes)
@@ -117,7 +137,8 @@ def matmul_rate(device: torch.device, precision: str) -> float:
     """FLOP/s of the device in matrix multiplications: the best of ten, measured now."""
     dtype = DTYPES[precision]
     size = 4096 if device.type == "cuda" else 1024
-    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    # Random numbers: with constants a GPU's multipliers switch less, draw less power and clock higher.
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
 
     def seconds() -> float:
         start = time.perf_counter()
