@@ -12,9 +12,7 @@ from finetune.runtime.cli import check_settings, run_command
 if __name__ == "__main__" and (code := check_settings(sys.argv[1:])):
     sys.exit(code)
 
-import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +22,14 @@ from finetune.data.collate import iterate_updates
 from finetune.data.plan import Plan, make_plan
 from finetune.data.splits import load_data
 from finetune.model.fast_paths import choose_fast_paths
+from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.load import base_fingerprint, check_vocabulary, describe_base, load_model, load_tokenizer
 from finetune.model.loss import TokenLoss
 from finetune.report.model_card import model_card
 from finetune.report.page import leave_report
-from finetune.run import folder, summary
+from finetune.run import folder, out_of_memory, summary, token_budget
 from finetune.run.bad_update import record_bad_update
-from finetune.run.checkpoint import Checkpointer, History, TrainState
+from finetune.run.checkpoint import Checkpointer, History, Trained, TrainState
 from finetune.run.evaluator import Evaluator
 from finetune.run.opening import RunFacts, open_run
 from finetune.run.tracker import Tracker
@@ -39,7 +38,8 @@ from finetune.runtime.choice import require_as_requested
 from finetune.runtime.memory import peak_memory_gib, release_freed_memory
 from finetune.runtime.processes import on_main
 from finetune.runtime.signals import StopRequest
-from finetune.training.metrics import Stopwatch, SumWindow, all_finite
+from finetune.training.loss_scale import LossScale
+from finetune.training.metrics import Numbers, Stopwatch, SumWindow, check_numbers
 from finetune.training.optim import choose_optimizer, create_optimizer, learning_rate_at, set_learning_rate
 
 
@@ -59,62 +59,63 @@ def train(config: Config) -> int:
     with accelerator.main_process_first():  # the other ranks find its tokens in the cache
         data = load_data(config.data, tokenizer)
 
-    # Model: a frozen, quantized base with a LoRA adapter. The loss lies inside, so that DDP wraps both.
+    # Model: a frozen, quantized base with a LoRA adapter, whose weights lie in one flat tensor.
     model = load_model(config, precision.actual, device)
     check_vocabulary(model, tokenizer)
-    token_loss = TokenLoss(model).train()
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    adapter, token_loss = FlatAdapter(model), TokenLoss(model).train()
+    adapter.broadcast(accelerator)
     optimizer_choice = choose_optimizer(config.optim.name, device)
-    optimizer = create_optimizer(optimizer_choice.actual, trainable, config.optim)
-    ddp_loss, optimizer = accelerator.prepare(token_loss, optimizer)
+    optimizer = create_optimizer(optimizer_choice.actual, adapter, config.optim)
+    loss_scale = LossScale(precision.actual)
 
     # Fast paths, each checked against its reference path; then the plan of all updates.
     fast_paths = choose_fast_paths(config, accelerator, token_loss, data.train, folder.recorded_int8(config))
+    budget = token_budget.choose(config, accelerator, token_loss, fast_paths.packed)
     choices = [*machine.describe_machine(accelerator), precision, describe_base(config.model, model)]
-    choices += [optimizer_choice, *fast_paths]
+    choices += [optimizer_choice, *fast_paths, *budget.choices]
     if config.strict:
         require_as_requested(choices)
     flop_per_second = machine.matmul_rate(device, precision.actual)
-    plan = make_plan(config, data.train, fast_paths.packed, rank, accelerator.num_processes)
+    plan = make_plan(config, data.train, fast_paths.packed, rank, accelerator.num_processes, budget.tokens)
 
     # The run: new, or resumed from its newest whole checkpoint.
     window = SumWindow(device)
-    checkpointer = Checkpointer(config, accelerator, model, optimizer, window)
+    checkpointer = Checkpointer(config, accelerator, Trained(adapter, optimizer, loss_scale), window)
     source, remarks = folder.find_checkpoint(config)
     state = checkpointer.resume(source, base_fingerprint(config.model, model))
-    facts = RunFacts(config, model, data, plan, choices, fast_paths.int8.actual, flop_per_second)
+    facts = RunFacts(config, model, data, plan, choices, fast_paths, budget, flop_per_second)
     on_main(accelerator, open_run, accelerator, facts, state, checkpointer, source, remarks)
     history = folder.read_evaluations(Path(config.output_dir))  # on every rank: all must stop together
 
-    with Tracker(accelerator, config, plan, state.step) as tracker, stop:
+    with Tracker(accelerator, config, plan, state.step) as tracker, stop, out_of_memory.advice(facts, state):
         evaluator = Evaluator(accelerator, config, token_loss, tokenizer, plan, data, tracker, stop, history)
         evaluator.run_if_due(state, checkpointer)  # before training
         stopwatch = Stopwatch(model, flop_per_second)
-        for update, micro_batches in iterate_updates(plan, data.train.dataset, state.step, device):
+        updates = iterate_updates(plan, data.train.dataset, state.step, device)
+        for update, micro_batches in loss_scale.repeating(updates):
             if stop.should_stop() or evaluator.is_over(state.step):
                 break
-            # Dropout noise depends on these three alone: a resumed run draws the same.
+            # Dropout noise depends on these three alone: a resumed run and a repeated update draw the same.
             machine.reseed(config.train.seed, state.step, rank)
             learning_rate = learning_rate_at(state.step, plan.num_steps, config.optim)
             set_learning_rate(optimizer, learning_rate)
-
-            for number, batch in enumerate(micro_batches, 1):
-                # DDP all-reduces once, at the last micro-batch. It averages over ranks, which num_processes
-                # undoes: the loss of an update is the mean over all its target tokens, however laid out.
-                is_last = number == len(micro_batches)
-                with nullcontext() if is_last else accelerator.no_sync(ddp_loss):
-                    with accelerator.autocast():
-                        sums = ddp_loss(batch)  # nll, entropy, correct, count
-                    scale = accelerator.num_processes / update.num_target_tokens
-                    accelerator.backward(sums.nll * scale)
+            adapter.zero_gradients()
+            window.begin_update()
+            for batch in micro_batches:
+                with accelerator.autocast():
+                    sums = token_loss(batch)  # nll, entropy, correct, count
+                # The mean over the target tokens of all micro-batches and ranks, however laid out.
+                accelerator.backward(loss_scale.apply(sums.nll / update.num_target_tokens))
                 window.add(sums)
-            grad_norm = accelerator.clip_grad_norm_(trainable, config.optim.max_grad_norm or math.inf)
-            if not all_finite(accelerator, window, grad_norm):  # the only host-device sync of an update
-                arguments = (token_loss, plan, state, data.train.dataset, tokenizer)
-                on_main(accelerator, record_bad_update, accelerator, checkpointer, *arguments)
-                raise FloatingPointError(f"a number of update {state.step + 1} is not finite")
+            adapter.reduce_gradients(accelerator)
+            grad_norm = adapter.clip_gradients(config.optim.max_grad_norm, loss_scale.value)
+            numbers = check_numbers(accelerator, window, grad_norm)  # the only host-device sync of an update
+            if loss_scale.adapt_to(numbers):  # fp16 overflowed: the same update again, at half the scale
+                continue
+            if numbers is not Numbers.FINITE:
+                raise record_bad_update(accelerator, checkpointer, token_loss, plan, state, data, tokenizer)
             optimizer.step()
-            optimizer.zero_grad()
+            window.keep_update()
             state.step += 1
             release_freed_memory(state.step)
 
@@ -123,8 +124,8 @@ def train(config: Config) -> int:
             if plan.is_due(config.log.every_steps, state.step):
                 metrics = window.reduce(accelerator)
                 metrics |= {"learning_rate": learning_rate, "grad_norm": float(grad_norm)}
-                metrics |= {**stopwatch.speed(), "peak_memory_gib": peak_memory_gib(device)}
-                tracker.log("train", state.step, metrics)
+                metrics |= {**loss_scale.metrics(), **stopwatch.speed()}
+                tracker.log("train", state.step, metrics | {"peak_memory_gib": peak_memory_gib(device)})
             with stopwatch.paused():
                 if plan.is_due(config.checkpoint.every_steps, state.step):
                     checkpointer.save(state, history)
@@ -146,6 +147,7 @@ def finish(
     """Write the result (with `keep_best`, the adapter of the best checkpoint), its card and the report."""
     config, run_dir = checkpointer.config, checkpointer.run_dir
     remarks = checkpointer.load_best(state, history) if config.checkpoint.keep_best else []
+    remarks += checkpointer.trained.loss_scale.remarks()
     folder.record_adapter_step(run_dir, state.step)
     texts = folder.training_config(config), model_card(run_dir, config)
     checkpointer.save_result(run_dir / folder.RESULT, tokenizer, *texts)
@@ -156,7 +158,7 @@ def finish(
 def run(argv: Sequence[str]) -> int:
     """Train with the configuration that the command line gives."""
     config = parse_config(argv)
-    with folder.only_one_at_a_time(config):
+    with folder.only_one_at_a_time(config), out_of_memory.around_training(config):
         return train(config)
 
 

@@ -17,7 +17,7 @@ from finetune.config import Config
 from finetune.data.collate import MicroBatch, pack, pad
 from finetune.data.tokenize import IGNORE, Examples
 from finetune.model.loss import TokenLoss
-from finetune.ops import elementwise, kernels, lora, quantized
+from finetune.ops import decoder_layer, elementwise, kernels, lora, quantized
 from finetune.ops.attention import PACKED, describe_kernel
 from finetune.ops.quantized import dequantized, dropout_off
 from finetune.runtime.accelerator import DTYPES
@@ -42,6 +42,7 @@ class FastPaths(NamedTuple):
     loss: Choice
     lora: Choice
     elementwise: Choice
+    layers: Choice
     int8: Choice
     kernels: Choice
 
@@ -68,17 +69,19 @@ def choose_fast_paths(
         quantized.enable(token_loss.model)
     lora_choice = _choose_lora(config, token_loss.model, int8_choice, trial, expected)
     elementwise_choice = _choose_elementwise(config, token_loss.model, trial, expected)
+    layers_choice = _choose_layers(config, token_loss.model, int8_choice, trial, expected)
     layout, attention = _choose_layout(config, token_loss, trial, expected)
     loss = _choose_head(config, token_loss, trial)
     del expected, trial
     reset_peak_memory(accelerator.device)
-    choices = (layout, attention, loss, lora_choice, elementwise_choice, int8_choice, kernels_choice)
-    return FastPaths(*choices)
+    of_layers = (lora_choice, elementwise_choice, layers_choice)
+    return FastPaths(layout, attention, loss, *of_layers, int8_choice, kernels_choice)
 
 
 def use_reference_paths(token_loss: TokenLoss) -> None:
     """Compute everything as transformers, PEFT and bitsandbytes do."""
     token_loss.masks_packed_sequences, token_loss.head_mib = True, None
+    decoder_layer.disable(token_loss.model)
     lora.disable(token_loss.model)
     elementwise.disable(token_loss.model)
     quantized.disable(token_loss.model)
@@ -266,6 +269,24 @@ def _choose_elementwise(config: Config, model: nn.Module, trial: _Trial, expecte
         elementwise.disable(model)
         return Choice(name, fast, reference, f"tried on the longest example: {fault}")
     return Choice(name, fast, fast)
+
+
+def _choose_layers(config: Config, model: nn.Module, int8: Choice, trial: _Trial, expected: Tensor) -> Choice:
+    """Whole decoder layers in a few functions, where their parts are fast."""
+    name, fused, reference = "decoder layers", "fused", "module by module"
+    if not (config.fast.lora and config.fast.elementwise):
+        return Choice(name, reference, reference)
+    if int8.actual == "int8":
+        return Choice(name, fused, reference, "int8 weights are multiplied in int8")
+    num_fused, num_all = decoder_layer.enable(model)
+    if num_fused == 0:
+        return Choice(name, fused, reference, "no layers of Llama's kind with fast parts")
+    if fault := trial.fault(trial.alone, expected):
+        decoder_layer.disable(model)
+        return Choice(name, fused, reference, f"tried on the longest example: {fault}")
+    if num_fused < num_all:
+        return Choice(name, fused, f"{fused}, except {num_all - num_fused}", "layers of another kind")
+    return Choice(name, fused, fused)
 
 
 def _choose_int8(

@@ -27,7 +27,7 @@ class TokenSums:
 
 
 class TokenLoss(nn.Module):
-    """A causal language model with its loss: DDP wraps both, and the logits never leave the module.
+    """A causal language model with its loss: the logits never leave the module.
 
     It starts on the reference paths; `fast_paths.choose_fast_paths` enables the fast ones.
     """

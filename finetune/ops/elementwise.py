@@ -32,8 +32,13 @@ def enable(model: nn.Module) -> int:
 def disable(model: nn.Module) -> None:
     """Restore the modules' own forward methods."""
     for module in model.modules():
-        if getattr(module.__dict__.get("forward"), "__func__", None) in (_norm, _mlp, _attention):
+        if is_enabled(module):
             del module.forward
+
+
+def is_enabled(module: nn.Module) -> bool:
+    """Whether the module has a forward method of this module's."""
+    return getattr(module.__dict__.get("forward"), "__func__", None) in (_norm, _mlp, _attention)
 
 
 def _is_equivalent(module: Any, forward: Any) -> bool:
@@ -103,7 +108,7 @@ def _norm(module: Any, x: Tensor) -> Tensor:
 
 def _mlp(module: Any, x: Tensor) -> Tensor:
     product = _GatedSilu.apply(  # type: ignore[no-untyped-call]
-        *lora.project([module.gate_proj, module.up_proj], x)
+        lora.project([module.gate_proj, module.up_proj], x)
     )
     result: Tensor = module.down_proj(product)
     return result
@@ -124,8 +129,9 @@ def _attention(
         )
         return own
     shape = (*hidden_states.shape[:-1], -1, module.head_dim)
-    projections = lora.project([module.q_proj, module.k_proj, module.v_proj], hidden_states)
-    query, key, value = (projection.view(shape) for projection in projections)
+    layers = [module.q_proj, module.k_proj, module.v_proj]
+    joint, sizes = lora.project(layers, hidden_states), [layer.out_features for layer in layers]
+    query, key, value = (part.view(shape) for part in torch.split(joint, sizes, dim=-1))
     query, key = (
         _Rotate.apply(part, *position_embeddings)  # type: ignore[no-untyped-call]
         for part in (query, key)
@@ -175,20 +181,19 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class _GatedSilu(torch.autograd.Function):
-    """silu(gate) * up; the backward pass recomputes silu(gate)."""
+    """silu(gate) * up [..., F] of gate_up [..., 2F]; the backward pass recomputes silu(gate)."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        gate_up = torch.cat([gate, up], dim=-1).flatten(0, -2)
-        ctx.save_for_backward(gate_up)
-        return operators.gated_silu(gate_up).view(gate.shape)
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        rows = gate_up.flatten(0, -2)
+        ctx.save_for_backward(rows)
+        return operators.gated_silu(rows).view(*gate_up.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        (gate_up,) = ctx.saved_tensors
-        d_gate_up, _ = operators.gated_silu_backward(gate_up, dy.reshape(len(gate_up), -1))
-        d_gate, d_up = d_gate_up.view(*dy.shape[:-1], -1).chunk(2, dim=-1)
-        return d_gate, d_up
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        d_rows, _ = operators.gated_silu_backward(rows, dy.reshape(len(rows), -1))
+        return d_rows.view(*dy.shape[:-1], -1)
 
 
 # The attributes that a module must have for its forward method to be replaced.

@@ -19,12 +19,14 @@ from torch.nn import functional as F
 
 from finetune.data.collate import MicroBatch, iterate_batches
 from finetune.data.plan import Plan
+from finetune.data.splits import Data
 from finetune.data.tokenize import IGNORE
 from finetune.model.loss import TokenLoss
 from finetune.run.checkpoint import Checkpointer, TrainState, list_checkpoints, write_checkpoint
 from finetune.runtime.accelerator import reseed
 from finetune.runtime.console import say
 from finetune.runtime.files import write_atomically
+from finetune.runtime.processes import on_main
 
 RECORD, STATE_BEFORE = "bad_update.json", "bad_update"
 
@@ -35,7 +37,7 @@ def examine_update(
     """Repeat the forward and backward passes of update `step` (from 0) of all ranks in this process, with the
     same dropout noise, and report the results: by example, by target token, by parameter.
 
-    Losses are in nats; a non-finite number is written as text. Gradients are set to None afterwards.
+    Losses are in nats; a non-finite number is written as text. Gradients are zero afterwards.
     """
     update = plan.update(step)
     micro_batches = [
@@ -64,7 +66,7 @@ def _examine_share(
     trainable = {name: p for name, p in token_loss.named_parameters() if p.requires_grad}
     reseed(plan.seed, step, plan.rank)
     for indices, batch in zip(update.micro_batches, batches, strict=True):
-        token_loss.zero_grad()
+        token_loss.zero_grad(set_to_none=False)
         with accelerator.autocast():
             nll_of_token = _nll(token_loss, batch)
         torch.autograd.backward(nll_of_token.sum() / update.num_target_tokens)
@@ -77,7 +79,7 @@ def _examine_share(
             ],
             "examples": _examples([dataset[i] for i in indices], nll_of_token.tolist(), tokenizer),
         }
-    token_loss.zero_grad()
+    token_loss.zero_grad(set_to_none=False)
 
 
 def _nll(token_loss: TokenLoss, batch: MicroBatch) -> Tensor:
@@ -117,29 +119,37 @@ def record_bad_update(
     token_loss: TokenLoss,
     plan: Plan,
     state: TrainState,
+    data: Data,
+    tokenizer: Any,
+) -> FloatingPointError:
+    """Find which numbers of the update after `state` are not finite, write them down, and print where. The
+    main process does this. Returns the error to raise."""
+    arguments = (accelerator, checkpointer, token_loss, plan, state, data.train.dataset, tokenizer)
+    on_main(accelerator, _record, *arguments)
+    return FloatingPointError(f"a number of update {state.step + 1} is not finite")
+
+
+def _record(
+    accelerator: Any,
+    checkpointer: Checkpointer,
+    token_loss: TokenLoss,
+    plan: Plan,
+    state: TrainState,
     dataset: Any,
     tokenizer: Any,
 ) -> None:
-    """Find which numbers of the update after `state` are not finite, write them down, and print where."""
     record = examine_update(accelerator, token_loss, plan, state.step, dataset, tokenizer)
-    model, optimizer, scaler = checkpointer.model, checkpointer.optimizer, checkpointer.scaler
-    say(write_bad_update(checkpointer.run_dir, record, state, model, optimizer, scaler))
+    say(write_bad_update(checkpointer, record, state))
 
 
-def write_bad_update(
-    run_dir: Path,
-    record: dict[str, Any],
-    state: TrainState,
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
-) -> str:
+def write_bad_update(checkpointer: Checkpointer, record: dict[str, Any], state: TrainState) -> str:
     """Write bad_update.json and, as a checkpoint, the state before the update; return a message to print."""
+    run_dir = checkpointer.run_dir
     kept = list_checkpoints(run_dir)
     last = f"the last checkpoint is {kept[0]}" if kept else "there was no checkpoint yet"
-    before = TrainState(state.base, state.step)  # without the sums of the log window, which are bad
+    before = TrainState(state.base, state.step)
     try:
-        write_checkpoint(run_dir / STATE_BEFORE, before, model, optimizer, scaler)
+        write_checkpoint(run_dir / STATE_BEFORE, before, checkpointer.trained)
         write_atomically(run_dir / RECORD, json.dumps(record, indent=1, ensure_ascii=False))
     except (ValueError, OSError) as error:  # the bad number matters more than the full disk
         return f"{last}. What was in update {record['update']} could not be written: {error}"

@@ -11,18 +11,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune.config import CheckpointConfig, Config
+from finetune.model.flat_adapter import FlatAdapter
 from finetune.runtime.files import atomic_folder, file_sha256, tensor_bytes
 from finetune.runtime.processes import on_main
 from finetune.training.evaluate import best_of
+from finetune.training.loss_scale import LossScale
 from finetune.training.metrics import SumWindow
-from finetune.training.optim import GroupedAdamW8bit, state_bytes
+from finetune.training.optim import state_bytes
+from finetune.training.optim_state import kind_of, load_state, split_state
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG, OPTIMIZER, STATE, MANIFEST = (
     "adapter_model.safetensors",
@@ -52,26 +54,27 @@ class TrainState:
     """TokenSums since the last log line, over all ranks"""
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What the updates of a run change."""
+
+    adapter: FlatAdapter
+    optimizer: torch.optim.Optimizer
+    loss_scale: LossScale
+
+    @property
+    def model(self) -> PeftModel:
+        """The model that the adapter belongs to."""
+        return self.adapter.model
+
+
 class Checkpointer:
     """Saves and restores the state of a run: adapter, optimizer, fp16's loss scale, step, open log window."""
 
-    def __init__(
-        self,
-        config: Config,
-        accelerator: Any,
-        model: PeftModel,
-        optimizer: torch.optim.Optimizer,
-        window: SumWindow,
-    ) -> None:
+    def __init__(self, config: Config, accelerator: Any, trained: Trained, window: SumWindow) -> None:
         self.config, self.run_dir = config, Path(config.output_dir)
-        self.model, self.optimizer = model, optimizer
+        self.trained = trained
         self._accelerator, self._window = accelerator, window
-
-    @property
-    def scaler(self) -> torch.amp.GradScaler | None:
-        """The loss scaler of fp16; None in other precisions."""
-        scaler: torch.amp.GradScaler | None = self._accelerator.scaler
-        return scaler
 
     def resume(self, source: Path | None, base: str) -> TrainState:
         """Restore the checkpoint `source`, or start from scratch; `base` is the base model's fingerprint.
@@ -81,7 +84,7 @@ class Checkpointer:
         """
         if source is None:
             return TrainState(base)
-        state = load_checkpoint(source, base, self.model, self.optimizer, self.scaler)
+        state = load_checkpoint(source, base, self.trained)
         if self._accelerator.is_main_process:  # sums over all ranks: they must count once
             self._window.restore(state.window_sums)
         return state
@@ -98,24 +101,22 @@ class Checkpointer:
                 save_checkpoint,
                 self.run_dir,
                 state,
-                self.model,
-                self.optimizer,
-                self.scaler,
+                self.trained,
                 self.config.checkpoint,
                 history,
             )
 
     def load_best(self, state: TrainState, history: History) -> list[str]:
         """As the function `load_best`, of this run."""
-        return load_best(self.run_dir, history, state, self.model)
+        return load_best(self.run_dir, history, state, self.trained.model)
 
     def save_result(self, folder: Path, tokenizer: Any, training_config: str, card: str) -> None:
         """As the function `save_result`, of this run."""
-        save_result(folder, self.model, tokenizer, training_config, card)
+        save_result(folder, self.trained.model, tokenizer, training_config, card)
 
     def estimate_bytes(self) -> int:
         """Approximate size of one checkpoint on disk."""
-        return estimate_bytes(self.model, self.config.optim.name)
+        return estimate_bytes(self.trained.model, self.config.optim.name)
 
 
 def adapter_weights(model: PeftModel) -> dict[str, Tensor]:
@@ -135,9 +136,7 @@ def checkpoint_dir(run_dir: Path, step: int) -> Path:
 def save_checkpoint(
     run_dir: Path,
     state: TrainState,
-    model: PeftModel,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
+    trained: Trained,
     config: CheckpointConfig,
     history: History,
 ) -> Path:
@@ -148,14 +147,14 @@ def save_checkpoint(
         ValueError: the disk is full; earlier checkpoints are left as they were.
         FloatingPointError: a weight is not a finite number.
     """
-    adapter = adapter_weights(model)
-    if not all(bool(tensor.isfinite().all()) for tensor in adapter.values()):
+    weights = adapter_weights(trained.model).values()
+    if not all(bool(tensor.isfinite().all()) for tensor in weights):
         raise FloatingPointError(
             f"after update {state.step} a weight is not a finite number; it was not saved"
         )
     folder = checkpoint_dir(run_dir, state.step)
     if not (folder.exists() and fault_of(folder) is None):
-        write_checkpoint(folder, state, model, optimizer, scaler)
+        write_checkpoint(folder, state, trained)
     # Newer ones are damaged: the run resumed from an earlier one.
     written = list_checkpoints(run_dir)
     position = written.index(folder)
@@ -182,27 +181,20 @@ def best_first(run_dir: Path, history: History) -> Iterator[tuple[Path, str | No
             return
 
 
-def write_checkpoint(
-    folder: Path,
-    state: TrainState,
-    model: PeftModel,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
-) -> None:
+def write_checkpoint(folder: Path, state: TrainState, trained: Trained) -> None:
     """Write one checkpoint atomically: into a temporary folder, flushed to disk, then renamed."""
-    tensors, values = _split_tensors(optimizer.state_dict()["state"])
-    with atomic_folder(
-        folder, tensor_bytes([*adapter_weights(model).values(), *tensors.values()])
-    ) as staging:
-        save_adapter(model, staging)
+    tensors, values = split_state(trained.optimizer, trained.adapter)
+    size = tensor_bytes([*adapter_weights(trained.model).values(), *tensors.values()])
+    with atomic_folder(folder, size) as staging:
+        save_adapter(trained.model, staging)
         save_file(tensors, staging / OPTIMIZER)
-        loop = asdict(state)
-        scale = {} if scaler is None else scaler.state_dict()
-        kind = _kind(optimizer)
-        _write_json(
-            staging / STATE,
-            {**loop, "loss_scaler": scale, "optimizer_kind": kind, "optimizer": values},
-        )
+        record = {
+            **asdict(state),
+            "loss_scaler": trained.loss_scale.state_dict(),
+            "optimizer_kind": kind_of(trained.optimizer),
+            "optimizer": values,
+        }
+        _write_json(staging / STATE, record)
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
             for path in staging.iterdir()
@@ -272,14 +264,8 @@ def fault_of(folder: Path) -> str | None:
     return None
 
 
-def load_checkpoint(
-    folder: Path,
-    base: str,
-    model: PeftModel,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
-) -> TrainState:
-    """Restore adapter, optimizer and fp16's loss scaler, and return the state of the loop.
+def load_checkpoint(folder: Path, base: str, trained: Trained) -> TrainState:
+    """Restore adapter, optimizer and fp16's loss scale, and return the state of the loop.
 
     Raises:
         ValueError: it was saved with another base, another adapter (other target modules or rank) or
@@ -289,17 +275,14 @@ def load_checkpoint(
     keys = {"base", "step", "window_sums", "loss_scaler", "optimizer_kind", "optimizer"}
     if not (isinstance(state, dict) and set(state) >= keys):
         raise ValueError(f"checkpoint {folder} was saved by another version: its {STATE} lacks keys")
-    load_adapter(folder, model)
+    load_adapter(folder, trained.model)
     if state["base"] != base:
         raise ValueError(f"checkpoint {folder} was trained on another base model than this one")
-    saved_kind = state.pop("optimizer_kind")
-    if saved_kind != _kind(optimizer):
-        raise ValueError(f"checkpoint {folder} was saved with {saved_kind}, not with {_kind(optimizer)}")
-    merged = _merge_tensors(state.pop("optimizer"), load_file(folder / OPTIMIZER))
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": merged, "param_groups": groups})
-    if scaler is not None and state["loss_scaler"]:  # a run that began in bf16 may resume in fp16
-        scaler.load_state_dict(state["loss_scaler"])
+    saved_kind, kind = state["optimizer_kind"], kind_of(trained.optimizer)
+    if saved_kind != kind:
+        raise ValueError(f"checkpoint {folder} was saved with {saved_kind}, not with {kind}")
+    load_state(trained.optimizer, trained.adapter, load_file(folder / OPTIMIZER), state["optimizer"])
+    trained.loss_scale.load_state_dict(state["loss_scaler"])
     return TrainState(base, state["step"], state["window_sums"])
 
 
@@ -333,45 +316,6 @@ def load_best(run_dir: Path, history: History, state: TrainState, model: PeftMod
     load_adapter(best, model)
     state.step = int(best.name.removeprefix("step_"))
     return remarks
-
-
-def _kind(optimizer: torch.optim.Optimizer) -> str:
-    """The optimizer's class; paged and grouped variants have the same state as the plain one."""
-    inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
-    kind = bnb.optim.AdamW8bit if isinstance(inner, GroupedAdamW8bit) else type(inner)
-    return f"{kind.__module__.partition('.')[0]} {kind.__name__.removeprefix('Paged')}"
-
-
-def _split_tensors(state: dict[Any, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state, flattened (`0.exp_avg`): its tensors, and its other values."""
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
-    for path, value in _leaves(state):
-        if isinstance(value, Tensor):
-            tensors[path] = value.detach().cpu().contiguous().clone()
-        else:
-            values[path] = value
-    return tensors, values
-
-
-def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _merge_tensors(values: dict[str, Any], tensors: dict[str, Tensor]) -> dict[int, dict[str, Any]]:
-    """The inverse of `_split_tensors`: parameter index -> name -> value."""
-    state: dict[int, dict[str, Any]] = {}
-    for path, value in {**values, **tensors}.items():
-        index, *names = path.split(".")
-        entry = state.setdefault(int(index), {})
-        for name in names[:-1]:
-            entry = entry.setdefault(name, {})
-        entry[names[-1]] = value
-    return state
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -24,6 +24,8 @@ SHOWN = {
     "entropy": ("entropy", "{:.4f}"),
     "learning_rate": ("lr", "{:.2e}"),
     "grad_norm": ("grad norm", "{:.3f}"),
+    "loss_scale": ("loss scale", "{:,.0f}"),
+    "overflow_repeats": ("repeats", "{}"),
     "useful_tokens_per_second": ("tokens/s", "{:,.0f}"),
     "mfu": ("MFU", "{:.0%}"),
     "peak_memory_gib": ("GiB", "{:.2f}"),
@@ -78,7 +80,7 @@ def show_end(
 ) -> None:
     """Print how the run ended, the first evaluation beside that of its adapter, and where the files are.
 
-    `remarks` are those of `load_best`.
+    `remarks` are those of `load_best` and of the loss scale.
     """
     run_dir = Path(config.output_dir)
     _show_last_step(config, plan, evaluations)

@@ -183,7 +183,7 @@ def _saying_where(run_dir: Path) -> Iterator[None]:
 
 
 def _finite(entry: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: the gradient norm of an update that fp16's loss scaler skipped becomes null."""
+    """JSON has no infinity: such a number becomes null."""
     return {k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in entry.items()}
 
 

@@ -4,7 +4,6 @@ import ctypes
 import os
 import platform
 import time
-import warnings
 from importlib.metadata import version
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
+from accelerate.utils import GradScalerKwargs, parse_flag_from_env
 
 from finetune.config import Config
 from finetune.runtime.choice import Choice
@@ -84,14 +83,13 @@ def choose_precision(requested: str) -> Choice:
 
 
 def create_accelerator(config: Config, precision: str) -> Accelerator:
-    """The Accelerator: device, autocast, fp16 loss scaling, and communication between ranks.
+    """The Accelerator: device, autocast, and communication between ranks.
 
-    Accumulation and the schedule are the loop's own, so Accelerate gets no accumulation steps.
+    Accumulation, the schedule and fp16's loss scale are the loop's own.
 
     Raises:
         ValueError: the launcher started several processes and Accelerate does not see them.
     """
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # but without a successor
     # oneDNN caches a compiled program for each shape. Each update has another number of tokens, so that its
     # default of 1024 programs grows to half a GiB. A forward and backward pass needs about 150.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
@@ -103,8 +101,7 @@ def create_accelerator(config: Config, precision: str) -> Accelerator:
         cpu=not torch.cuda.is_available(),
         log_with="tensorboard",
         project_dir=config.output_dir,
-        # Ranks may differ in their number of forward passes, so none may wait for the others in one.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[GradScalerKwargs(enabled=False)],
     )
     if accelerator.device.type == "cpu":
         _use_all_cores(accelerator.num_processes)

@@ -137,7 +137,7 @@ def compute_update(
     update, token_loss, device = plan.update(step), parts.token_loss, parts.accelerator.device
     batches = iterate_batches(update.micro_batches, parts.train_set.dataset, plan.layout.packing, device)
     nll = 0.0
-    token_loss.zero_grad()
+    parts.adapter.zero_gradients()
     for batch in batches:
         with parts.accelerator.autocast() if precision is None else precision:
             sums = token_loss(batch)
@@ -145,7 +145,7 @@ def compute_update(
         nll += float(sums.nll.detach())
     gradients = [p.grad for p in token_loss.parameters() if p.grad is not None]
     gradient = torch.cat([grad.flatten().float().cpu() for grad in gradients])
-    token_loss.zero_grad()
+    parts.adapter.zero_gradients()
     return Outcome(nll / update.num_target_tokens, gradient)
 
 

@@ -32,7 +32,7 @@ def evaluate(
     """[E, 4] float64 on the CPU: nll and entropy in nats, correct, and number of the target tokens of each of
     the E examples of `dataset`, without dropout. None if the evaluation was stopped midway.
 
-    `token_loss` is the module itself, not its DDP wrapper: ranks may have different numbers of batches.
+    Ranks may have different numbers of batches.
     `batches` are those of this rank, as `plan_evaluation` returns them; the sums are over all ranks.
     `precision` is "run", or "fp32" to compute in fp32 with the same weights.
 

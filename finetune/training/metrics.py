@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -18,18 +19,30 @@ COUNT = 3  # index of the number of target tokens among the sums
 
 
 class SumWindow:
-    """Adds up TokenSums on the device; only `reduce` waits for the device."""
+    """Adds up TokenSums on the device; only `reduce` waits for the device.
+
+    Those of the current update are apart until it is made, since it may be repeated.
+    """
 
     def __init__(self, device: torch.device) -> None:
         # nll, entropy, correct, count; fp64 resolves one token's part of a million nats.
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._of_update = torch.zeros_like(self._sums)
+
+    def begin_update(self) -> None:
+        """Start the sums of an update at zero; those of one that was not kept are forgotten."""
+        self._of_update.zero_()
 
     def add(self, sums: TokenSums) -> None:
-        values = (sums.nll.detach(), sums.entropy, sums.correct, sums.count)
-        self._sums += torch.stack([value.double() for value in values])
+        """Add a micro-batch to the current update."""
+        self._of_update += torch.stack([sums.nll.detach(), sums.entropy, sums.correct, sums.count])
+
+    def keep_update(self) -> None:
+        """Take the current update into the window."""
+        self._sums += self._of_update
 
     def total(self, accelerator: Any) -> Tensor:
-        """The sums over all ranks: [4] float64."""
+        """The sums over all ranks: [4] float64, without those of the current update."""
         total: Tensor = accelerator.reduce(self._sums, reduction="sum")
         return total
 
@@ -40,8 +53,8 @@ class SumWindow:
         return metrics
 
     def is_finite(self) -> Tensor:
-        """Whether all sums are finite: a bool scalar on the device."""
-        return self._sums.isfinite().all()
+        """Whether all sums of the current update are finite: a bool scalar on the device."""
+        return self._of_update.isfinite().all()
 
     def restore(self, sums: list[float]) -> None:
         """Continue from sums over all ranks. Only one rank may call this, or they would count twice."""
@@ -59,17 +72,22 @@ def means(sums: Tensor) -> Metrics:
     }
 
 
-def all_finite(accelerator: Any, window: SumWindow, grad_norm: Tensor) -> bool:
-    """Whether the sums and the gradient are finite on all ranks, so that they may reach the weights.
+class Numbers(IntEnum):
+    """Which numbers of an update are not finite, on any rank."""
 
-    This waits for the device. In fp16, a gradient may overflow: the loss scaler then skips the update and
-    lowers its scale. Only a gradient that is not finite without scaling counts.
-    """
-    finite = bool(window.is_finite() & grad_norm.isfinite())
-    scaler = accelerator.scaler
-    if not finite and scaler is not None and scaler.get_scale() > 1:
-        finite = bool(window.is_finite())
-    return all_reduce_max(accelerator, 0 if finite else 1) == 0
+    FINITE = 0
+    GRADIENT_NOT_FINITE = 1
+    LOSS_NOT_FINITE = 2
+
+
+def check_numbers(accelerator: Any, window: SumWindow, grad_norm: Tensor) -> Numbers:
+    """Whether the sums of the current update and its gradient are finite on all ranks, so that they may reach
+    the weights. This waits for the device."""
+    loss_is_finite, gradient_is_finite = torch.stack([window.is_finite(), grad_norm.isfinite()]).tolist()
+    numbers = Numbers.FINITE if gradient_is_finite else Numbers.GRADIENT_NOT_FINITE
+    if not loss_is_finite:
+        numbers = Numbers.LOSS_NOT_FINITE
+    return Numbers(all_reduce_max(accelerator, numbers))
 
 
 class Stopwatch:

@@ -7,6 +7,7 @@ from finetune.config import Config
 from finetune.data.rows import load_rows
 from finetune.data.splits import tokenize_splits
 from finetune.data.tokenize import Examples
+from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.load import check_vocabulary, load_model, load_tokenizer
 from finetune.model.loss import TokenLoss
 from finetune.runtime.accelerator import choose_precision, create_accelerator
@@ -23,6 +24,7 @@ class Parts:
     train_set: Examples
     eval_set: Examples
     model: Any
+    adapter: FlatAdapter
     token_loss: TokenLoss
 
 
@@ -38,4 +40,5 @@ def load_parts(config: Config) -> Parts:
     train_set, eval_set = tokenize_splits(load_rows(config.data), tokenizer, config.data)
     model = load_model(config, precision.actual, accelerator.device)
     check_vocabulary(model, tokenizer)
-    return Parts(accelerator, precision, tokenizer, train_set, eval_set, model, TokenLoss(model).train())
+    adapter, token_loss = FlatAdapter(model), TokenLoss(model).train()
+    return Parts(accelerator, precision, tokenizer, train_set, eval_set, model, adapter, token_loss)

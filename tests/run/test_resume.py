@@ -32,8 +32,10 @@ from transformers import AutoTokenizer
 import finetune.run.checkpoint as checkpoint_module
 import train
 from finetune.config import CheckpointConfig, LoraConfig, OptimConfig
+from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.load import add_adapter
 from finetune.run.checkpoint import (
+    Trained,
     TrainState,
     adapter_weights,
     fault_of,
@@ -41,6 +43,8 @@ from finetune.run.checkpoint import (
     save_checkpoint,
 )
 from finetune.run.tracker import Tracker
+from finetune.training.loss_scale import LossScale
+from finetune.training.metrics import Numbers
 from finetune.training.optim import create_optimizer
 
 # Twelve updates, with everything that a run carries along: dropout noise, 8-bit optimizer state (matrices of
@@ -575,38 +579,40 @@ def test_another_base_of_the_same_shape_is_refused(
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "sgd"])
 def test_adapter_optimizer_and_state_survive_a_round_trip(tmp_path, name):
-    def build(seed: int) -> tuple[Any, torch.optim.Optimizer]:
+    def build(seed: int) -> Trained:
         torch.manual_seed(seed)
         model = add_adapter(tiny_model(100).requires_grad_(False), LoraConfig(r=64))
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        return model, create_optimizer(name, trainable, OptimConfig(name=name, learning_rate=1e-2))
+        adapter = FlatAdapter(model)
+        optimizer = create_optimizer(name, adapter, OptimConfig(name=name, learning_rate=1e-2))
+        return Trained(adapter, optimizer, LossScale("fp16"))
 
-    def update(model: Any, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    def update(trained: Trained, seed: int) -> None:
         noise = torch.Generator().manual_seed(seed)
-        for parameter in model.parameters():
+        for parameter in trained.model.parameters():
             if parameter.requires_grad:
-                parameter.grad = torch.randn(parameter.shape, generator=noise)
-        optimizer.step()
+                parameter.grad.normal_(generator=noise)
+        trained.optimizer.step()
+        trained.loss_scale.adapt_to(Numbers.GRADIENT_NOT_FINITE if seed == 1 else Numbers.FINITE)
 
-    def everything(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        weights = {key: value for key, value in model.state_dict().items() if "lora_" in key}
-        return {**weights, **leaves_of(optimizer.state_dict()["state"])}
+    def everything(trained: Trained) -> dict[str, Any]:
+        weights = {key: value for key, value in trained.model.state_dict().items() if "lora_" in key}
+        state = leaves_of(trained.optimizer.state_dict()["state"])
+        return {**weights, **state, **trained.loss_scale.state_dict()}
 
-    model, optimizer = build(seed=0)
+    trained = build(seed=0)
     for seed in range(3):
-        update(model, optimizer, seed)
+        update(trained, seed)
     state = TrainState(base="this", step=3, window_sums=[0.1, 2.0, 3.0, 4.0])
-    scaler, other_scaler = (torch.amp.GradScaler("cpu", init_scale=scale) for scale in (8.0, 2.0))
-    folder = save_checkpoint(tmp_path, state, model, optimizer, scaler, CheckpointConfig(), [])
+    folder = save_checkpoint(tmp_path, state, trained, CheckpointConfig(), [])
     if name == "adamw_8bit":
         saved = load_file(folder / "optimizer.safetensors")
         assert {torch.uint8, torch.float32} <= {tensor.dtype for tensor in saved.values()}
 
-    other_model, other_optimizer = build(seed=1)
-    assert load_checkpoint(folder, "this", other_model, other_optimizer, other_scaler) == state
-    assert other_scaler.state_dict() == scaler.state_dict()
+    other = build(seed=1)
+    assert load_checkpoint(folder, "this", other) == state
+    assert other.loss_scale.state_dict() == {"scale": 2048, "good_updates": 1, "repeats": 1}
     for seed in range(3, 6):
-        ours, theirs = everything(model, optimizer), everything(other_model, other_optimizer)
+        ours, theirs = everything(trained), everything(other)
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
             if isinstance(value, Tensor):
@@ -614,8 +620,8 @@ def test_adapter_optimizer_and_state_survive_a_round_trip(tmp_path, name):
                 assert torch.equal(value, theirs[key]), key
             else:
                 assert value == theirs[key], key
-        update(model, optimizer, seed)
-        update(other_model, other_optimizer, seed)
+        update(trained, seed)
+        update(other, seed)
 
 
 def test_what_is_saved_is_found_without_asking_the_hub(monkeypatch):

@@ -1,5 +1,6 @@
 """Sums become means once, over all that was added; the stopwatch counts training and nothing else."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,9 +9,16 @@ import torch
 from accelerate import Accelerator
 
 from finetune.model.loss import TokenSums
-from finetune.training.metrics import Stopwatch, SumWindow, means
+from finetune.training.metrics import Numbers, Stopwatch, SumWindow, check_numbers, means
 
 CPU = torch.device("cpu")
+
+
+def add_update(window: SumWindow, *micro_batches: TokenSums) -> None:
+    window.begin_update()
+    for micro_batch in micro_batches:
+        window.add(micro_batch)
+    window.keep_update()
 
 
 def sums(nll: float, entropy: float, correct: float, count: float, **options: Any) -> TokenSums:
@@ -34,9 +42,10 @@ def test_means_are_per_target_token():
 
 def test_a_window_weighs_every_token_the_same_and_not_every_micro_batch(accelerator):
     window = SumWindow(CPU)
-    window.add(sums(nll=10, entropy=2, correct=0, count=1))
-    window.add(sums(nll=9, entropy=9, correct=9, count=9))
-    window.add(sums(nll=0, entropy=0, correct=0, count=0))
+    add_update(
+        window, sums(nll=10, entropy=2, correct=0, count=1), sums(nll=9, entropy=9, correct=9, count=9)
+    )
+    add_update(window, sums(nll=0, entropy=0, correct=0, count=0))
     assert window.reduce(accelerator) == {
         "loss": 1.9,
         "entropy": 1.1,
@@ -47,21 +56,21 @@ def test_a_window_weighs_every_token_the_same_and_not_every_micro_batch(accelera
 
 def test_a_window_is_empty_after_it_was_reduced(accelerator):
     window = SumWindow(CPU)
-    window.add(sums(100, 100, 100, 100))
+    add_update(window, sums(100, 100, 100, 100))
     window.reduce(accelerator)
-    window.add(sums(4, 2, 1, 2))
+    add_update(window, sums(4, 2, 1, 2))
     assert window.reduce(accelerator)["loss"] == 2
     assert window.total(accelerator).tolist() == [0, 0, 0, 0]
 
 
 def test_the_total_leaves_the_window_as_it_is_and_can_be_restored(accelerator):
     window = SumWindow(CPU)
-    window.add(sums(1, 2, 3, 4))
+    add_update(window, sums(1, 2, 3, 4))
     saved = window.total(accelerator).tolist()
-    window.add(sums(5, 6, 7, 8))
+    add_update(window, sums(5, 6, 7, 8))
     again = SumWindow(CPU)
     again.restore(saved)
-    again.add(sums(5, 6, 7, 8))
+    add_update(again, sums(5, 6, 7, 8))
     assert saved == [1, 2, 3, 4]
     assert again.total(accelerator).tolist() == window.total(accelerator).tolist() == [6, 8, 10, 12]
 
@@ -75,7 +84,7 @@ def test_the_window_sums_over_all_processes():
             return tensor * 4
 
     window = SumWindow(CPU)
-    window.add(sums(6, 3, 2, 4))
+    add_update(window, sums(6, 3, 2, 4))
     assert window.reduce(Four()) == {
         "loss": 1.5,
         "entropy": 0.75,
@@ -88,14 +97,49 @@ def test_one_more_token_still_counts_after_very_many(accelerator):
     window = SumWindow(CPU)
     window.restore([2.0**24] * 4)  # in fp32 adding one to this gives the same number
     for _ in range(3):
-        window.add(sums(1, 1, 1, 1))
+        add_update(window, sums(1, 1, 1, 1))
     assert window.total(accelerator).tolist() == [2**24 + 3] * 4
+
+
+def test_an_update_that_is_not_kept_leaves_no_trace(accelerator):
+    window = SumWindow(CPU)
+    add_update(window, sums(1, 2, 3, 4))
+    window.begin_update()
+    window.add(sums(float("nan"), 1, 1, 1))
+    assert not window.is_finite()
+    assert window.total(accelerator).tolist() == [1, 2, 3, 4]
+    add_update(window, sums(5, 6, 7, 8))
+    assert window.is_finite()
+    assert window.total(accelerator).tolist() == [6, 8, 10, 12]
+
+
+@pytest.mark.parametrize("nll", [1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("grad_norm", [1.0, float("nan"), float("inf")])
+def test_the_check_says_which_numbers_are_not_finite(accelerator, nll, grad_norm):
+    window = SumWindow(CPU)
+    window.begin_update()
+    window.add(sums(nll, 1, 1, 1))
+    numbers = check_numbers(accelerator, window, torch.tensor(grad_norm))
+    if not math.isfinite(nll):
+        assert numbers is Numbers.LOSS_NOT_FINITE
+    elif not math.isfinite(grad_norm):
+        assert numbers is Numbers.GRADIENT_NOT_FINITE
+    else:
+        assert numbers is Numbers.FINITE
+
+
+def test_the_check_waits_for_the_device_once(accelerator):
+    window = SumWindow(CPU)
+    with torch.profiler.profile() as profile:
+        check_numbers(accelerator, window, torch.tensor(1.0))
+    copied = [event.count for event in profile.key_averages() if event.key == "aten::_local_scalar_dense"]
+    assert sum(copied) == 0  # one transfer of both answers, none for each
 
 
 def test_a_window_keeps_no_graph():
     weight = torch.tensor(2.0, requires_grad=True)
     window = SumWindow(CPU)
-    window.add(TokenSums(weight * 3, torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1.0)))
+    add_update(window, TokenSums(weight * 3, torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1.0)))
     assert not window._sums.requires_grad
 
 

@@ -1,20 +1,22 @@
 """The learning rate follows transformers' schedules; the optimizer is the requested one, or says why not."""
 
+from typing import Any
+
 import bitsandbytes as bnb
 import pytest
 import torch
 from conftest import tiny_model
-from tiny import CPU, VOCABULARY, random_examples, with_adapter
+from optimizers import ALL, SETTINGS, SHAPES, separate_optimizer
+from tiny import CPU, VOCABULARY, flat_adapter, parameters_of, random_examples, with_adapter
 from transformers import get_scheduler
 
 from finetune.config import Config, LoraConfig, ModelConfig, OptimConfig
 from finetune.data.collate import collate
+from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.load import load_model
 from finetune.model.loss import TokenLoss
-from finetune.run.checkpoint import _kind
 from finetune.runtime.choice import Choice
 from finetune.training.optim import (
-    GroupedAdamW8bit,
     choose_optimizer,
     create_optimizer,
     learning_rate_at,
@@ -22,7 +24,6 @@ from finetune.training.optim import (
 )
 
 CUDA = torch.device("cuda")
-ALL = ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "sgd"]
 
 
 def transformers_rates(name: str, warmup_steps: int, num_steps: int, learning_rate: float) -> list[float]:
@@ -92,15 +93,15 @@ def test_every_other_optimizer_is_the_requested_one(requested):
     ("name", "kind", "bits", "paged"),
     [
         ("adamw", torch.optim.AdamW, None, None),
-        ("adamw_8bit", bnb.optim.AdamW8bit, 8, False),
-        ("paged_adamw", bnb.optim.PagedAdamW32bit, 32, True),
-        ("paged_adamw_8bit", bnb.optim.AdamW8bit, 8, True),
+        ("adamw_8bit", bnb.optim.AdamW, 8, False),
+        ("paged_adamw", bnb.optim.AdamW, 32, True),
+        ("paged_adamw_8bit", bnb.optim.AdamW, 8, True),
         ("sgd", torch.optim.SGD, None, None),
     ],
 )
 def test_each_name_makes_its_optimizer_with_the_settings_of_the_config(name, kind, bits, paged):
     config = OptimConfig(learning_rate=0.01, betas=(0.8, 0.9), eps=1e-5, weight_decay=0.1)
-    optimizer = create_optimizer(name, [torch.nn.Parameter(torch.zeros(3))], config)
+    optimizer = create_optimizer(name, flat_adapter(torch.zeros(3)), config)
     assert isinstance(optimizer, kind)
     (group,) = optimizer.param_groups
     assert (group["lr"], group["weight_decay"]) == (0.01, 0.1)
@@ -115,80 +116,76 @@ def test_each_name_makes_its_optimizer_with_the_settings_of_the_config(name, kin
 def test_an_update_of_adamw_is_the_one_of_the_formula(name):
     torch.manual_seed(0)
     # Large enough for bitsandbytes to keep its state in 8 bits.
-    weight = torch.nn.Parameter(torch.randn(64, 128))
+    adapter = flat_adapter(torch.randn(64, 128))
+    (weight,), (region,) = parameters_of(adapter), adapter.regions
     before = weight.detach().clone()
     config = OptimConfig(learning_rate=0.01, weight_decay=0.1)
-    optimizer = create_optimizer(name, [weight], config)
-    weight.grad = torch.randn_like(weight)
+    optimizer = create_optimizer(name, adapter, config)
+    weight.grad.normal_()
     optimizer.step()
     # In the first update both averages are the gradient's own, so the step is its sign.
     expected = before - 0.01 * (0.1 * before + weight.grad.sign())
     assert torch.allclose(weight, expected, atol=1e-4)
     if name == "adamw_8bit":
-        assert optimizer.state[weight]["state1"].dtype == torch.uint8
+        assert optimizer.state[region.parameter]["state1"].dtype == torch.uint8
 
 
-# In whole blocks of 256 numbers or not; with states in 8 bits or (below 4,096 numbers) in fp32; so large that
-# they could be paged.
-SHAPES = [(8, 576), (64, 64), (5, 1000), (8, 32), (400, 256), (16, 512)]
-
-
-def test_small_tensors_in_one_call_get_bitsandbytes_own_updates_to_the_bit():
-    def run(kind: type[torch.optim.Optimizer]) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
-        generator = torch.Generator().manual_seed(0)
-        weights = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
-        optimizer = kind(weights, lr=0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6)
-        for step in range(5):
-            for weight in weights:
-                weight.grad = torch.randn(weight.shape, generator=generator)
-            if step == 1:  # from now on it has had one update less than the others
-                weights[0].grad = None
-            if step == 3:  # as a run that goes on
-                again = kind(weights, lr=0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6)
-                again.load_state_dict(optimizer.state_dict())
-                optimizer = again
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", ALL)
+def test_the_flat_adapter_gets_the_updates_of_the_separate_tensors_to_the_bit(name):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    adapter = flat_adapter(*tensors)
+    flat = create_optimizer(name, adapter, SETTINGS)
+    weights = [torch.nn.Parameter(tensor) for tensor in tensors]
+    separate = separate_optimizer(name, weights)
+    for step in range(5):
+        adapter.zero_gradients()
+        for parameter, weight in zip(parameters_of(adapter), weights, strict=True):
+            weight.grad = torch.randn(weight.shape, generator=generator)
+            if step == 0 and weight.dim() == 2:  # as in the first update of all A: whole blocks of zeros
+                weight.grad[: len(weight) // 2] = 0
+            parameter.grad.copy_(weight.grad)
+        for optimizer in (flat, separate):
             set_learning_rate(optimizer, 0.01 / (1 + step))
             optimizer.step()
-        return weights, optimizer
-
-    (plain, plain_optimizer), (grouped, optimizer) = run(bnb.optim.AdamW8bit), run(GroupedAdamW8bit)
-    for weight, expected in zip(grouped, plain, strict=True):
-        assert torch.equal(weight, expected)
-        state, expected_state = optimizer.state[weight], plain_optimizer.state[expected]
-        assert state.keys() == expected_state.keys()
-        for key, value in expected_state.items():
-            assert torch.equal(state[key], value) if isinstance(value, torch.Tensor) else state[key] == value
-
-
-def test_small_tensors_take_one_call(monkeypatch):
-    sizes = []
-    real = bnb.functional.optimizer_update_8bit_blockwise
-    monkeypatch.setattr(
-        bnb.functional,
-        "optimizer_update_8bit_blockwise",
-        lambda name, gradient, *others, **more: (
-            sizes.append(gradient.numel()),
-            real(name, gradient, *others, **more),
-        ),
-    )
-    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
-    optimizer = create_optimizer("adamw_8bit", weights, OptimConfig())
-    for weight in weights:
-        weight.grad = torch.randn_like(weight)
-    optimizer.step()
-    assert sorted(sizes) == sorted([8 * 576 + 64 * 64 + 16 * 512, 5 * 1000, 400 * 256])
+        for parameter, weight in zip(parameters_of(adapter), weights, strict=True):
+            assert torch.equal(parameter, weight), (step, weight.shape)
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
-def test_a_checkpoint_names_it_as_bitsandbytes_own_whose_state_it_has(name):
-    optimizer = create_optimizer(name, [torch.nn.Parameter(torch.zeros(3))], OptimConfig())
-    assert _kind(optimizer) == "bitsandbytes AdamW8bit"
+def test_all_tensors_take_one_call_for_each_precision_of_the_state(monkeypatch, name):
+    sizes = []
+
+    def counting(real: Any) -> Any:
+        return lambda kind, gradient, *others, **more: (
+            sizes.append(gradient.numel()),
+            real(kind, gradient, *others, **more),
+        )
+
+    for function in ("optimizer_update_8bit_blockwise", "optimizer_update_32bit"):
+        monkeypatch.setattr(bnb.functional, function, counting(getattr(bnb.functional, function)))
+    optimizer = create_optimizer(name, flat_adapter(*(torch.randn(shape) for shape in SHAPES)), SETTINGS)
+    optimizer.step()
+    assert sizes == [8 * 576 + 64 * 64 + 5120 + 400 * 256 + 16 * 512, 256 + 512]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_rounded_copy_follows_every_update(name):
+    adapter = flat_adapter(*(torch.randn(shape) for shape in SHAPES))
+    optimizer = create_optimizer(name, adapter, SETTINGS)
+    before = adapter.rounded(torch.bfloat16).clone()
+    adapter.gradient.normal_()
+    optimizer.step()
+    assert torch.equal(adapter.rounded(torch.bfloat16), adapter.weights.to(torch.bfloat16))
+    assert not torch.equal(adapter.rounded(torch.bfloat16), before)
 
 
 def test_sgd_is_the_plain_rule():
-    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-    optimizer = create_optimizer("sgd", [weight], OptimConfig(learning_rate=0.5, weight_decay=0.1))
-    weight.grad = torch.tensor([1.0, 3.0])
+    adapter = flat_adapter(torch.tensor([1.0, -2.0]))
+    (weight,) = parameters_of(adapter)
+    optimizer = create_optimizer("sgd", adapter, OptimConfig(learning_rate=0.5, weight_decay=0.1))
+    weight.grad.copy_(torch.tensor([1.0, 3.0]))
     optimizer.step()
     assert torch.allclose(weight, torch.tensor([1 - 0.5 * (1 + 0.1), -2 - 0.5 * (3 - 0.2)]))
 
@@ -199,14 +196,14 @@ def test_sgd_is_the_plain_rule():
 def test_training_changes_every_tensor_of_the_adapter_and_nothing_else(quantization, name, tiny_model_dir):
     source = ModelConfig(name_or_path=str(tiny_model_dir), quantization=quantization)
     model = load_model(Config(model=source, lora=LoraConfig(r=64)), "no", CPU)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = create_optimizer(name, trainable, OptimConfig(learning_rate=0.01))
+    adapter = FlatAdapter(model)
+    optimizer = create_optimizer(name, adapter, OptimConfig(learning_rate=0.01))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     token_loss = TokenLoss(model).train()
     for _ in range(2):  # in the first update B is zero, so A has no gradient
+        adapter.zero_gradients()
         token_loss(collate(random_examples([9, 14], vocabulary=800), packing=True)).nll.backward()
         optimizer.step()
-        optimizer.zero_grad()
     changed = {
         name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])
     }
@@ -216,14 +213,14 @@ def test_training_changes_every_tensor_of_the_adapter_and_nothing_else(quantizat
 def test_training_with_8_bit_states_lowers_the_loss():
     model = with_adapter(tiny_model(VOCABULARY))
     token_loss = TokenLoss(model).train()
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = create_optimizer("adamw_8bit", trainable, OptimConfig(learning_rate=0.01))
+    adapter = FlatAdapter(model)
+    optimizer = create_optimizer("adamw_8bit", adapter, OptimConfig(learning_rate=0.01))
     batch = collate(random_examples([9, 14]), packing=True)
     losses = []
     for _ in range(20):
+        adapter.zero_gradients()
         sums = token_loss(batch)
         sums.nll.backward()
         optimizer.step()
-        optimizer.zero_grad()
         losses.append((sums.nll / sums.count).item())
     assert losses[-1] < 0.5 * losses[0]
