@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from finetune.ops import elementwise, lora, operators
 from finetune.ops.adapter_weights import AdapterCopies
 from finetune.ops.projection import Call, Projection
-from finetune.ops.quantized import dequantized, dropout_off
+from finetune.ops.quantized import compute_dtype, dequantized, dropout_off
 
 # The children of a decoder layer, of its attention and of its MLP: all of them, and no others.
 CHILDREN = {
@@ -181,7 +181,7 @@ class FusedLayer:
             past_key_values is None
             and position_embeddings is not None
             and position_embeddings[0].shape[-1] == self.module.self_attn.head_dim
-            and lora.compute_dtype(x) == x.dtype == position_embeddings[0].dtype
+            and compute_dtype(x) == x.dtype == position_embeddings[0].dtype
             and all(projection.is_ready() for projection in self.projections)
             and not any(_has_hooks(module) for module in self._skipped)
         )

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from finetune.ops.projection import Call, Projection
-from finetune.ops.quantized import multiply
+from finetune.ops.quantized import compute_dtype, multiply
 
 
 def enable(model: nn.Module, int8_matmul: bool = False) -> tuple[int, int]:
@@ -116,12 +116,6 @@ def _has_one_active_adapter(layer: Any) -> bool:
     """Whether exactly one adapter is active, and not merged into the weight."""
     names = layer.active_adapters
     return len(names) == 1 and names[0] in layer.lora_A and not (layer.disable_adapters or layer.merged)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The data type in which a layer multiplies x."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _base_output(layer: Any, x: Tensor) -> Tensor:

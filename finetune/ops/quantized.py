@@ -69,14 +69,14 @@ def _quantized_layers(model: torch.nn.Module) -> list[Any]:
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
     """x [..., in] -> [..., out]."""
-    rows = x.reshape(-1, x.shape[-1]).to(_compute_dtype(x))
+    rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
     with torch.autocast(x.device.type, enabled=False):
         y: Tensor = _FrozenLinear.apply(rows, layer)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a layer multiplies x."""
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The data type in which a layer multiplies x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -132,7 +132,7 @@ def dequantized(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _multiply_dequantized(layer: Any, x: Tensor) -> Tensor:
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     bias = None if layer.bias is None else layer.bias.to(dtype)
     return F.linear(x.to(dtype), _dequantize(layer).to(dtype), bias)
 

@@ -91,9 +91,10 @@ def token_stats(logits: Tensor, target_ids: Tensor, with_gradient: bool) -> Tens
         likeliest = some_logits.argmax(-1, keepdim=True)
         log_p = torch.log_softmax(some_logits, -1, dtype=torch.float32)
         p = log_p.exp()
+        nll = -log_p.gather(-1, ids)
         # A logit of -infinity has p = 0, and adds nothing to the entropy.
-        entropy = -torch.linalg.vecdot(p, log_p.clamp(min=torch.finfo(torch.float32).min))[:, None]
-        torch.cat([-log_p.gather(-1, ids), entropy, likeliest == ids], dim=1, out=some_stats)
+        entropy = -log_p.clamp_(min=torch.finfo(torch.float32).min).mul_(p).sum(-1, keepdim=True)
+        torch.cat([nll, entropy, likeliest == ids], dim=1, out=some_stats)
         if with_gradient:
             some_logits.copy_(p.scatter_add_(-1, ids, p.new_full(ids.shape, -1)))
     return stats

@@ -20,7 +20,7 @@ from finetune.data.collate import MicroBatch, collate, iterate_batches
 from finetune.data.plan import Plan, count_tokens, plan_evaluation
 from finetune.data.tokenize import Examples
 from finetune.model.loss import TokenLoss
-from finetune.ops import chunked_head
+from finetune.ops import chunked_head, torch_makers
 from finetune.ops.quantized import dropout_off
 from finetune.runtime.accelerator import DTYPES, reseed
 from finetune.runtime.memory import GIB, held_bytes, peak_memory_gib, peak_reserved_gib, reset_peak_memory
@@ -154,7 +154,7 @@ def _head_bytes(token_loss: TokenLoss, dtype: torch.dtype, device: torch.device)
         return {"head_per_token": vocabulary * (dtype.itemsize + 3 * 4), "head_most": math.inf}
     size = chunked_head.bytes_per_logit(dtype, device)
     rows = chunked_head.tokens_per_chunk(token_loss.head_mib, vocabulary, size)
-    most = rows * vocabulary * size + 2 * chunked_head.ROWS * vocabulary * 4
+    most = rows * vocabulary * size + 2 * torch_makers.ROWS * vocabulary * 4
     return {"head_per_token": vocabulary * size, "head_most": most}
 
 

@@ -25,9 +25,10 @@ from finetune.model import fast_paths
 from finetune.model.fast_paths import FastPaths, choose_fast_paths, use_reference_paths
 from finetune.model.load import add_adapter, load_model
 from finetune.model.loss import TokenLoss
-from finetune.ops import attention
+from finetune.ops import attention, quantized
 from finetune.ops.attention import PACKED
 from finetune.ops.base_weights import BaseWeights
+from finetune.ops.decoder_layer import FusedLayer
 from finetune.runtime.choice import Choice
 
 CPU = torch.device("cpu")
@@ -128,6 +129,7 @@ def test_ordinary_models_get_every_fast_path_and_the_same_sums(architecture, pre
     chosen = choose(token_loss, precision=precision)
     assert (chosen.layout.actual, chosen.attention.actual) == ("packed", PACKED_NAME)
     assert (chosen.loss.actual, chosen.lora.actual, chosen.int8.actual) == (CHUNKS, FUSED, "none")
+    assert chosen.layers.actual == "fused"
     assert all_are_as_requested(chosen)
     assert (token_loss.masks_packed_sequences, token_loss.head_mib) == (False, 128)
     assert token_loss.base.config._attn_implementation == PACKED
@@ -251,6 +253,7 @@ def test_where_some_layers_are_of_another_kind_the_others_are_fast_and_their_num
     chosen = choose(token_loss)
     assert (chosen.lora.requested, chosen.lora.actual) == (FUSED, f"{FUSED}, except 1")
     assert chosen.lora.reason
+    assert chosen.layers.actual == "fused"
     assert len(fast_layers(token_loss)) == 4
     assert_same_sums(sums_of(token_loss, packing=True), expected)
 
@@ -290,6 +293,7 @@ def test_a_path_that_is_switched_off_is_plain_as_asked_and_the_others_are_fast(o
     assert token_loss.masks_packed_sequences == (off == "attention")
     assert token_loss.head_mib == (None if off == "head" else 128)
     assert len(fast_layers(token_loss)) == (0 if off == "lora" else 14)
+    assert chosen.layers.actual == ("module by module" if off in ("lora", "elementwise") else "fused")
     assert_same_sums(sums_of(token_loss, packing=True), expected)
 
 
@@ -378,6 +382,45 @@ def test_a_fast_layer_that_computes_something_else_is_not_used(monkeypatch):
     assert (chosen.lora.requested, chosen.lora.actual) == (FUSED, "PEFT's")
     assert "different results" in chosen.lora.reason
     assert fast_layers(token_loss) == []
+    assert_same_sums(sums_of(token_loss, packing=True), expected)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "actual", "reason"),
+    [
+        ("qwen3", {}, "module by module", "no layers of Llama's kind with fast parts"),
+        ("gpt2", {}, "module by module", "no layers of Llama's kind with fast parts"),
+        (
+            "qwen2",  # the second layer has a window, longer than any example
+            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
+            "fused, except 1",
+            "layers of another kind",
+        ),
+    ],
+)
+def test_how_many_layers_are_fused_and_why_not_all(architecture, settings, actual, reason):
+    token_loss = TokenLoss(with_adapter(built(architecture, **settings)))
+    expected = sums_of(token_loss, packing=True)
+    chosen = choose(token_loss)
+    assert (chosen.layers.requested, chosen.layers.actual) == ("fused", actual)
+    assert chosen.layers.reason == reason
+    assert_same_sums(sums_of(token_loss, packing=True), expected)
+
+
+def test_fused_layers_that_compute_something_else_are_not_used(monkeypatch):
+    token_loss = TokenLoss(with_adapter(built("qwen2")))
+    expected = sums_of(token_loss, packing=True)
+    real = FusedLayer._compute
+    monkeypatch.setattr(FusedLayer, "_compute", lambda *inputs, **named: -3 * real(*inputs, **named))
+    chosen = choose(token_loss)  # each layer is compared with its own method
+    assert (chosen.layers.actual, chosen.layers.reason) == (
+        "module by module",
+        "no layers of Llama's kind with fast parts",
+    )
+    monkeypatch.setattr(FusedLayer, "is_equivalent", lambda _: True)
+    chosen = choose(token_loss)  # and all together with the model
+    assert chosen.layers.actual == "module by module"
+    assert "different results" in chosen.layers.reason
     assert_same_sums(sums_of(token_loss, packing=True), expected)
 
 
@@ -495,6 +538,9 @@ def test_how_a_run_began_is_kept_and_not_measured_again(int8_loss, recorded):
 def test_a_way_that_is_asked_for_is_taken(int8_loss, asked, recorded):
     chosen = choose(int8_loss, FastConfig(int8_matmul=asked), precision="bf16", int8=recorded)
     assert (chosen.int8.requested, chosen.int8.actual) == (asked, asked)
+    in_int8 = asked == "int8"
+    assert chosen.layers.actual == ("module by module" if in_int8 else "fused")
+    assert chosen.layers.reason == ("int8 weights are multiplied in int8" if in_int8 else "")
     assert_all_layers_multiply(int8_loss, asked == "int8")
 
 

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 from card import put_on_gpu, quantized_layer
+from live import LiveBytes
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from finetune.ops import quantized
+from finetune.ops import quantized, torch_makers
 
 KINDS = pytest.mark.parametrize("kind", ["int8", "nf4"])
 
@@ -75,3 +76,18 @@ def test_the_host_waits_for_no_layer_on_a_gpu(kind):
         quantized.enable(layer)
         y = layer(x)
         assert (y.shape, y.dtype, y.device.type) == ((5, 128), torch.float16, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dequantizing_makes_the_weight_and_no_copy_of_it_in_fp32(dtype):
+    """Beside the codes, of a byte a weight, which the layer holds."""
+    layer = quantized_layer("int8")
+    codes, largest = quantized.int8_state(layer)
+    for dequantize in (
+        lambda: quantized.frozen_weight(layer, dtype),
+        lambda: torch_makers.dequantize_int8(codes, largest, dtype),
+    ):
+        with LiveBytes() as live:
+            weight = dequantize()
+        assert weight.dtype == dtype
+        assert live.most <= 2 * codes.numel() + 2 * largest.nbytes

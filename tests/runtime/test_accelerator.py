@@ -201,6 +201,7 @@ def test_every_part_is_in_the_table_of_requested_and_actual(run_train, capsys):
         "loss": "target tokens in chunks of 128 MiB",
         "LoRA layers": "one function for each input",
         "norms, rotary, SiLU": "keep their inputs",
+        "decoder layers": "fused",
         "int8 weights": table["int8 weights"][0],
         "CPU kernels": "compiled",
     }
@@ -218,8 +219,10 @@ def test_paths_that_are_switched_off_are_in_the_table_as_asked(run_train, capsys
     off = {f"fast__{path}": False for path in ("attention", "head", "lora", "elementwise", "kernels")}
     run_train(**SHORT, **off, optim__name="adamw")
     table = table_of(capsys.readouterr().out)
-    parts = ("attention", "loss", "LoRA layers", "norms, rotary, SiLU", "int8 weights", "CPU kernels")
-    plain = ["sdpa", "all logits of target tokens", "PEFT's", "the model's", "none", "torch's operations"]
+    parts = ("attention", "loss", "LoRA layers", "norms, rotary, SiLU", "decoder layers")
+    parts += ("int8 weights", "CPU kernels")
+    plain = ["sdpa", "all logits of target tokens", "PEFT's", "the model's", "module by module"]
+    plain += ["none", "torch's operations"]
     assert [table[part][0] for part in parts] == plain
     assert all(asked == got and why == "" for asked, got, why in table.values())
 
