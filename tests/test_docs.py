@@ -16,7 +16,7 @@ PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs"
 def test_the_loop_that_the_readme_quotes_is_the_one_that_runs():
     quoted = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.M | re.S)
     assert len(quoted) == 1
-    assert quoted[0].startswith("for number, batch in enumerate(micro_batches, 1):\n")
+    assert quoted[0].startswith("adapter.zero_gradients()\n")
     assert quoted[0].endswith("\nstate.step += 1\n")
     assert textwrap.indent(quoted[0], 12 * " ") in (ROOT / "train.py").read_text()
 

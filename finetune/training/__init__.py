@@ -2,8 +2,9 @@
 
 Sums over target tokens come in; metrics, learning rates and optimizer steps come out. Read
 `metrics` first (sums kept on the device, and their means), then `optim` (the optimizer and its
-schedule), then `evaluate` (exact sums of each eval example). `setup` loads for a command what
-train.py loads step by step. `memory_model` predicts and measures the memory of a run, and `comparison`
+schedule), `optim_state` (its state by parameter, for a checkpoint) and `loss_scale` (fp16), then
+`evaluate` (exact sums of each eval example). `setup` loads for a command what train.py loads step
+by step. `memory_model` predicts and measures the memory of a run, and `comparison`
 compares the fast paths with the reference paths.
 
 May import: model, ops, data, runtime, the configuration.
