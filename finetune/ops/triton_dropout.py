@@ -67,7 +67,7 @@ def dropped_product(
         x = tl.where(_kept(pool_ptr, start, place, inside), x, 0.0).to(x_ptr.dtype.element_ty)
         exists = (column < SIZE)[:, None] & (rank < RANK)[None, :]
         a = tl.load(a_ptr + rank[None, :] * SIZE + column[:, None], mask=exists, other=0.0)
-        sums = tl.dot(x, a, sums, input_precision="ieee")
+        sums = tl.dot(x, a, sums)
     to = u_ptr + row.to(tl.int64)[:, None] * RANK + rank[None, :]
     mask = (row < rows)[:, None] & (rank < RANK)[None, :]
     tl.store(to, sums.to(u_ptr.dtype.element_ty), mask=mask)
@@ -95,7 +95,7 @@ def dropped_sum(
         place = _place(row, column, SIZE, WIDE)
         x = tl.load(x_ptr + place, mask=inside, other=0.0)
         x = tl.where(_kept(pool_ptr, start, place, inside), x, 0.0).to(x_ptr.dtype.element_ty)
-        sums = tl.dot(v, x, sums, input_precision="ieee")
+        sums = tl.dot(v, x, sums)
     to = sums_ptr + part.to(tl.int64) * RANK * SIZE + rank[:, None] * SIZE + column[None, :]
     tl.store(to, sums, mask=(rank < RANK)[:, None] & (column < SIZE)[None, :])
 
@@ -116,7 +116,7 @@ def add_dropped(
         v = tl.load(v_ptr + row.to(tl.int64)[:, None] * RANK + rank[None, :], mask=exists, other=0.0)
         exists = (rank < RANK)[:, None] & (column < SIZE)[None, :]
         a = tl.load(a_ptr + rank[:, None] * SIZE + column[None, :], mask=exists, other=0.0)
-        sums = tl.dot(v, a, sums, input_precision="ieee")
+        sums = tl.dot(v, a, sums)
     inside = (row < rows)[:, None] & (column < SIZE)[None, :]
     place = _place(row, column, SIZE, WIDE)
     sums = tl.where(_kept(pool_ptr, start, place, inside), sums, 0.0)

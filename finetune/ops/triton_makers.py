@@ -19,6 +19,9 @@ PRODUCTS = ("dropped_product", "dropped_sum", "add_dropped")
 FIRST_WITH_PRODUCTS = (8, 0)  # Ampere: for Turing, Triton compiles a product without tensor cores
 # A program that sums over rows takes at most as many; more are divided among several, and added up.
 ROWS_OF_A_SUM = 2048
+OPTIONS = {
+    "enable_fp_fusion": True
+}  # a product and a sum in one instruction; said, since the default will change
 
 _kernels: ModuleType | None = None
 _dropout: ModuleType | None = None
@@ -79,14 +82,18 @@ def reason_against(name: str) -> str:
 
 def limit_of(name: str) -> str:
     """Which inputs of an operator are left to torch."""
+    if name in PRODUCTS:
+        return "torch for fp32, for which there are no exact tensor cores"
     return f"torch for rows of over {LONGEST_ROW:,} numbers" if name in ROW_WISE else ""
 
 
 def can_compute(name: str, *arguments: Any) -> bool:
     """Whether the kernels are enabled and take the arguments of an operator."""
-    if _kernels is None or (name in PRODUCTS and not _has_products):
+    if _kernels is None:
         return False
     first = arguments[0]
+    if name in PRODUCTS:
+        return _has_products and first.dtype in (torch.bfloat16, torch.float16)
     if name in ROW_WISE and first.shape[1] > LONGEST_ROW:
         return False
     return name in ("fill_noise", "dequantize_int8") or first.dtype in DTYPES
@@ -155,7 +162,7 @@ def token_stats(logits: Tensor, target_ids: Tensor, with_gradient: bool) -> Tens
     assert logits.is_contiguous()
     stats = logits.new_empty(len(logits), 3, dtype=torch.float32)
     size = logits.shape[1]
-    settings = {"SIZE": size, "BLOCK": min(4096, _power_of_two(size)), "WITH_GRADIENT": with_gradient}
+    settings = {"SIZE": size, "BLOCK": min(2048, _power_of_two(size)), "WITH_GRADIENT": with_gradient}
     inputs = (logits, target_ids.contiguous(), stats)
     _launch(_kernels, "token_stats", (len(logits),), *inputs, **settings, num_warps=8)
     return stats
@@ -231,4 +238,4 @@ def _launch_blocks(name: str, shape: torch.Size, *tensors: Tensor) -> None:
 def _launch(module: Any, name: str, grid: tuple[int, ...], *arguments: Any, **settings: int) -> None:
     """Launch a kernel, unless there is nothing to compute."""
     if 0 not in grid:
-        getattr(module, name)[grid](*arguments, **settings)
+        getattr(module, name)[grid](*arguments, **settings, **OPTIONS)

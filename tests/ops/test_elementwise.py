@@ -43,6 +43,20 @@ def test_values_and_gradients_are_the_models_own(architecture, part):
     assert max(distance(*pair) for pair in zip(in_bf16, exact, strict=True)) < 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_no_sum_of_a_norm(dtype):
+    """Sums of squares that bf16 cannot tell from 8,192, and that fp16 cannot hold."""
+    model = built("llama")
+    elementwise.enable(model)
+    norm = model.model.norm
+    x = torch.full((2, 1, 64), 11.325)
+    x[1] *= 300
+    with torch.autocast("cpu", dtype):
+        got = output_and_gradient(norm, x)
+    exact = output_and_gradient(built("llama").model.norm.double(), x.double())
+    assert max(distance(*pair) for pair in zip(got, exact, strict=True)) < 1e-6
+
+
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])
 def test_rotary_attention_is_the_models_own(architecture):
     plain, fast = built(architecture), built(architecture)
