@@ -44,7 +44,7 @@ class Prediction:
     per_layer_and_token: float
     """What the largest layer allocates temporarily for each token"""
     weight: int
-    """The largest weight, dequantized"""
+    """The two largest weights, dequantized: those of gate_proj and up_proj may be so at the same time"""
     head_per_token: float
     """The logits of a target token, and the tensors computed from them"""
     head_most: float
@@ -88,7 +88,7 @@ def predict(config: Config, accelerator: Any, token_loss: TokenLoss, packing: bo
         optimizer=num_trained * state_bytes(optimizer),
         kept_per_token=_kept_per_token(accelerator, token_loss, packing),
         per_layer_and_token=4 * max(widths) * dtype.itemsize,
-        weight=max(weights) * dtype.itemsize,
+        weight=2 * max(weights) * dtype.itemsize,
         **_head_bytes(token_loss, dtype, device),
     )
 

@@ -145,8 +145,10 @@ def test_the_base_is_the_bytes_of_its_weights(predicted, quantization, linear_by
 )
 def test_adapter_and_optimizer_are_the_bytes_of_the_trainable_weights(predicted, optimizer, state_bytes):
     prediction, parts = predicted(*IN_BF16, f"--optim.name={optimizer}")
-    assert sum(p.numel() for p in parts.model.parameters() if p.requires_grad) == NUM_LORA
-    assert prediction.adapter == 2 * 4 * NUM_LORA
+    trainable = [p for p in parts.model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trainable) == NUM_LORA
+    # Where they are views of one tensor, each may be filled up to a whole block of 256.
+    assert 0 <= prediction.adapter - 2 * 4 * NUM_LORA < 2 * 4 * 256 * len(trainable)
     assert prediction.optimizer == state_bytes * NUM_LORA
 
 
