@@ -3,7 +3,7 @@
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
@@ -76,7 +76,8 @@ class Counting(TorchDispatchMode):
     are fake and those on the CPU are real. Where the program then needs a number from the device, it gets
     True or 0, as if every check had passed.
 
-    `decompositions` give the operations that a library's operator consists of on the device, by its name.
+    `decompositions` give the operations that an operator consists of on the device, by its name; or
+    NotImplemented where it counts as it is.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Counting(TorchDispatchMode):
         super().__init__()
         self.parts: dict[str, Totals] = {}
         self._current = self.parts.setdefault("", Totals())
-        self._device, self._decompositions, self._fake = device, decompositions or {}, fake
+        self._device, self.decompositions, self._fake = device, dict(decompositions or {}), fake
         self._live: dict[int, int] = {}
         self._live_bytes = 0
 
@@ -110,6 +111,13 @@ class Counting(TorchDispatchMode):
         """The host waits for the device."""
         self._current.waits += 1
 
+    def launch(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """A kernel that is no operator of torch reads or writes these tensors."""
+        self._current.operations += 1
+        self._current.by_name[name] += 1
+        self._current.traffic += _bytes(tensors)
+        self._current.traffic_by_name[name] += _bytes(tensors)
+
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -119,9 +127,11 @@ class Counting(TorchDispatchMode):
         inputs = self._on_device(given)
         if inputs and operator.is_view:
             return function(*args, **kwargs)
-        if inputs and operator.name in self._decompositions:
+        if inputs and operator.name in self.decompositions:
             with self:
-                return self._decompositions[operator.name](*args, **kwargs)
+                decomposed = self.decompositions[operator.name](*args, **kwargs)
+            if decomposed is not NotImplemented:
+                return decomposed
         if inputs and operator.name in WAITS:
             self.wait()
         result = self._compute(operator, function, args, kwargs, inputs, given)
@@ -149,15 +159,16 @@ class Counting(TorchDispatchMode):
         inputs: list[Tensor],
         given: list[Tensor],
     ) -> Any:
-        device = kwargs.get("device")
-        is_elsewhere = not inputs and (device is None or device.type != self._device)
-        if self._fake is None or is_elsewhere:
+        if self._fake is None:
             return function(*args, **kwargs)
-        if not all(isinstance(x, FakeTensor) for x in given):
+        device, context = kwargs.get("device"), self._fake  # type: Any, Any
+        if not inputs and (device is None or device.type != self._device):
+            context = nullcontext()
+        elif not all(isinstance(x, FakeTensor) for x in given):
             # Real tensors, on the CPU, become fake: torch would otherwise compute with them on the card.
             args, kwargs = tree_map_only(Tensor, self._fake.from_tensor, (args, kwargs))
         try:
-            with self._fake:
+            with context:
                 return function(*args, **kwargs)
         except DataDependentOutputException:
             return True if operator.name == "aten::equal" or given[0].dtype == torch.bool else 0

@@ -11,6 +11,8 @@ workspaces of libraries.
 import argparse
 import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import fake_card
@@ -41,12 +43,19 @@ from finetune.runtime.choice import Choice
 
 BASES = {"int8": "int8", "nf4": "nf4", "bf16": "none"}
 GB = 1e9
+PREFIX = 20
+TRL_MICRO_BATCHES = 4
 
 
 def examples() -> list[dict[str, Any]]:
-    """Two of 512 tokens, half of them targets, with a common beginning of 20 tokens."""
-    rows = [[7] * 20 + [200 + number] * 492 for number in range(2)]
-    return [{"input_ids": ids, "labels": [IGNORE] * 256 + ids[256:]} for ids in rows]
+    """Eight with a common beginning of 20 tokens, 512 targets in all; the longest has 512 tokens."""
+    lengths = (492, 96, 84, 78, 70, 64, 56, 44)  # behind the beginning
+    targets = (266, 48, 42, 39, 35, 32, 28, 22)
+    rows = []
+    for number, (length, target) in enumerate(zip(lengths, targets, strict=True)):
+        ids = [7] * PREFIX + [200 + number] * length
+        rows.append({"input_ids": ids, "labels": [IGNORE] * (len(ids) - target) + ids[-target:]})
+    return rows
 
 
 def micro_batch() -> MicroBatch:
@@ -55,18 +64,12 @@ def micro_batch() -> MicroBatch:
     return batch
 
 
-def count_finetune(model: str, base: str, dropout: float) -> tuple[dict[str, Totals], list[Choice]]:
+def count_finetune(config: Config, model: str, base: str) -> tuple[dict[str, Totals], list[Choice]]:
     """The trial, the parts of the second update (the first makes the optimizer's state), the paths taken."""
-    config = Config(
-        model=ModelConfig(quantization=BASES[base]),  # type: ignore[arg-type]
-        lora=LoraConfig(lora_dropout=dropout),
-    )
     accelerator = create_accelerator(config, "bf16")
     assert accelerator.device.type == CARD.type
     train_set = Examples(Dataset.from_list(examples()), truncated=[], dropped={})
-    counting = Counting("cuda", DECOMPOSITIONS, FakeTensorMode(allow_non_fake_inputs=True))
-    torch.cuda.synchronize = lambda *_: counting.wait()
-    with counting:
+    with counting_on_a_fake_card() as counting:
         frozen = fake_base(model, base)
         with CARD:  # PEFT would make the adapter on the CPU, and real parameters cannot become fake ones
             adapted = add_adapter(frozen, config.lora)
@@ -81,8 +84,25 @@ def count_finetune(model: str, base: str, dropout: float) -> tuple[dict[str, Tot
     return counting.parts, list(choices)
 
 
+def count_trl(config: Config, model: str, base: str) -> dict[str, Totals]:
+    """The second update of TRL's SFTTrainer, with its defaults, in four padded micro-batches."""
+    import trl_update
+
+    with counting_on_a_fake_card() as counting:
+        trl_update.train(config, fake_base(model, base), examples(), counting, TRL_MICRO_BATCHES)
+    return counting.parts
+
+
+@contextmanager
+def counting_on_a_fake_card() -> Iterator[Counting]:
+    counting = Counting("cuda", DECOMPOSITIONS, FakeTensorMode(allow_non_fake_inputs=True))
+    torch.cuda.synchronize = lambda *_: counting.wait()
+    with counting:
+        yield counting
+
+
 def as_case(program: str, model: str, base: str, dropout: float, parts: dict[str, Totals]) -> dict[str, Any]:
-    update = {name: parts[name] for name in PARTS if name in parts}
+    update = {name: parts[name] for name in ("update", *PARTS) if name in parts}
     case = {
         "program": program,
         "model": model,
@@ -125,24 +145,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--program", nargs="+", choices=["finetune", "trl"], default=["finetune", "trl"])
     parser.add_argument("--model", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--base", nargs="+", choices=list(BASES), default=list(BASES))
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.1, 0.0])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     fake_card.pretend()
-    cases, choices = [], {}
-    for model in args.model:
-        for base in args.base:
-            for dropout in args.dropout:
-                parts, chosen = count_finetune(model, base, dropout)
-                cases.append(as_case("finetune", model, base, dropout, parts))
-                choices[f"{model}, {base}"] = {choice.name: choice.actual for choice in chosen}
-                gc.collect()
+    cases, paths = [], {}
+    for program in args.program:
+        for model in args.model:
+            for base in args.base:
+                for dropout in args.dropout:
+                    config = Config(
+                        model=ModelConfig(quantization=BASES[base]),  # type: ignore[arg-type]
+                        lora=LoraConfig(lora_dropout=dropout),
+                    )
+                    if program == "trl":
+                        parts = count_trl(config, model, base)
+                    else:
+                        parts, choices = count_finetune(config, model, base)
+                        paths[f"{model}, {base}"] = {choice.name: choice.actual for choice in choices}
+                    cases.append(as_case(program, model, base, dropout, parts))
+                    gc.collect()
     show(cases)
     if args.out is not None:
         what = "what an update of one micro-batch of 1,004 tokens asks of a card, counted on fake tensors"
-        write_result(args.out, {"what": what, **provenance(), "paths": choices, "cases": cases})
+        write_result(args.out, {"what": what, **provenance(), "paths": paths, "cases": cases})
     return 0
 
 

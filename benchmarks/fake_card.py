@@ -96,6 +96,8 @@ def pretend() -> None:
         tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
     )
     FakeTensor.tolist = _tolist
+    # torch.tensor(numbers, device="cuda") makes the tensor on the CPU, and moves it where the move is seen.
+    torch._C._set_only_lift_cpu_tensors(True)
     # On a card, torch takes lists of plain tensors in one operation.
     torch.utils._foreach_utils._foreach_supported_types.append(FakeTensor)
     # Fake parameters cannot change places; all modules are made on the card.

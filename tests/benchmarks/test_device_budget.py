@@ -18,7 +18,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     """The cases of Qwen2-0.5B with dropout, by base."""
     require_compiler()
     out = tmp_path_factory.mktemp("budget") / "budget.json"
-    arguments = ["--model", "Qwen2-0.5B", "--dropout", "0.1", "--out", str(out)]
+    arguments = ["--program", "finetune", "--model", "Qwen2-0.5B", "--dropout", "0.1", "--out", str(out)]
     script = ROOT / "benchmarks" / "device_budget.py"
     done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
