@@ -1,7 +1,6 @@
 """Fine-tune a chat model on instructions: `python train.py --config configs/alpaca.yaml`.
 
-This file is the loop, top to bottom. What it calls lies in finetune/, one folder for each concern:
-docs/architecture.md is the map.
+This file is the loop, top to bottom. What it calls lies in finetune/, and docs/architecture.md is the map.
 """
 
 import sys
