@@ -27,7 +27,7 @@ from finetune.model.load import base_fingerprint, check_vocabulary, describe_bas
 from finetune.model.loss import TokenLoss
 from finetune.report.model_card import model_card
 from finetune.report.page import leave_report
-from finetune.run import folder, summary
+from finetune.run import folder, out_of_memory, summary, token_budget
 from finetune.run.bad_update import record_bad_update
 from finetune.run.checkpoint import Checkpointer, History, Trained, TrainState
 from finetune.run.evaluator import Evaluator
@@ -70,23 +70,24 @@ def train(config: Config) -> int:
 
     # Fast paths, each checked against its reference path; then the plan of all updates.
     fast_paths = choose_fast_paths(config, accelerator, token_loss, data.train, folder.recorded_int8(config))
+    budget = token_budget.choose(config, accelerator, token_loss, fast_paths.packed)
     choices = [*machine.describe_machine(accelerator), precision, describe_base(config.model, model)]
-    choices += [optimizer_choice, *fast_paths]
+    choices += [optimizer_choice, *fast_paths, *budget.choices]
     if config.strict:
         require_as_requested(choices)
     flop_per_second = machine.matmul_rate(device, precision.actual)
-    plan = make_plan(config, data.train, fast_paths.packed, rank, accelerator.num_processes)
+    plan = make_plan(config, data.train, fast_paths.packed, rank, accelerator.num_processes, budget.tokens)
 
     # The run: new, or resumed from its newest whole checkpoint.
     window = SumWindow(device)
     checkpointer = Checkpointer(config, accelerator, Trained(adapter, optimizer, loss_scale), window)
     source, remarks = folder.find_checkpoint(config)
     state = checkpointer.resume(source, base_fingerprint(config.model, model))
-    facts = RunFacts(config, model, data, plan, choices, fast_paths.int8.actual, flop_per_second)
+    facts = RunFacts(config, model, data, plan, choices, fast_paths, budget, flop_per_second)
     on_main(accelerator, open_run, accelerator, facts, state, checkpointer, source, remarks)
     history = folder.read_evaluations(Path(config.output_dir))  # on every rank: all must stop together
 
-    with Tracker(accelerator, config, plan, state.step) as tracker, stop:
+    with Tracker(accelerator, config, plan, state.step) as tracker, stop, out_of_memory.advice(facts, state):
         evaluator = Evaluator(accelerator, config, token_loss, tokenizer, plan, data, tracker, stop, history)
         evaluator.run_if_due(state, checkpointer)  # before training
         stopwatch = Stopwatch(model, flop_per_second)
@@ -157,7 +158,7 @@ def finish(
 def run(argv: Sequence[str]) -> int:
     """Train with the configuration that the command line gives."""
     config = parse_config(argv)
-    with folder.only_one_at_a_time(config):
+    with folder.only_one_at_a_time(config), out_of_memory.around_training(config):
         return train(config)
 
 

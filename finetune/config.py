@@ -80,8 +80,9 @@ class TrainConfig:
     """Micro-batches per update: an update takes micro_batch_size x this x processes examples"""
     packing: bool = True
     """Lay whole examples side by side, what all begin with once; false pads them (the plain path)"""
-    max_tokens_per_micro_batch: int | None = None
-    """Most tokens in one forward pass; null is micro_batch_size x data.max_length"""
+    max_tokens_per_micro_batch: Literal["auto"] | int | None = None
+    """Most tokens in one forward pass. auto: as many as the free memory holds when the run starts; a resumed
+    run keeps the number. null: auto on a GPU, micro_batch_size x data.max_length on a CPU"""
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     """Precision of the forward pass: no (fp32), bf16, or fp16 with loss scaling"""
     gradient_checkpointing: bool = False

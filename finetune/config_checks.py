@@ -14,7 +14,8 @@ LARGEST_WHOLE_NUMBER = 10**9  # beyond every size and count, and far from where 
 def check_config(config: Config) -> None:
     """Raise ValueError, naming the key, for a value out of range or settings that contradict each other."""
     model, lora, data, train = config.model, config.lora, config.data, config.train
-    optim, budget = config.optim, config.train.max_tokens_per_micro_batch
+    optim, budget = config.optim, train.max_tokens_per_micro_batch
+    budget = None if budget == "auto" else budget
     whole_numbers: dict[str, int | None] = {
         "lora.r": lora.r,
         "data.num_samples": data.num_samples,

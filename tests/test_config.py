@@ -469,6 +469,18 @@ def test_the_value_on_the_command_line_is_checked_against_the_file(config_file):
     assert "data.max_length (601)" in error_of("--config", file, "--data.max_length", "601")
 
 
+def test_the_token_budget_is_a_number_auto_or_null(config_file):
+    def budget_in(text: str) -> object:
+        file = config_file(f"train:\n  max_tokens_per_micro_batch: {text}\n")
+        return parse_config(["--config", file]).train.max_tokens_per_micro_batch
+
+    assert [budget_in(text) for text in ("auto", "null", "600")] == ["auto", None, 600]
+    assert Config().train.max_tokens_per_micro_batch is None
+    message = error_of("--train.max_tokens_per_micro_batch", "most")
+    for part in ("train.max_tokens_per_micro_batch", "'auto'", "int", "null", "most"):
+        assert part in message
+
+
 def test_the_config_used_for_the_round_trip_differs_from_the_defaults_in_every_key():
     default, other = flatten(config_to_dict(Config())), flatten(config_to_dict(OTHER_VALUES))
     assert list(default) == list(other) == list(KEYS)

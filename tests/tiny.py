@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.config import LoraConfig
 from finetune.data.plan import Layout
@@ -40,6 +41,31 @@ def random_examples(lengths: list[int], vocabulary: int = VOCABULARY, seed: int 
         labels[0], labels[-1] = IGNORE, ids[-1]
         examples.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
     return examples
+
+
+SMALL_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+def built(architecture: str, **settings: Any) -> Any:
+    """A frozen two-layer model of an architecture, with weights large enough that tokens matter."""
+    torch.manual_seed(0)
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(architecture, **{**SMALL_SIZES, **special, **settings})
+    model = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 2)
+        elif parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 def with_adapter(base: Any, lora_dropout: float = 0.0) -> Any:

@@ -19,7 +19,7 @@ from rich.text import Text
 from transformers import TextStreamer
 
 from finetune.data.tokenize import Message
-from finetune.model.generate import Answer, check_limits, dequantize_on_cpu
+from finetune.model.generate import Answer, check_limits, multiply_dequantized
 from finetune.report.html import visible
 from finetune.run.adapter import Trained, TrainedModel, find_trained, load_trained, trained_parser
 from finetune.run.answers import answer, encode_question
@@ -117,7 +117,7 @@ def command(argv: Sequence[str]) -> None:
     with nullcontext() if is_terminal else redirect_stdout(sys.stderr):
         trained = find_trained(arguments.trained, settings)
         model = load_trained(trained)
-        dequantize_on_cpu(model.model, model.precision.actual)
+        multiply_dequantized(model.model, model.precision.actual)
     system_prompt = arguments.system_prompt
     if system_prompt is None:
         system_prompt = trained.config.data.system_prompt

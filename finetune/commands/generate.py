@@ -11,7 +11,7 @@ from pathlib import Path
 
 from finetune.data.files import FILE_SUFFIXES
 from finetune.data.rows import read_questions
-from finetune.model.generate import check_limits, dequantize_on_cpu
+from finetune.model.generate import check_limits, multiply_dequantized
 from finetune.run.adapter import load_trained, parse_trained, trained_parser
 from finetune.run.answers import (
     MODELS,
@@ -85,7 +85,7 @@ def command(argv: Sequence[str]) -> None:
     if len(records) > 0:
         say(f"Resuming: {len(records):,} of {len(rows):,} rows are answered.")
     model = load_trained(trained)
-    dequantize_on_cpu(model.model, model.precision.actual)
+    multiply_dequantized(model.model, model.precision.actual)
     questions = [q for q in encode_questions(model, rows, request) if q.row_number not in records]
     try:
         records |= answer_rows(model, questions, partial, settings, request, arguments.batch_size)

@@ -49,7 +49,8 @@ def repeat_bad_update(run_dir: Path, recorded: dict[str, Any]) -> dict[str, Any]
         raise ValueError(f"the rows of {config.data.path} are not those that the run was trained on")
     fast_paths = choose_fast_paths(config, parts.accelerator, token_loss, train_set, environment["int8"])
     load_adapter(run_dir / STATE_BEFORE, parts.model)  # not earlier: its weights may be out of range
-    plan = make_plan(config, train_set, fast_paths.packed, 0, environment["num_processes"])
+    layout = fast_paths.packed, 0, environment["num_processes"], environment["token_budget"]
+    plan = make_plan(config, train_set, *layout)
     step = recorded["update"] - 1
     return examine_update(parts.accelerator, token_loss, plan, step, train_set.dataset, parts.tokenizer)
 

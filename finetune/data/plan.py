@@ -79,6 +79,14 @@ class Plan:
         period = self.steps_per_epoch if isinstance(every, str) else every
         return step % period == 0 or step == self.num_steps
 
+    def largest_batch(self, update: Update) -> int:
+        """Tokens of the update's largest micro-batch on this rank, including padding."""
+        sizes = (
+            count_tokens(batch, self.lengths, self.layout, self.shared_prefix)
+            for batch in update.micro_batches
+        )
+        return max(sizes)
+
     def update(self, step: int) -> Update:
         """Update number `step`, from 0."""
         epoch, position = divmod(step, self.steps_per_epoch)
@@ -93,8 +101,19 @@ class Plan:
         )
 
 
-def make_plan(config: Config, train_set: Examples, packing: bool, rank: int, num_processes: int) -> Plan:
-    """The plan of a configuration for rank `rank` of `num_processes`."""
+def make_plan(
+    config: Config,
+    train_set: Examples,
+    packing: bool,
+    rank: int,
+    num_processes: int,
+    max_tokens: int | None = None,
+) -> Plan:
+    """The plan of a configuration for rank `rank` of `num_processes`.
+
+    `max_tokens` is the token budget that a run chose; None takes that of the configuration, and
+    micro_batch_size x max_length where it leaves the choice to a run.
+    """
     train = config.train
     return Plan(
         lengths=train_set.lengths,
@@ -102,7 +121,7 @@ def make_plan(config: Config, train_set: Examples, packing: bool, rank: int, num
         layout=Layout(
             packing=packing,
             micro_batch_size=train.micro_batch_size,
-            max_tokens=train.max_tokens_per_micro_batch or train.micro_batch_size * config.data.max_length,
+            max_tokens=requested_budget(config) if max_tokens is None else max_tokens,
         ),
         global_batch_size=train.micro_batch_size * train.gradient_accumulation_steps * num_processes,
         num_epochs=train.num_epochs,
@@ -112,6 +131,13 @@ def make_plan(config: Config, train_set: Examples, packing: bool, rank: int, num
         num_processes=num_processes,
         shared_prefix=train_set.shared_prefix,
     )
+
+
+def requested_budget(config: Config) -> int:
+    """The most tokens of a micro-batch, as the configuration says, or those of `micro_batch_size` examples of
+    `max_length`."""
+    requested = config.train.max_tokens_per_micro_batch
+    return requested if isinstance(requested, int) else config.train.micro_batch_size * config.data.max_length
 
 
 @cache
@@ -154,6 +180,13 @@ def lay_out(
         if all(own[group].sum() <= budget for group in groups):
             return groups
     return first_fit
+
+
+def count_tokens(batch: Indices, lengths: NDArray[np.int64], layout: Layout, shared_prefix: int) -> int:
+    """Tokens of a micro-batch, including padding; the shared prefix of a packed sequence counts once."""
+    if layout.packing:
+        return shared_prefix + sum(int(lengths[i]) - shared_prefix for i in batch)
+    return len(batch) * max((int(lengths[i]) for i in batch), default=0)
 
 
 def _first_fit(examples: Indices, lengths: NDArray[np.int64], budget: int) -> list[Indices]:

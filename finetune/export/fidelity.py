@@ -85,11 +85,14 @@ def start_comparison(
     """
     config = replace(trained.config, fast=replace(trained.config.fast, head=True))
     token_loss = TokenLoss(opened.model)
-    int8 = None if trained.run_dir is None else str(read_environment(trained.run_dir)["int8"])
+    int8, max_tokens = None, None
+    if trained.run_dir is not None:
+        environment = read_environment(trained.run_dir)
+        int8, max_tokens = str(environment["int8"]), environment["token_budget"]
     packing = choose_fast_paths(config, opened.accelerator, token_loss, train_set, int8).packed
     if token_loss.head_mib is None:
         return None
-    batches = plan_evaluation(make_plan(config, train_set, packing, 0, 1), examples)
+    batches = plan_evaluation(make_plan(config, train_set, packing, 0, 1, max_tokens), examples)
     device = opened.accelerator.device
     ids = [batch.target_ids for batch in iterate_batches(batches, examples.dataset, packing, device)]
     precision = opened.accelerator.autocast()

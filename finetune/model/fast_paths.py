@@ -17,15 +17,19 @@ from finetune.config import Config
 from finetune.data.collate import MicroBatch, pack, pad
 from finetune.data.tokenize import IGNORE, Examples
 from finetune.model.loss import TokenLoss
-from finetune.ops import elementwise, kernels, lora, quantized
+from finetune.ops import decoder_layer, elementwise, kernels, lora, quantized
 from finetune.ops.attention import PACKED, describe_kernel
-from finetune.ops.quantized import dropout_off
+from finetune.ops.quantized import dequantized, dropout_off
+from finetune.runtime.accelerator import DTYPES
 from finetune.runtime.choice import Choice
+from finetune.runtime.memory import reset_peak_memory
 from finetune.runtime.processes import all_reduce_max
 
 # The largest difference of a token's logits, relative to their spread. In bf16, the order of sums alone
 # changes some tokens by up to 0.4. Wrong positions or examples that are not separated change some by over 2.
 MAX_ROUNDING = 0.7
+# Of the longest example: all its logits, in fp32 and several times, would need more memory than an update.
+TOKENS_COMPARED = 64
 # How many times faster int8 activations must be than dequantized weights, which are more accurate.
 MIN_SPEEDUP = 1.2
 
@@ -38,6 +42,7 @@ class FastPaths(NamedTuple):
     loss: Choice
     lora: Choice
     elementwise: Choice
+    layers: Choice
     int8: Choice
     kernels: Choice
 
@@ -53,32 +58,44 @@ def choose_fast_paths(
     """Enable the configured fast paths of token_loss and its model that give the same results.
 
     `int8` is how an earlier part of this run multiplied int8 weights; if given, it is used without measuring.
+    The process's peak memory is counted anew after the trials, which are no part of the training.
     """
     use_reference_paths(token_loss)
     trial = _Trial(accelerator, token_loss, train_set)
     expected = trial.logits(trial.alone)
     kernels_choice = _choose_kernels(config, accelerator.device)
     int8_choice = _choose_int8(config, accelerator, token_loss.model, train_set, int8)
+    if config.fast.lora and int8_choice.actual != "int8":
+        quantized.enable(token_loss.model)
     lora_choice = _choose_lora(config, token_loss.model, int8_choice, trial, expected)
     elementwise_choice = _choose_elementwise(config, token_loss.model, trial, expected)
+    layers_choice = _choose_layers(config, token_loss.model, int8_choice, trial, expected)
     layout, attention = _choose_layout(config, token_loss, trial, expected)
     loss = _choose_head(config, token_loss, trial)
-    choices = (layout, attention, loss, lora_choice, elementwise_choice, int8_choice, kernels_choice)
-    return FastPaths(*choices)
+    del expected, trial
+    reset_peak_memory(accelerator.device)
+    of_layers = (lora_choice, elementwise_choice, layers_choice)
+    return FastPaths(layout, attention, loss, *of_layers, int8_choice, kernels_choice)
 
 
 def use_reference_paths(token_loss: TokenLoss) -> None:
     """Compute everything as transformers, PEFT and bitsandbytes do."""
     token_loss.masks_packed_sequences, token_loss.head_mib = True, None
+    decoder_layer.disable(token_loss.model)
     lora.disable(token_loss.model)
     elementwise.disable(token_loss.model)
+    quantized.disable(token_loss.model)
     kernels.disable()
     if token_loss.base.config._attn_implementation == PACKED:
         token_loss.base.set_attn_implementation("sdpa")
 
 
 class _Trial:
-    """The longest example as a padded sequence by itself, and after another example in a packed sequence."""
+    """The longest example as a padded sequence by itself, and after another example in a packed sequence.
+
+    Both have the same targets, at most TOKENS_COMPARED: the first token behind what the examples share, the
+    last one, and others evenly between them.
+    """
 
     def __init__(self, accelerator: Any, token_loss: TokenLoss, train_set: Examples) -> None:
         longest, other = int(train_set.lengths.argmax()), int(train_set.lengths.argmin())
@@ -86,18 +103,28 @@ class _Trial:
         shared = min(16, len(tokens) // 4)  # a prefix that the packed sequence contains once
         before = tokens[:shared] + before
         first = {"input_ids": before, "labels": [IGNORE] * len(before)}
-        second = {"input_ids": tokens, "labels": [IGNORE] * (shared + 1) + tokens[shared + 1 :]}
+        targets = torch.linspace(shared + 1, len(tokens) - 1, TOKENS_COMPARED).round().int().tolist()
+        chosen = set(targets)
+        labels = [token if place in chosen else IGNORE for place, token in enumerate(tokens)]
+        second = {"input_ids": tokens, "labels": labels}
         self.alone = pad([second]).to(accelerator.device)
         self.packed = pack([first, second]).to(accelerator.device)
         self._accelerator, self._token_loss = accelerator, token_loss
+        self.device = accelerator.device
+        self.dtype = DTYPES[accelerator.mixed_precision]
 
     def call(self, function: Callable[[MicroBatch], Any], batch: MicroBatch) -> Any:
-        """The function's result without dropout, in the run's precision."""
-        with torch.no_grad(), dropout_off(self._token_loss), self._accelerator.autocast():
+        """The function's result without dropout, in the run's precision.
+
+        Layers of bitsandbytes dequantize their weights: on a GPU they would round the activations to int8,
+        and so be farther from the truth than a fast path that does not.
+        """
+        exact, precision = dequantized(self._token_loss), self._accelerator.autocast()
+        with torch.no_grad(), dropout_off(self._token_loss), exact, precision:
             return function(batch)
 
     def logits(self, batch: MicroBatch) -> Tensor:
-        """[N, vocabulary] fp32 of the longest example's tokens."""
+        """[N, vocabulary] fp32 of the longest example's chosen tokens."""
         logits: Tensor = self.call(self._token_loss.target_logits, batch).float()
         return logits
 
@@ -137,7 +164,7 @@ def _choose_layout(
     state cannot, and a model with a sliding window may ignore it.
     """
     base, own = token_loss.base, str(token_loss.base.config._attn_implementation)
-    kernel = describe_kernel(trial.alone.input_ids.device, next(token_loss.model.parameters()).dtype)
+    kernel, kernel_reason = describe_kernel(trial.device, trial.dtype, _head_size(base))
     requested = f"packed, {kernel}" if config.fast.attention and config.train.packing else own
     if not config.train.packing:
         return Choice("layout", "padded", "padded"), Choice("attention", own, own)
@@ -147,7 +174,8 @@ def _choose_layout(
         token_loss.masks_packed_sequences = False
         fault = trial.fault(trial.packed, expected)
         if fault is None:
-            return Choice("layout", "packed", "packed"), Choice("attention", requested, requested)
+            attention = Choice("attention", requested, requested, kernel_reason)
+            return Choice("layout", "packed", "packed"), attention
         base.set_attn_implementation(own)
         token_loss.masks_packed_sequences = True
         reason = f"tried on the longest example: {fault}"
@@ -160,6 +188,12 @@ def _choose_layout(
     else:
         reason = f"the model accepts no mask between packed examples ({fault})"
     return Choice("layout", "packed", "padded", reason), attention
+
+
+def _head_size(base: Any) -> int:
+    settings = base.config.get_text_config()
+    size = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+    return int(size)
 
 
 def _choose_head(config: Config, token_loss: TokenLoss, trial: _Trial) -> Choice:
@@ -193,12 +227,19 @@ def _computes_logits(token_loss: TokenLoss, head: nn.Linear, batch: MicroBatch) 
 
     handles = [head.register_forward_pre_hook(enlarge), head.register_forward_hook(keep)]
     try:
-        logits: Tensor = token_loss.base(**token_loss.inputs(batch)).logits
+        logits = token_loss.target_logits(batch)
     finally:
         for handle in handles:
             handle.remove()
     hidden: Tensor = token_loss.base.get_decoder()(**token_loss.inputs(batch)).last_hidden_state
-    return torch.equal(logits, seen["logits"]) and torch.equal(hidden, seen["hidden"])
+    # The head computes either the target positions alone or all of them.
+    hidden = hidden.flatten(0, 1)
+    own_hidden, own_logits = (seen[name].flatten(0, 1) for name in ("hidden", "logits"))
+    if len(own_logits) == len(hidden):
+        own_logits = own_logits[batch.target_positions]
+    else:
+        hidden = hidden[batch.target_positions]
+    return torch.equal(logits, own_logits) and torch.equal(hidden, own_hidden)
 
 
 def _choose_lora(config: Config, model: nn.Module, int8: Choice, trial: _Trial, expected: Tensor) -> Choice:
@@ -230,10 +271,29 @@ def _choose_elementwise(config: Config, model: nn.Module, trial: _Trial, expecte
     return Choice(name, fast, fast)
 
 
+def _choose_layers(config: Config, model: nn.Module, int8: Choice, trial: _Trial, expected: Tensor) -> Choice:
+    """Whole decoder layers in a few functions, where their parts are fast."""
+    name, fused, reference = "decoder layers", "fused", "module by module"
+    if not (config.fast.lora and config.fast.elementwise):
+        return Choice(name, reference, reference)
+    if int8.actual == "int8":
+        return Choice(name, fused, reference, "int8 weights are multiplied in int8")
+    num_fused, num_all = decoder_layer.enable(model)
+    if num_fused == 0:
+        return Choice(name, fused, reference, "no layers of Llama's kind with fast parts")
+    if fault := trial.fault(trial.alone, expected):
+        decoder_layer.disable(model)
+        return Choice(name, fused, reference, f"tried on the longest example: {fault}")
+    if num_fused < num_all:
+        return Choice(name, fused, f"{fused}, except {num_all - num_fused}", "layers of another kind")
+    return Choice(name, fused, fused)
+
+
 def _choose_int8(
     config: Config, accelerator: Any, model: nn.Module, train_set: Examples, recorded: str | None
 ) -> Choice:
-    """How int8 weights are multiplied. With "auto", the faster way for a typical micro-batch is measured."""
+    """How int8 weights are multiplied. With "auto", a GPU dequantizes them, and a CPU takes the way that is
+    faster for a typical micro-batch."""
     name, requested = "int8 weights", config.fast.int8_matmul
     bases = (module.base_layer for module in model.modules() if isinstance(module, LoraLayer))
     layers = [base for base in bases if isinstance(base, bnb.nn.Linear8bitLt)]
@@ -245,27 +305,28 @@ def _choose_int8(
         return Choice(name, requested, requested)
     if recorded is not None:
         return Choice(name, recorded, recorded, "as at the start of this run")
-    layer, device = max(layers, key=lambda layer: layer.weight.numel()), accelerator.device
+    if accelerator.device.type == "cuda":
+        reason = "to multiply in int8, bitsandbytes waits for the GPU in every layer"
+        return Choice(name, "dequantize", "dequantize", reason)
+    layer = max(layers, key=lambda layer: layer.weight.numel())
     num_tokens = max(64, min(1024, int(8 * train_set.lengths.mean())))
-    x = torch.randn(num_tokens, layer.in_features, device=device, dtype=torch.bfloat16)
+    x = torch.randn(num_tokens, layer.in_features, dtype=DTYPES[accelerator.mixed_precision])
     with torch.no_grad():
-        in_int8 = _seconds(lambda: quantized.multiply(x, layer, int8_matmul=True), device)
-        dequantized = _seconds(lambda: quantized.multiply(x, layer, int8_matmul=False), device)
+        in_int8 = _seconds(lambda: quantized.multiply(x, layer, int8_matmul=True))
+        unrounded = _seconds(lambda: quantized.multiply(x, layer, int8_matmul=False))
     # int8 also rounds the activations, so it must pay off. All ranks use the decision of the main process.
-    is_worth_it = accelerator.is_main_process and in_int8 < dequantized / MIN_SPEEDUP
+    is_worth_it = accelerator.is_main_process and in_int8 < unrounded / MIN_SPEEDUP
     is_int8 = all_reduce_max(accelerator, int(is_worth_it)) == 1
     actual = "int8" if is_int8 else "dequantize"
-    measured = f"{num_tokens} tokens: dequantized {dequantized * 1e3:.1f} ms, in int8 {in_int8 * 1e3:.1f} ms"
+    measured = f"{num_tokens} tokens: dequantized {unrounded * 1e3:.1f} ms, in int8 {in_int8 * 1e3:.1f} ms"
     return Choice(name, actual, actual, measured)
 
 
-def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    """The median time of five calls, after a warm-up call."""
+def _seconds(function: Callable[[], object]) -> float:
+    """The median time of five calls on a CPU, after a warm-up call."""
     times = []
     for _ in range(6):
         start = time.perf_counter()
         function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return sorted(times[1:])[2]

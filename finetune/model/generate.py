@@ -11,6 +11,7 @@ from transformers import LogitsProcessorList
 
 from finetune.config_checks import LARGEST_WHOLE_NUMBER
 from finetune.data.tokenize import Message, render
+from finetune.ops import quantized
 from finetune.ops.quantized import dropout_off, frozen_weight
 from finetune.runtime.accelerator import DTYPES
 
@@ -146,11 +147,12 @@ def _answer(tokenizer: Any, tokens: list[int], ends: set[int]) -> Answer:
     return Answer(text.strip(), len(own), end is not None)
 
 
-def dequantize_on_cpu(model: nn.Module, precision: str) -> None:
-    """Replace quantized layers by dequantized ones, because a CPU would dequantize them again for each token.
+def multiply_dequantized(model: nn.Module, precision: str) -> None:
+    """Have quantized layers multiply by their dequantized weights, as in training.
 
-    Answers do not change. The weights take twice (int8) or four times (nf4) the memory. Layers on a GPU are
-    left as they are. `precision` is no, bf16 or fp16.
+    On a CPU they are replaced by layers that hold these weights, because it would dequantize them again for
+    each token. That takes twice (int8) or four times (nf4) the memory. A GPU has less, and dequantizes faster
+    than it multiplies. `precision` is no, bf16 or fp16.
     """
     kinds = (bnb.nn.Linear8bitLt, bnb.nn.Linear4bit)
     for module in list(model.modules()):
@@ -160,3 +162,4 @@ def dequantize_on_cpu(model: nn.Module, precision: str) -> None:
                 linear.weight = nn.Parameter(frozen_weight(layer, DTYPES[precision]), requires_grad=False)
                 linear.bias = layer.bias
                 setattr(module, name, linear)
+    quantized.enable(model)

@@ -4,7 +4,7 @@ Models call it through transformers' attention interface, under the name PACKED.
 of the examples (in generation, or with padded examples) goes to transformers' own "sdpa".
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -27,7 +26,10 @@ IGNORED = {"position_ids", "use_cache", "cache_position", "output_attentions", "
 IGNORED |= {"position_embeddings", "past_key_values", "logits_to_keep", "output_router_logits"}
 
 Implementation = Callable[[Tensor, Tensor, Tensor, Boundaries, float], Tensor]
-"""(query [1, H, T, D], key and value [1, K, T, D], boundaries, scale) -> [1, T, H, D]"""
+"""(query [T, H, D], key and value [T, K, D], boundaries, scale) -> [T, H, D]"""
+
+ALIGNMENT = 8  # both of torch's kernels for GPUs want head sizes that are multiples of this
+CAUSAL_FROM_BOTTOM_RIGHT = 2  # a mask of the memory-efficient kernel: the last query sees the last key
 
 
 def packed_attention(
@@ -56,24 +58,66 @@ def packed_attention(
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # as in torch's own function: rotary positions may return fp32
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
-    attend = _choose_implementation(query, key, value)
-    return attend(query, key, value, boundaries, scale), None
+    # Not x[0]: its gradient would be a tensor of zeros that the gradient is copied into.
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    return attend(query, key, value, boundaries, scale).unsqueeze(0), None
 
 
 AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
-def describe_kernel(device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the implementation of packed attention for this device and dtype."""
-    query = torch.empty(1, 1, 1, 64, dtype=dtype, device=device)
-    return NAMES[_choose_implementation(query, query, query)]
+def attend(query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries, scale: float) -> Tensor:
+    """Causal attention [T, H, D] of query [T, H, D] to key and value [T, K, D] within each example.
+
+    K divides H. The result has the dtype of the inputs, also within autocast, which would round what
+    `by_example` computes in fp32.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        return _choose_implementation(query, key, value)(query, key, value, boundaries, scale)
+
+
+def describe_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[str, str]:
+    """The name of the implementation for this device, dtype and head size; on a GPU also why it is not
+    FlashAttention, if it is not."""
+    query = torch.empty(1, 1, head_size, dtype=dtype, device=device)
+    capability = gpu_capability(device)
+    size = _padded_size(query, query)
+    obstacle = None if capability is None else flash_obstacle(capability, dtype, size)
+    return NAMES[_choose_implementation(query, query, query)], obstacle or ""
+
+
+def gpu_capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a GPU, such as (8, 6); None for a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def flash_obstacle(capability: tuple[int, int], dtype: torch.dtype, head_size: int) -> str | None:
+    """Why FlashAttention cannot compute this on a GPU of this capability; None if it can."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "FlashAttention computes in 16 bits only"
+    if capability < (8, 0):
+        return (
+            f"FlashAttention needs compute capability 8.0, and this GPU has {'.'.join(map(str, capability))}"
+        )
+    if head_size > 256:
+        return f"FlashAttention needs heads of at most 256 numbers, and these have {head_size}"
+    # Of these, only A100, H100 and B200 have enough shared memory for its backward pass.
+    if 192 < head_size <= 224 and ((8, 6) <= capability <= (8, 9) or capability >= (12, 0)):
+        return f"FlashAttention cannot train heads of {head_size} numbers on this GPU"
+    if not torch.backends.cuda.is_flash_attention_available():
+        return "this build of torch has no FlashAttention"
+    return None
 
 
 def _choose_implementation(query: Tensor, key: Tensor, value: Tensor) -> Implementation:
     if kernels.can_compute(query, key, value):
         return by_compiled_kernel
-    return by_varlen_kernel if _has_varlen_kernel(query) else by_example
+    capability = gpu_capability(query.device)
+    if capability is None:
+        return by_example
+    head_size = _padded_size(query, value)
+    return by_efficient_kernel if flash_obstacle(capability, query.dtype, head_size) else by_flash_kernel
 
 
 def _refuse_unsupported(boundaries: Boundaries, dropout: float, others: dict[str, Any]) -> None:
@@ -89,74 +133,88 @@ def _refuse_unsupported(boundaries: Boundaries, dropout: float, others: dict[str
         raise NotImplementedError(f"attention with {', '.join(refused)}")
 
 
-def _has_varlen_kernel(query: Tensor) -> bool:
-    """FlashAttention needs 16 bits, head sizes up to 256, and an Ampere or newer GPU."""
-    return (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] <= 256
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-        and torch.backends.cuda.is_flash_attention_available()
-    )
-
-
 def by_compiled_kernel(
     query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries, scale: float
 ) -> Tensor:
     """An `Implementation` for CPUs, in kernels.cpp."""
     size = value.shape[-1]
-    if query.shape[-1] != size:  # zeros change no score, and the outputs they add are cut off
-        largest = max(query.shape[-1], size)
-        query, key, value = (F.pad(x, (0, largest - x.shape[-1])) for x in (query, key, value))
+    query, key, value = _pad_heads(max(query.shape[-1], size), query, key, value)
     attended: Tensor = _KernelAttention.apply(  # type: ignore[no-untyped-call]
         query, key, value, boundaries.lengths, boundaries.prefix, scale
     )
     return attended[..., :size]
 
 
-def by_varlen_kernel(
+def by_flash_kernel(
     query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries, scale: float
 ) -> Tensor:
-    """An `Implementation` in 16 bits for recent GPUs, with FlashAttention."""
-    sequences = _sequences(boundaries.lengths, boundaries.prefix, query.device)
-    kernel: Any = varlen_attn
-    attended: Tensor = kernel(
-        *(x[0].transpose(0, 1) for x in (query, sequences.gather(key), sequences.gather(value))),
-        sequences.query_starts,
-        sequences.key_starts,
-        max(sequences.num_queries),
-        max(sequences.num_keys),
-        scale=scale,
-        window_size=(-1, 0),  # causal, aligned at the end: the last query attends to the last key
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return attended[None]
+    """An `Implementation` in 16 bits for GPUs from Ampere on, with FlashAttention."""
+    return _by_gpu_kernel(_FlashAttention, query, key, value, boundaries, scale)
+
+
+def by_efficient_kernel(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries, scale: float
+) -> Tensor:
+    """An `Implementation` for any GPU, head size and dtype, with torch's memory-efficient attention."""
+    return _by_gpu_kernel(_EfficientAttention, query, key, value, boundaries, scale)
+
+
+def _by_gpu_kernel(
+    function: Any, query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries, scale: float
+) -> Tensor:
+    size, sequences = value.shape[-1], _sequences(boundaries)
+    query, key, value = _pad_heads(_padded_size(query, value), query, key, value)
+    attended: Tensor = function.apply(query, sequences.gather(key), sequences.gather(value), sequences, scale)
+    return attended[..., :size]
+
+
+def _padded_size(query: Tensor, value: Tensor) -> int:
+    """The head size that a GPU's kernel gets."""
+    return -(-max(query.shape[-1], value.shape[-1]) // ALIGNMENT) * ALIGNMENT
+
+
+def _pad_heads(size: int, *tensors: Tensor) -> list[Tensor]:
+    """Append zeros to each head. They change no score, and the outputs that they add are cut off."""
+    return [x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1])) for x in tensors]
 
 
 def by_example(query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries, scale: float) -> Tensor:
-    """An `Implementation` for any device: one call of torch's attention for each example."""
-    sequences = _sequences(boundaries.lengths, boundaries.prefix, query.device)
-    grouped, dtype = query.shape[1] != key.shape[1], query.dtype
-    key, value = sequences.gather(key), sequences.gather(value)
+    """An `Implementation` for CPUs: one call of torch's attention for each example."""
+    sequences, dtype = _sequences(boundaries), query.dtype
+    grouped = query.shape[1] != key.shape[1]
     # On a CPU, torch's attention is two to four times slower in bf16, and less exact.
-    if query.device.type == "cpu":
-        query, key, value = (x.float() for x in (query, key, value))
-    queries = torch.split(query, sequences.num_queries, dim=2)
-    keys, values = (torch.split(x, sequences.num_keys, dim=2) for x in (key, value))
+    query, key, value = (x.float() for x in (query, sequences.gather(key), sequences.gather(value)))
+    queries = torch.split(query, sequences.num_queries)
+    keys, values = (torch.split(x, sequences.num_keys) for x in (key, value))
     outputs = []
-    for q, k, v in zip(queries, keys, values, strict=True):
+    for rows in zip(queries, keys, values, strict=True):
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in rows)
         prefix = k.shape[2] - q.shape[2]
-        visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(prefix)
+        visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(prefix)
         mask: dict[str, Any] = {"attn_mask": visible} if prefix > 0 else {"is_causal": True}  # faster kernels
         outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped, **mask))
-    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype)
+    return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1).to(dtype)
 
 
 NAMES: dict[Implementation, str] = {
     by_compiled_kernel: "compiled kernel",
-    by_varlen_kernel: "variable-length kernel",
+    by_flash_kernel: "FlashAttention",
+    by_efficient_kernel: "memory-efficient kernel",
     by_example: "per example",
 }
+
+
+class _Shared(NamedTuple):
+    """Where the keys of a shared prefix are, when each sequence has its own copy of them."""
+
+    key_indices: Tensor
+    """The tokens whose keys each sequence attends to, concatenated"""
+    copies: Tensor
+    """The rows of `key_indices` that are the prefix: those of the first sequence, of the second, ..."""
+    own: Tensor
+    """The rows of `key_indices` that are not, one for each token behind the prefix"""
+    prefix: int
+    """The length of the prefix"""
 
 
 class _Sequences(NamedTuple):
@@ -168,36 +226,161 @@ class _Sequences(NamedTuple):
     query_starts: Tensor
     """[S + 1] int32, like `key_starts`: the start of each sequence, and the end of the last"""
     key_starts: Tensor
-    key_indices: Tensor | None
-    """The tokens whose keys each sequence attends to, concatenated; None: each token once, in order"""
+    shared: _Shared | None
+    """None: each token's key once, in order"""
 
     def gather(self, x: Tensor) -> Tensor:
-        """Gather keys or values [1, K, T, D] of the tokens into [1, K, sum(num_keys), D]."""
-        return x if self.key_indices is None else x[:, :, self.key_indices]
+        """Gather keys or values [T, K, D] of the tokens into [sum(num_keys), K, D]."""
+        if self.shared is None:
+            return x
+        gathered: Tensor = _CopyPrefix.apply(x, self.shared)  # type: ignore[no-untyped-call]
+        return gathered
 
 
 @lru_cache(maxsize=2)
-def _sequences(lengths: tuple[int, ...], prefix: int, device: torch.device) -> _Sequences:
+def _sequences(boundaries: Boundaries) -> _Sequences:
     """The result is cached, because every layer of a forward pass uses the same sequences."""
-
-    def starts(counts: list[int]) -> Tensor:
-        return torch.tensor([*accumulate(counts, initial=0)], dtype=torch.int32).to(device, non_blocking=True)
-
+    lengths, starts, prefix = boundaries
     if prefix == 0:
         counts = list(lengths)
-        return _Sequences(counts, counts, starts(counts), starts(counts), None)
-    ends = [*accumulate(lengths, initial=prefix)]
-    shared = torch.arange(prefix)
-    indices = [shared]
-    for start, end in pairwise(ends):
-        indices += [shared, torch.arange(start, end)]
+        return _Sequences(counts, counts, starts, starts, None)
+
+    def on_device(numbers: Iterable[int], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor([*numbers], dtype=dtype).to(starts.device, non_blocking=True)
+
     num_queries, num_keys = [prefix, *lengths], [prefix, *(prefix + length for length in lengths)]
-    key_indices = torch.cat(indices).to(device, non_blocking=True)
-    return _Sequences(num_queries, num_keys, starts(num_queries), starts(num_keys), key_indices)
+    query_ends, key_ends = [*accumulate(num_queries)], [*accumulate(num_keys)]
+    keys = [index for start, end in pairwise(query_ends) for index in (*range(prefix), *range(start, end))]
+    starts_of_keys = [0, *key_ends[:-1]]
+    shared = _Shared(
+        on_device([*range(prefix), *keys]),
+        on_device(start + place for start in starts_of_keys for place in range(prefix)),
+        on_device(
+            row
+            for start, end in zip(starts_of_keys, key_ends, strict=True)
+            for row in range(start + prefix, end)
+        ),
+        prefix,
+    )
+    query_starts, key_starts = (on_device([0, *ends], torch.int32) for ends in (query_ends, key_ends))
+    return _Sequences(num_queries, num_keys, query_starts, key_starts, shared)
+
+
+class _CopyPrefix(torch.autograd.Function):
+    """x [T, K, D] -> [sum(num_keys), K, D]: each sequence gets its own copy of the prefix.
+
+    The backward pass adds the gradients of the copies in their order. That of indexing would sort the
+    indices, and add in the order in which threads arrive.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shared: _Shared) -> Tensor:
+        ctx.shared = shared
+        return x.index_select(0, shared.key_indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _, copies, own, prefix = ctx.shared
+        dx = grad.new_empty(prefix + len(own), *grad.shape[1:])
+        torch.sum(grad.index_select(0, copies).view(-1, prefix, *grad.shape[1:]), 0, out=dx[:prefix])
+        torch.index_select(grad, 0, own, out=dx[prefix:])
+        return dx, None
+
+
+class _FlashAttention(torch.autograd.Function):
+    """Attention [T, H, D] of query [T, H, D] to gathered keys and values [sum(num_keys), K, D].
+
+    It calls the operator itself: torch's public function for it has other arguments in each version.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sequences: _Sequences, scale: float
+    ) -> Tensor:
+        ctx.lengths = max(sequences.num_queries), max(sequences.num_keys)
+        starts = sequences.query_starts, sequences.key_starts
+        # Causal attention is aligned at the end of each sequence: its last query attends to its last key.
+        output, logsumexp, seed, offset, _ = torch.ops.aten._flash_attention_forward(
+            query, key, value, *starts, *ctx.lengths, 0.0, True, False, scale=scale
+        )
+        ctx.save_for_backward(query, key, value, output, logsumexp, *starts, seed, offset)
+        ctx.scale = scale
+        result: Tensor = output
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, seed, offset = ctx.saved_tensors
+        grads = torch.ops.aten._flash_attention_backward(
+            grad_output, *saved, *ctx.lengths, 0.0, True, seed, offset, scale=ctx.scale
+        )
+        return *grads, None, None
+
+
+class _EfficientAttention(torch.autograd.Function):
+    """Attention [T, H, D] of query [T, H, D] to gathered keys and values [sum(num_keys), K, D].
+
+    The kernel takes as many heads of keys as of queries. The backward pass expands them again: to keep them
+    would take H / K times the memory.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sequences: _Sequences, scale: float
+    ) -> Tensor:
+        ctx.lengths = max(sequences.num_queries), max(sequences.num_keys)
+        starts = sequences.query_starts, sequences.key_starts
+        heads = query.shape[1]
+        output, logsumexp, seed, offset, *_ = torch.ops.aten._efficient_attention_forward(
+            query.unsqueeze(0),
+            _expand_heads(key, heads),
+            _expand_heads(value, heads),
+            None,
+            *starts,
+            *ctx.lengths,
+            0.0,
+            CAUSAL_FROM_BOTTOM_RIGHT,
+            True,
+            scale=scale,
+        )
+        ctx.save_for_backward(query, key, value, output, logsumexp, *starts, seed, offset)
+        ctx.scale = scale
+        result: Tensor = output.squeeze(0)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, logsumexp, *starts, seed, offset = ctx.saved_tensors
+        heads = query.shape[1]
+        grad_query, *grads, _ = torch.ops.aten._efficient_attention_backward(
+            grad_output.unsqueeze(0),
+            query.unsqueeze(0),
+            _expand_heads(key, heads),
+            _expand_heads(value, heads),
+            None,
+            output,
+            *starts,
+            *ctx.lengths,
+            logsumexp,
+            0.0,
+            seed,
+            offset,
+            CAUSAL_FROM_BOTTOM_RIGHT,
+            False,
+            scale=ctx.scale,
+        )
+        grad_key, grad_value = (grad.reshape(*key.shape[:2], -1, key.shape[2]).sum(2) for grad in grads)
+        return grad_query.squeeze(0), grad_key, grad_value, None, None
+
+
+def _expand_heads(x: Tensor, heads: int) -> Tensor:
+    """x [T, K, D] as [1, T, heads, D]: each of its heads for heads / K queries."""
+    tokens, count, size = x.shape
+    return x[:, :, None].expand(tokens, count, heads // count, size).reshape(1, tokens, heads, size)
 
 
 class _KernelAttention(torch.autograd.Function):
-    """Attention [1, T, H, D] of query [1, H, T, D] to key and value [1, K, T, D] on a CPU.
+    """Attention [T, H, D] of query [T, H, D] to key and value [T, K, D] on a CPU.
 
     It is computed in fp32 and rounded once. The backward pass recomputes the probabilities.
     """
@@ -214,11 +397,10 @@ class _KernelAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.settings = lengths, prefix, scale
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-        return kernels.attention_forward(query, key, value, lengths, prefix, scale)[None]
+        return kernels.attention_forward(query, key, value, lengths, prefix, scale)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = (x[0].transpose(0, 1) for x in ctx.saved_tensors)
-        grads = kernels.attention_backward(query, key, value, grad_output[0], *ctx.settings)
-        return *(grad.transpose(0, 1)[None] for grad in grads), None, None, None
+        query, key, value = ctx.saved_tensors
+        grads = kernels.attention_backward(query, key, value, grad_output, *ctx.settings)
+        return *grads, None, None, None

@@ -10,11 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.ops import kernels
-
-ROWS = (
-    16  # tokens per pass over the vocabulary on a CPU: few enough for their logits to stay in a core's cache
-)
+from finetune.ops import operators
 
 
 def tokens_per_chunk(budget_mib: int, vocabulary: int, bytes_per_logit: int) -> int:
@@ -23,8 +19,12 @@ def tokens_per_chunk(budget_mib: int, vocabulary: int, bytes_per_logit: int) -> 
 
 
 def bytes_per_logit(dtype: torch.dtype, device: torch.device) -> int:
-    """The size of a logit; on a GPU, which processes a whole chunk at once, also of its two fp32 values."""
-    return dtype.itemsize + (8 if device.type == "cuda" else 0)
+    """The bytes that live for each logit of a chunk: those of the logit, which the gradient replaces.
+
+    Where torch's operations serve on a GPU, they pass over a whole chunk at once: two fp32 numbers more.
+    """
+    by_torch = operators.makers(device)["token_stats"].name == "torch"
+    return dtype.itemsize + (2 * 4 if device.type == "cuda" and by_torch else 0)
 
 
 class ChunkedTokenSums(torch.autograd.Function):
@@ -42,9 +42,10 @@ class ChunkedTokenSums(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = hidden[part] @ weight.t()
-            sums += _stats_of(logits, target_ids[part], gradient is not None).sum(0)
+            sums += operators.token_stats(logits, target_ids[part], gradient is not None).sum(0)
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[part])
+            del logits  # before those of the next chunk
         ctx.save_for_backward(gradient)
         return sums
 
@@ -64,24 +65,5 @@ def chunked_token_stats(hidden: Tensor, weight: Tensor, target_ids: Tensor, chun
     values = torch.empty(len(hidden), 3, device=hidden.device)
     for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)
-        values[part] = _stats_of(hidden[part] @ weight.t(), target_ids[part], with_gradient=False)
+        values[part] = operators.token_stats(hidden[part] @ weight.t(), target_ids[part], False)
     return values
-
-
-def _stats_of(logits: Tensor, target_ids: Tensor, with_gradient: bool) -> Tensor:
-    """[n, 3] for logits [n, V], target_ids [n]. `with_gradient` replaces the logits by the nll's gradient."""
-    if kernels.can_compute(logits):
-        return kernels.token_stats(logits, target_ids, with_gradient)
-    rows = len(logits) if logits.is_cuda else ROWS
-    values = []
-    for some_logits, ids in zip(
-        torch.split(logits, rows), torch.split(target_ids[:, None], rows), strict=True
-    ):
-        likeliest = some_logits.argmax(-1, keepdim=True)
-        log_p = torch.log_softmax(some_logits.float(), -1)
-        p = log_p.exp()
-        columns = [-log_p.gather(-1, ids), -torch.linalg.vecdot(p, log_p)[:, None], likeliest == ids]
-        values.append(torch.cat(columns, dim=1))
-        if with_gradient:
-            some_logits.copy_(p.scatter_add_(-1, ids, p.new_full(ids.shape, -1)))
-    return torch.cat(values)

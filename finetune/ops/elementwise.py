@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from finetune.ops import kernels, lora
+from finetune.ops import lora, operators
 from finetune.ops.quantized import dropout_off
 
 
@@ -32,8 +32,13 @@ def enable(model: nn.Module) -> int:
 def disable(model: nn.Module) -> None:
     """Restore the modules' own forward methods."""
     for module in model.modules():
-        if getattr(module.__dict__.get("forward"), "__func__", None) in (_norm, _mlp, _attention):
+        if is_enabled(module):
             del module.forward
+
+
+def is_enabled(module: nn.Module) -> bool:
+    """Whether the module has a forward method of this module's."""
+    return getattr(module.__dict__.get("forward"), "__func__", None) in (_norm, _mlp, _attention)
 
 
 def _is_equivalent(module: Any, forward: Any) -> bool:
@@ -103,7 +108,7 @@ def _norm(module: Any, x: Tensor) -> Tensor:
 
 def _mlp(module: Any, x: Tensor) -> Tensor:
     product = _GatedSilu.apply(  # type: ignore[no-untyped-call]
-        *lora.project([module.gate_proj, module.up_proj], x)
+        lora.project([module.gate_proj, module.up_proj], x)
     )
     result: Tensor = module.down_proj(product)
     return result
@@ -124,8 +129,9 @@ def _attention(
         )
         return own
     shape = (*hidden_states.shape[:-1], -1, module.head_dim)
-    projections = lora.project([module.q_proj, module.k_proj, module.v_proj], hidden_states)
-    query, key, value = (projection.view(shape) for projection in projections)
+    layers = [module.q_proj, module.k_proj, module.v_proj]
+    joint, sizes = lora.project(layers, hidden_states), [layer.out_features for layer in layers]
+    query, key, value = (part.view(shape) for part in torch.split(joint, sizes, dim=-1))
     query, key = (
         _Rotate.apply(part, *position_embeddings)  # type: ignore[no-untyped-call]
         for part in (query, key)
@@ -143,31 +149,18 @@ def _attention(
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotary positions: the halves (a, b) of x [B, T, H, D] become (a cos - b sin, b cos + a sin).
-
-    cos, sin [B, T, D]; their two halves are equal. The backward pass rotates the gradient back.
-    """
+    """Rotary positions of x [B, T, H, D] with cos, sin [B or 1, T, D]. The backward pass rotates back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = (part.expand(*x.shape[:2], x.shape[-1]).flatten(0, 1) for part in (cos, sin))
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, 1)
+        return operators.rotate(x.flatten(0, 1), cos, sin, 1).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotated(dy, cos, sin, -1), None, None
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    if kernels.can_compute(x, cos, sin):
-        return kernels.rotate(x, cos, sin, direction)
-    y = x * cos[:, :, None]
-    half = x.shape[-1] // 2
-    sin = sin[:, :, None, :half]
-    y[..., :half].addcmul_(x[..., half:], sin, value=-direction)
-    y[..., half:].addcmul_(x[..., :half], sin, value=direction)
-    return y
+        return operators.rotate(dy.flatten(0, 1), cos, sin, -1).view(dy.shape), None, None
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -175,42 +168,32 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if kernels.can_compute(x, weight):
-            y, scale = kernels.norm_forward(x, weight, eps)
-        else:
-            x32 = x.float()
-            scale = torch.linalg.vecdot(x32, x32).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
-            y = weight * (x32 * scale).to(x.dtype)
-        ctx.save_for_backward(x, weight, scale)
-        return y
+        rows = x.reshape(-1, x.shape[-1])
+        y, scale = operators.rms_norm(rows, weight, eps)
+        ctx.save_for_backward(rows, weight, scale)
+        return y.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        x, weight, scale = ctx.saved_tensors
-        if kernels.can_compute(x, weight, dy):
-            return kernels.norm_backward(x, weight, scale, dy), None, None
-        normed = x.float().mul_(scale) if x.dtype != torch.float32 else x * scale
-        dnormed = (dy * weight).float()
-        share = torch.linalg.vecdot(dnormed, normed).div_(x.shape[-1]).unsqueeze(-1)
-        # The gradient minus its component along x, scaled.
-        dx = torch.addcmul(dnormed, normed, share, value=-1).mul_(scale)
-        return dx.to(x.dtype), None, None
+        rows, weight, scale = ctx.saved_tensors
+        dx = operators.rms_norm_backward(rows, weight, scale, dy.reshape(rows.shape), None)
+        return dx.view(dy.shape), None, None
 
 
 class _GatedSilu(torch.autograd.Function):
-    """silu(gate) * up; the backward pass recomputes silu(gate)."""
+    """silu(gate) * up [..., F] of gate_up [..., 2F]; the backward pass recomputes silu(gate)."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return kernels.silu_forward(gate, up) if kernels.can_compute(gate, up) else F.silu(gate).mul_(up)
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        rows = gate_up.flatten(0, -2)
+        ctx.save_for_backward(rows)
+        return operators.gated_silu(rows).view(*gate_up.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        if kernels.can_compute(gate, up, dy):
-            return kernels.silu_backward(gate, up, dy)
-        return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        d_rows, _ = operators.gated_silu_backward(rows, dy.reshape(len(rows), -1))
+        return d_rows.view(*dy.shape[:-1], -1)
 
 
 # The attributes that a module must have for its forward method to be replaced.

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -425,14 +426,19 @@ void attention_backward(const T *q, const T *k, const T *v, const T *d_out, T *d
 
 // ---- Norms, rotary positions, gated activations ----
 
-// y = w x / sqrt(mean(x^2) + eps) for each row; scales [rows]. As in the models, x is also rounded before the
-// product with w.
+// y = w x / sqrt(mean(x^2) + eps) for each row; scales [rows]. With `delta`, x + delta takes the place of x,
+// and is stored in `total`.
 template <typename T>
-void norm_forward(const T *x, const T *weight, T *y, float *scales, int64_t rows, int64_t size, float eps,
-                  int64_t threads) {
+void rms_norm(const T *x, const T *delta, const T *weight, T *total, T *y, float *scales, int64_t rows,
+              int64_t size, float eps, int64_t threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < rows; i++) {
         const T *from = x + i * size;
+        if (delta) {
+            for (int64_t d = 0; d < size; d++)
+                store(total[i * size + d], value(from[d]) + value(delta[i * size + d]));
+            from = total + i * size;
+        }
         float sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int64_t d = 0; d < size; d++)
@@ -440,14 +446,23 @@ void norm_forward(const T *x, const T *weight, T *y, float *scales, int64_t rows
         const float scale = 1 / std::sqrt(sum / size + eps);
         scales[i] = scale;
         for (int64_t d = 0; d < size; d++)
-            store(y[i * size + d], value(weight[d]) * rounded<T>(scale * value(from[d])));
+            store(y[i * size + d], value(weight[d]) * (scale * value(from[d])));
     }
 }
 
-// The gradient minus its component along x, scaled.
 template <typename T>
-void norm_backward(const T *x, const T *weight, const float *scales, const T *dy, T *dx, int64_t rows,
-                   int64_t size, int64_t threads) {
+void apply_rms_norm(const T *x, const T *weight, const float *scales, T *y, int64_t rows, int64_t size,
+                    int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t d = 0; d < size; d++)
+            store(y[i * size + d], value(weight[d]) * (scales[i] * value(x[i * size + d])));
+}
+
+// The gradient minus its component along x, scaled; with `d_total`, plus that.
+template <typename T>
+void rms_norm_backward(const T *x, const T *weight, const float *scales, const T *dy, const T *d_total, T *dx,
+                       int64_t rows, int64_t size, int64_t threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < rows; i++) {
         const T *from = x + i * size, *grad = dy + i * size;
@@ -457,22 +472,29 @@ void norm_backward(const T *x, const T *weight, const float *scales, const T *dy
         for (int64_t d = 0; d < size; d++)
             along += value(weight[d]) * value(grad[d]) * scale * value(from[d]);
         along /= size;
-        for (int64_t d = 0; d < size; d++)
-            store(dx[i * size + d],
-                  scale * (value(weight[d]) * value(grad[d]) - along * scale * value(from[d])));
+        if (d_total)
+            for (int64_t d = 0; d < size; d++)
+                store(dx[i * size + d],
+                      scale * (value(weight[d]) * value(grad[d]) - along * scale * value(from[d])) +
+                          value(d_total[i * size + d]));
+        else
+            for (int64_t d = 0; d < size; d++)
+                store(dx[i * size + d],
+                      scale * (value(weight[d]) * value(grad[d]) - along * scale * value(from[d])));
     }
 }
 
-// The halves (a, b) of each head of x become (a cos - b sin, b cos + a sin); direction -1 rotates back. x, y
-// [tokens, heads, size]; cos, sin [tokens, size], of which only the first halves are read.
+// The halves (a, b) of each head of x become (a cos - b sin, b cos + a sin); direction -1 rotates back. x
+// [tokens, heads, size], its tokens `stride` apart; y [tokens, heads, size]; cos, sin [tokens, size], of which
+// only the first halves are read.
 template <typename T>
-void rotate(const T *x, const T *cos, const T *sin, T *y, int64_t tokens, int64_t heads, int64_t size,
-            float direction, int64_t threads) {
+void rotate(const T *x, const T *cos, const T *sin, T *y, int64_t stride, int64_t tokens, int64_t heads,
+            int64_t size, float direction, int64_t threads) {
     const int64_t half = size / 2;
 #pragma omp parallel for num_threads(threads)
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t h = 0; h < heads; h++) {
-            const T *from = x + (t * heads + h) * size, *c = cos + t * size, *s = sin + t * size;
+            const T *from = x + t * stride + h * size, *c = cos + t * size, *s = sin + t * size;
             T *to = y + (t * heads + h) * size;
 #pragma omp simd
             for (int64_t d = 0; d < half; d++) {
@@ -485,21 +507,34 @@ void rotate(const T *x, const T *cos, const T *sin, T *y, int64_t tokens, int64_
 
 inline float sigmoid(float x) { return x < -87 ? 0 : 1 / (1 + exponential(x < -87 ? 87 : -x)); }
 
-// y = silu(gate) up
-template <typename T> void silu_forward(const T *gate, const T *up, T *y, int64_t count, int64_t threads) {
-#pragma omp parallel for simd num_threads(threads)
-    for (int64_t i = 0; i < count; i++)
-        store(y[i], value(gate[i]) * sigmoid(value(gate[i])) * value(up[i]));
+// y = silu(gate) up, each [rows, size]; the rows of gate and up are `stride` apart.
+template <typename T>
+void gated_silu(const T *gate, const T *up, T *y, int64_t stride, int64_t rows, int64_t size,
+                int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < rows; i++) {
+        const T *g = gate + i * stride, *u = up + i * stride;
+#pragma omp simd
+        for (int64_t d = 0; d < size; d++)
+            store(y[i * size + d], value(g[d]) * sigmoid(value(g[d])) * value(u[d]));
+    }
 }
 
+// The gradients of gate and up, whose rows are `stride` apart like those of gate and up, and y once more.
 template <typename T>
-void silu_backward(const T *gate, const T *up, const T *dy, T *d_gate, T *d_up, int64_t count,
-                   int64_t threads) {
-#pragma omp parallel for simd num_threads(threads)
-    for (int64_t i = 0; i < count; i++) {
-        const float x = value(gate[i]), share = sigmoid(x), grad = value(dy[i]);
-        store(d_up[i], grad * x * share);
-        store(d_gate[i], grad * value(up[i]) * share * (1 + x * (1 - share)));
+void gated_silu_backward(const T *gate, const T *up, const T *dy, T *d_gate, T *d_up, T *y, int64_t stride,
+                         int64_t rows, int64_t size, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < rows; i++) {
+        const T *g = gate + i * stride, *u = up + i * stride, *grads = dy + i * size;
+        T *dg = d_gate + i * stride, *du = d_up + i * stride, *to = y + i * size;
+#pragma omp simd
+        for (int64_t d = 0; d < size; d++) {
+            const float x = value(g[d]), share = sigmoid(x), grad = value(grads[d]), factor = value(u[d]);
+            store(du[d], grad * x * share);
+            store(dg[d], grad * factor * share * (1 + x * (1 - share)));
+            store(to[d], x * share * factor);
+        }
     }
 }
 
@@ -546,14 +581,35 @@ void token_stats(T *logits, const int64_t *targets, float *values, int64_t rows,
 
 // ---- int8 weights ----
 
-// codes [rows, size] times scales [rows].
+// codes [rows, size] times largest [rows] / 127.
 template <typename T>
-void scale_rows(const int8_t *codes, const float *scales, T *weight, int64_t rows, int64_t size,
-                int64_t threads) {
+void dequantize_int8(const int8_t *codes, const float *largest, T *weight, int64_t rows, int64_t size,
+                     int64_t threads) {
 #pragma omp parallel for num_threads(threads)
-    for (int64_t i = 0; i < rows; i++)
+    for (int64_t i = 0; i < rows; i++) {
+        const float scale = largest[i] / 127;
         for (int64_t d = 0; d < size; d++)
-            store(weight[i * size + d], float(codes[i * size + d]) * scales[i]);
+            store(weight[i * size + d], float(codes[i * size + d]) * scale);
+    }
+}
+
+// ---- Dropout noise ----
+
+// pool [4 words]: for each 16 bits of the words, all bits set if they are at least `threshold` as a signed
+// number, else none. `dropout.py` says which words; M is an integer as wide as T.
+template <typename T>
+void fill_noise(void *pool, int64_t key, int64_t threshold, int64_t words, int64_t threads) {
+    typedef typename std::conditional<sizeof(T) == 4, int32_t, int16_t>::type M;
+    M *const masks = static_cast<M *>(pool);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < words; i++) {
+        uint64_t z = uint64_t(key) + uint64_t(i + 1) * 0x9E3779B97F4A7C15u;
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+        z ^= z >> 31;
+        for (int part = 0; part < 4; part++)
+            masks[4 * i + part] = M(-(int16_t(z >> (16 * part)) >= threshold));
+    }
 }
 
 } // namespace
@@ -563,10 +619,12 @@ void scale_rows(const int8_t *codes, const float *scales, T *weight, int64_t row
 
 EXPORT(attention_forward)
 EXPORT(attention_backward)
-EXPORT(norm_forward)
-EXPORT(norm_backward)
+EXPORT(rms_norm)
+EXPORT(apply_rms_norm)
+EXPORT(rms_norm_backward)
 EXPORT(rotate)
-EXPORT(silu_forward)
-EXPORT(silu_backward)
+EXPORT(gated_silu)
+EXPORT(gated_silu_backward)
 EXPORT(token_stats)
-EXPORT(scale_rows)
+EXPORT(dequantize_int8)
+EXPORT(fill_noise)

@@ -53,6 +53,10 @@ def disable() -> None:
     _library = None
 
 
+def is_enabled() -> bool:
+    return _library is not None
+
+
 def can_compute(*tensors: Tensor) -> bool:
     """Whether the kernels are enabled and support these tensors: all on a CPU, and all fp32 or all bf16."""
     first = tensors[0]
@@ -156,58 +160,62 @@ def _integers(numbers: tuple[int, ...]) -> Tensor:
     return torch.tensor(numbers)
 
 
-def norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The RMS norm of x [..., d], and the factor of each row, fp32 [..., 1]."""
-    x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
-    scale = torch.empty(*x.shape[:-1], 1)
-    _call("norm_forward", x.dtype, x, weight, y, scale, scale.numel(), x.shape[-1], float(eps))
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As `operators.rms_norm`, and so on for the functions of the same names."""
+    x = x.contiguous()
+    y, scale = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+    _call("rms_norm", x.dtype, x, None, weight, None, y, scale, *x.shape, float(eps))
     return y, scale
 
 
-def norm_backward(x: Tensor, weight: Tensor, scale: Tensor, dy: Tensor) -> Tensor:
-    """The gradient of x, given the gradient of y."""
-    dx = torch.empty(x.shape, dtype=x.dtype)
-    _call(
-        "norm_backward",
-        x.dtype,
-        x.contiguous(),
-        weight,
-        scale,
-        dy.contiguous(),
-        dx,
-        scale.numel(),
-        x.shape[-1],
-    )
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    x, delta = x.contiguous(), delta.contiguous()
+    total, y, scale = torch.empty_like(x), torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+    _call("rms_norm", x.dtype, x, delta, weight, total, y, scale, *x.shape, float(eps))
+    return total, y, scale
+
+
+def apply_rms_norm(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _call("apply_rms_norm", x.dtype, x, weight, scale, y, *x.shape)
+    return y
+
+
+def rms_norm_backward(x: Tensor, weight: Tensor, scale: Tensor, dy: Tensor, dtotal: Tensor | None) -> Tensor:
+    x, dy, dtotal = x.contiguous(), dy.contiguous(), None if dtotal is None else dtotal.contiguous()
+    dx = torch.empty_like(x)
+    _call("rms_norm_backward", x.dtype, x, weight, scale, dy, dtotal, dx, *x.shape)
     return dx
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    """x [B, T, H, D] rotated by the angles of cos, sin [B or 1, T, D]; direction -1 rotates back."""
-    y = torch.empty(x.shape, dtype=x.dtype)
-    batch, tokens, heads, size = x.shape
-    cos, sin = (part.expand(batch, tokens, size).contiguous() for part in (cos, sin))
-    _call("rotate", x.dtype, x.contiguous(), cos, sin, y, batch * tokens, heads, size, float(direction))
+    heads, size = x.shape[1:]
+    if x.stride()[1:] != (size, 1):
+        x = x.contiguous()
+    y = x.new_empty(x.shape)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    _call("rotate", x.dtype, x, cos, sin, y, x.stride(0), len(x), heads, size, float(direction))
     return y
 
 
-def silu_forward(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up"""
-    y = torch.empty(gate.shape, dtype=gate.dtype)
-    _call("silu_forward", gate.dtype, gate.contiguous(), up.contiguous(), y, y.numel())
+def gated_silu(gate_up: Tensor) -> Tensor:
+    gate_up = gate_up.contiguous()
+    rows, width = gate_up.shape
+    y = gate_up.new_empty(rows, width // 2)
+    _call("gated_silu", y.dtype, *gate_up.chunk(2, dim=1), y, width, *y.shape)
     return y
 
 
-def silu_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and up."""
-    grads = [torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2)]
-    inputs = [x.contiguous() for x in (gate, up, dy)]
-    _call("silu_backward", gate.dtype, *inputs, *grads, gate.numel())
-    return grads[0], grads[1]
+def gated_silu_backward(gate_up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    gate_up, dy = gate_up.contiguous(), dy.contiguous()
+    grads, y = torch.empty_like(gate_up), torch.empty_like(dy)
+    halves = (*gate_up.chunk(2, dim=1), dy, *grads.chunk(2, dim=1))
+    _call("gated_silu_backward", y.dtype, *halves, y, gate_up.shape[1], *y.shape)
+    return grads, y
 
 
 def token_stats(logits: Tensor, target_ids: Tensor, with_gradient: bool) -> Tensor:
-    """[N, 3] fp32 for logits [N, V] and target_ids [N]: nll and entropy in nats, and 1 if the prediction is
-    correct. `with_gradient` overwrites the logits by the gradient of the nll: softmax - one_hot(target)."""
     assert logits.is_contiguous()
     assert target_ids.dtype == torch.int64
     values = torch.empty(len(logits), 3)
@@ -223,16 +231,21 @@ def token_stats(logits: Tensor, target_ids: Tensor, with_gradient: bool) -> Tens
     return values
 
 
-def scale_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """codes [out, in] int8 times scales [out] fp32, rounded once."""
-    assert scales.dtype == torch.float32
+def dequantize_int8(codes: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+    assert largest.dtype == torch.float32
     weight = torch.empty(codes.shape, dtype=dtype)
-    _call("scale_rows", dtype, codes.contiguous(), scales.contiguous(), weight, *codes.shape)
+    _call("dequantize_int8", dtype, codes.contiguous(), largest.contiguous(), weight, *codes.shape)
     return weight
 
 
-def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float) -> None:
-    """Call a kernel with as many threads as torch uses. Its tensors stay alive until it returns."""
+def fill_noise(pool: Tensor, key: int, threshold: int) -> None:
+    dtype = torch.float32 if pool.dtype == torch.int32 else torch.bfloat16  # as wide as the masks
+    _call("fill_noise", dtype, pool, key, threshold, len(pool) // 4)
+
+
+def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
+    """Call a kernel with as many threads as torch uses. Its tensors stay alive until it returns; None is a
+    null pointer."""
     values = [*arguments, torch.get_num_threads()]
     kinds = tuple(_kind(value) for value in values)
     assert _library is not None
@@ -245,7 +258,7 @@ def _prototype(kinds: tuple[type, ...]) -> type:
     return ctypes.CFUNCTYPE(None, *kinds)
 
 
-def _kind(value: Tensor | int | float) -> type:
-    if isinstance(value, Tensor):
+def _kind(value: Tensor | int | float | None) -> type:
+    if value is None or isinstance(value, Tensor):
         return ctypes.c_void_p
     return ctypes.c_int64 if isinstance(value, int) else ctypes.c_float

@@ -10,17 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.ops import kernels
+from finetune.ops import operators
 
 
 def frozen_weight(base: Any, dtype: torch.dtype) -> Tensor:
     """[out, in]: the dequantized weight of a frozen linear layer, rounded as bitsandbytes rounds it."""
     if isinstance(base, bnb.nn.Linear8bitLt):
         codes, largest = int8_state(base)
-        scales = largest / 127
-        if kernels.can_compute(scales) and dtype in kernels.DTYPES:
-            return kernels.scale_rows(codes, scales, dtype)
-        return (codes * scales[:, None]).to(dtype)
+        return operators.dequantize_int8(codes, largest, dtype)
     if isinstance(base, bnb.nn.Linear4bit):
         assert not getattr(base.weight.quant_state, "packing_format_for_cpu", False), (
             "load_base disables this format"
@@ -49,6 +46,54 @@ def multiply(x: Tensor, base: Any, int8_matmul: bool) -> Tensor:
     return product
 
 
+def enable(model: torch.nn.Module) -> None:
+    """Replace the forward method of each quantized layer: it multiplies by its dequantized weight, as LoRA
+    layers on the fast path do.
+
+    bitsandbytes' own rounds the activations of an int8 layer to int8 on a GPU, and the host waits for the GPU
+    in every call.
+    """
+    for layer in _quantized_layers(model):
+        layer.forward = types.MethodType(_forward, layer)
+
+
+def disable(model: torch.nn.Module) -> None:
+    """Restore bitsandbytes' forward methods."""
+    for layer in _quantized_layers(model):
+        layer.__dict__.pop("forward", None)
+
+
+def _quantized_layers(model: torch.nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, bnb.nn.Linear8bitLt | bnb.nn.Linear4bit)]
+
+
+def _forward(layer: Any, x: Tensor) -> Tensor:
+    """x [..., in] -> [..., out]."""
+    rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
+    with torch.autocast(x.device.type, enabled=False):
+        y: Tensor = _FrozenLinear.apply(rows, layer)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], -1)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The data type in which a layer multiplies x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """A frozen layer of x [T, in]. The backward pass dequantizes the weight again: nothing is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        ctx.layer = layer
+        return multiply(x, layer, int8_matmul=False)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy @ frozen_weight(ctx.layer, dy.dtype), None
+
+
 @contextmanager
 def dropout_off(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode, except for the int8 layers, which compute as in training.
@@ -73,19 +118,21 @@ def dequantized(model: torch.nn.Module) -> Iterator[None]:
 
     This is the reference path of `frozen_weight`: it dequantizes with bitsandbytes' own functions.
     """
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, bnb.nn.Linear8bitLt | bnb.nn.Linear4bit)]
+    layers = _quantized_layers(model)
+    replaced = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
         layer.forward = types.MethodType(_multiply_dequantized, layer)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, replaced, strict=True):
             del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 def _multiply_dequantized(layer: Any, x: Tensor) -> Tensor:
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    dtype = compute_dtype(x)
     bias = None if layer.bias is None else layer.bias.to(dtype)
     return F.linear(x.to(dtype), _dequantize(layer).to(dtype), bias)
 

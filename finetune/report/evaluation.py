@@ -108,19 +108,19 @@ def evaluate_both(
     trained: Trained, opened: TrainedModel, evaluated: Evaluated, examples: Examples
 ) -> tuple[Values, Values]:
     """[E, 4] sums of the base and of the tuned model, as `evaluate` gives them, computed as in the run."""
-    config, train_set, int8 = trained.config, examples, None
+    config, train_set, int8, max_tokens = trained.config, examples, None, None
     is_own = evaluated.data is config.data
     if is_own and evaluated.run_rows is not None:
         train_set = tokenize_rows(evaluated.run_rows.train, opened.tokenizer, config.data)
     if trained.run_dir is not None:
         environment = read_environment(trained.run_dir)
-        int8 = str(environment["int8"])
+        int8, max_tokens = str(environment["int8"]), environment["token_budget"]
         if is_own and environment["data"] != fingerprint_of(train_set, examples):
             say(f"These are NOT the rows of the run: {config.data.path} or the settings have changed since.")
     token_loss = TokenLoss(opened.model)
     fast_paths = choose_fast_paths(config, opened.accelerator, token_loss, train_set, int8)
     packing = fast_paths.packed
-    batches = plan_evaluation(make_plan(config, train_set, packing, 0, 1), examples)
+    batches = plan_evaluation(make_plan(config, train_set, packing, 0, 1, max_tokens), examples)
 
     def sums(model: AbstractContextManager[Any]) -> Values:
         with model:

@@ -226,7 +226,8 @@ def _with_current_names(environment: dict[str, Any]) -> dict[str, Any]:
         for choice in environment.get("settings", [])
     ]
     int8 = "dequantize" if environment["int8"] == "dequantise" else environment["int8"]
-    return {**environment, "int8": int8, "settings": choices}
+    budget = environment.get("token_budget")  # older runs chose none
+    return {**environment, "int8": int8, "token_budget": budget, "settings": choices}
 
 
 def _started_from(folder: Path) -> Path | None:
@@ -241,6 +242,14 @@ def recorded_int8(config: Config) -> str | None:
     """How the run in output_dir multiplies int8 weights; None where there is no run yet."""
     folder = Path(config.output_dir)
     return str(read_environment(folder)["int8"]) if (folder / CONFIG).exists() else None
+
+
+def recorded_token_budget(config: Config) -> int | None:
+    """The tokens of a micro-batch that the run in output_dir chose; None where it chose none, or there is no
+    run yet."""
+    folder = Path(config.output_dir)
+    recorded: int | None = read_environment(folder)["token_budget"] if (folder / CONFIG).exists() else None
+    return recorded
 
 
 def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:

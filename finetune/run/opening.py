@@ -9,9 +9,11 @@ from finetune.config import Config
 from finetune.data.duplicates import Match
 from finetune.data.plan import Plan
 from finetune.data.splits import Data
+from finetune.model.fast_paths import FastPaths
 from finetune.model.load import count_parameters
 from finetune.run import folder, summary
 from finetune.run.checkpoint import Checkpointer, TrainState
+from finetune.run.token_budget import TokenBudget
 from finetune.runtime.accelerator import device_name, environment
 from finetune.runtime.choice import Choice
 
@@ -25,8 +27,10 @@ class RunFacts:
     data: Data
     plan: Plan
     choices: Sequence[Choice]
-    int8_matmul: str
-    """How int8 weights are multiplied: a resumed run does the same"""
+    fast_paths: FastPaths
+    """A resumed run multiplies int8 weights in the same way"""
+    token_budget: TokenBudget
+    """A resumed run lays out its updates in the same way"""
     flop_per_second: float
     """Of this device in matrix multiplications"""
 
@@ -50,7 +54,8 @@ def open_run(
     record = {
         **environment(accelerator),
         "base": state.base,
-        "int8": facts.int8_matmul,
+        "int8": facts.fast_paths.int8.actual,
+        "token_budget": facts.token_budget.to_record,
         "described": described,
         "settings": [asdict(choice) for choice in facts.choices],
         "rows": facts.data.counts(),

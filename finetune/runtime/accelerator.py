@@ -1,5 +1,6 @@
 """The Accelerator, the precision, and the record of this machine."""
 
+import ctypes
 import os
 import platform
 import time
@@ -32,9 +33,31 @@ def _describe_device(device: torch.device) -> Choice:
     actual = device.type
     told_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     if actual == "cpu" and torch.version.cuda and not told_cpu:
-        reason = f"torch is built for CUDA {torch.version.cuda} and finds no GPU that it can use"
+        supported = _driver_cuda_version()
+        if supported is None or supported >= _as_numbers(torch.version.cuda)[:1]:  # minor versions fit
+            reason = f"torch is built for CUDA {torch.version.cuda} and finds no GPU that it can use"
+        else:
+            version = ".".join(map(str, supported))
+            reason = (
+                f"the NVIDIA driver is too old: it supports CUDA {version}, and this torch needs "
+                f"{torch.version.cuda}; update the driver, or install a torch for CUDA {version} or older"
+            )
         return Choice("device", "cuda", actual, reason)
     return Choice("device", actual, actual)
+
+
+def _as_numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
+def _driver_cuda_version() -> tuple[int, int] | None:
+    """The newest version of CUDA that the NVIDIA driver supports, such as (12, 4); None without a driver."""
+    number = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except OSError:
+        return None
+    return None if failed else (number.value // 1000, number.value % 1000 // 10)
 
 
 def _describe_processes(num_processes: int) -> Choice:
@@ -114,7 +137,8 @@ def matmul_rate(device: torch.device, precision: str) -> float:
     """FLOP/s of the device in matrix multiplications: the best of ten, measured now."""
     dtype = DTYPES[precision]
     size = 4096 if device.type == "cuda" else 1024
-    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    # Random numbers: with constants a GPU's multipliers switch less, draw less power and clock higher.
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
 
     def seconds() -> float:
         start = time.perf_counter()

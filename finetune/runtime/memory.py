@@ -1,14 +1,17 @@
-"""Memory of this process: its peak, on a GPU or in RAM."""
+"""Memory of this process, on a GPU or in RAM: what it holds, its peak, and what it may take."""
 
 import ctypes
+import os
 import resource
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from typing import NamedTuple
 
+import psutil
 import torch
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 UPDATES_BETWEEN_RELEASES = 20
 
 
@@ -36,6 +39,48 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def peak_reserved_gib(device: torch.device) -> float | None:
+    """Peak of what torch's allocator took from a GPU: the allocated memory and the gaps between; None on a
+    CPU."""
+    return torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else None
+
+
+def held_bytes(device: torch.device) -> int:
+    """Memory held now: allocated on a GPU, resident (RSS) on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+class Room(NamedTuple):
+    """Memory in GiB that a process may hold: what is free, and what it holds already."""
+
+    total_gib: float
+
+    @property
+    def margin_gib(self) -> float:
+        """What stays unused of it, for the gaps between tensors and for libraries."""
+        return max(self.total_gib / 20, 256 * MIB / GIB)
+
+    @property
+    def usable_gib(self) -> float:
+        return max(0.0, self.total_gib - self.margin_gib)
+
+
+def room_on(device: torch.device) -> Room:
+    """The room that this process has on the device.
+
+    On a GPU, a fraction set by `torch.cuda.set_per_process_memory_fraction` is the limit. On a CPU, the
+    processes of a run on this machine share what is free.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        limit = total * torch.cuda.get_per_process_memory_fraction(device)
+        return Room(min(free + torch.cuda.memory_reserved(device), limit) / GIB)
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
+    return Room((held_bytes(device) + psutil.virtual_memory().available / num_processes) / GIB)
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -7,23 +7,23 @@ rest follows from the sizes of the model, the adapter and the optimizer.
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from finetune.config import Config
 from finetune.config_checks import LARGEST_WHOLE_NUMBER
 from finetune.data.collate import MicroBatch, collate, iterate_batches
-from finetune.data.plan import Layout, Plan, plan_evaluation
+from finetune.data.plan import Plan, count_tokens, plan_evaluation
 from finetune.data.tokenize import Examples
-from finetune.ops import chunked_head
+from finetune.model.loss import TokenLoss
+from finetune.ops import chunked_head, torch_makers
 from finetune.ops.quantized import dropout_off
 from finetune.runtime.accelerator import DTYPES, reseed
-from finetune.runtime.memory import GIB, peak_memory_gib, reset_peak_memory
+from finetune.runtime.memory import GIB, held_bytes, peak_memory_gib, peak_reserved_gib, reset_peak_memory
 from finetune.training.metrics import SumWindow
 from finetune.training.optim import choose_optimizer, create_optimizer, state_bytes
 from finetune.training.setup import Parts
@@ -34,7 +34,7 @@ class Prediction:
     """Bytes, by part."""
 
     process: int
-    """The memory of Python and the libraries; 0 on a GPU, where only tensors count"""
+    """The memory of Python and the libraries; on a GPU, of the tensors besides those below"""
     base: int
     adapter: int
     """Weights and gradients, fp32"""
@@ -69,45 +69,45 @@ class Prediction:
         return bisect_right(range(1, LARGEST_WHOLE_NUMBER), gib * GIB, key=self.of_update)
 
 
-def predict(config: Config, parts: Parts, packing: bool) -> Prediction:
+def predict(config: Config, accelerator: Any, token_loss: TokenLoss, packing: bool) -> Prediction:
     """Predict the memory by part. Runs the forward passes of two short sequences."""
-    model, device = parts.model, parts.accelerator.device
+    model, device = token_loss.model, accelerator.device
     adapter = [p for p in model.parameters() if p.requires_grad]
     tensors = [*model.parameters(), *model.buffers(), *_quantization_states(model)]
     base = storage_bytes([tensor for tensor in tensors if not tensor.requires_grad])
     optimizer = choose_optimizer(config.optim.name, device).actual
     num_trained = sum(p.numel() for p in adapter)
-    rss = psutil.Process().memory_info().rss
-    itemsize = DTYPES[parts.precision.actual].itemsize
+    gradients = [p.grad for p in adapter if p.grad is not None]
+    dtype = DTYPES[accelerator.mixed_precision]
     widths = [m.in_features + m.out_features for m in _linear_layers(model)]
     weights = [m.in_features * m.out_features for m in _linear_layers(model)]
     return Prediction(
-        process=0 if device.type == "cuda" else max(0, rss - base - storage_bytes(adapter)),
+        process=max(0, held_bytes(device) - base - storage_bytes([*adapter, *gradients])),
         base=base,
         adapter=2 * storage_bytes(adapter),
         optimizer=num_trained * state_bytes(optimizer),
-        kept_per_token=_kept_per_token(parts, packing),
-        per_layer_and_token=4 * max(widths) * itemsize,
-        weight=max(weights) * itemsize,
-        **_head_bytes(parts, itemsize),
+        kept_per_token=_kept_per_token(accelerator, token_loss, packing),
+        per_layer_and_token=4 * max(widths) * dtype.itemsize,
+        weight=max(weights) * dtype.itemsize,
+        **_head_bytes(token_loss, dtype, device),
     )
 
 
-def _kept_per_token(parts: Parts, packing: bool) -> float:
+def _kept_per_token(accelerator: Any, token_loss: TokenLoss, packing: bool) -> float:
     """Bytes that autograd saves for a token: the slope between a sequence and one of twice its length."""
     kept, short = [], 64
     for length in (short, 2 * short):
         ids = [1] * length
         labels = [-100] * (length - 1) + [1]  # one target token: the head is counted separately
-        batch = collate([{"input_ids": ids, "labels": labels}], packing).to(parts.accelerator.device)
-        kept.append(kept_bytes(parts, batch))
+        batch = collate([{"input_ids": ids, "labels": labels}], packing).to(accelerator.device)
+        kept.append(kept_bytes(accelerator, token_loss, batch))
     return (kept[1] - kept[0]) / short
 
 
-def kept_bytes(parts: Parts, batch: MicroBatch) -> int:
-    """Bytes that autograd saves for the backward pass of a micro-batch, without the parameters."""
+def kept_bytes(accelerator: Any, token_loss: TokenLoss, batch: MicroBatch) -> int:
+    """Bytes that are kept for the backward pass of a micro-batch, without the parameters."""
     storages: dict[int, int] = {}
-    parameters = {p.untyped_storage().data_ptr() for p in parts.model.parameters()}
+    parameters = {p.untyped_storage().data_ptr() for p in token_loss.parameters()}
 
     def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -118,22 +118,43 @@ def kept_bytes(parts: Parts, batch: MicroBatch) -> int:
     reseed(0, 0, 0)
     with (
         torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor),
-        parts.accelerator.autocast(),
+        accelerator.autocast(),
     ):
-        kept = parts.token_loss(batch)
+        kept = token_loss(batch)
+    for tensor in _held_by_functions(kept.nll):
+        record(tensor)
     del kept  # only now: a new storage may reuse the address of a freed one
     return sum(storages.values())
 
 
-def _head_bytes(parts: Parts, itemsize: int) -> dict[str, float]:
+def _held_by_functions(output: Tensor) -> Iterator[Tensor]:
+    """The tensors that our autograd functions hold as attributes of `ctx`, which no hook of autograd sees."""
+    nodes, seen = [output.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+            yield from _tensors_in(list(getattr(node, "__dict__", {}).values()))
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors_in(part)
+
+
+def _head_bytes(token_loss: TokenLoss, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Bytes of a target token's logits and of the passes over them, and the most that exist at once."""
-    vocabulary = parts.model.get_output_embeddings().weight.shape[0]
-    if parts.token_loss.head_mib is None:
+    vocabulary = token_loss.base.get_output_embeddings().weight.shape[0]
+    if token_loss.head_mib is None:
         # The logits, and in fp32: the logits, their log-probabilities and their gradient.
-        return {"head_per_token": vocabulary * (itemsize + 3 * 4), "head_most": math.inf}
-    size = chunked_head.bytes_per_logit(DTYPES[parts.precision.actual], parts.accelerator.device)
-    rows = chunked_head.tokens_per_chunk(parts.token_loss.head_mib, vocabulary, size)
-    most = rows * vocabulary * size + 2 * chunked_head.ROWS * vocabulary * 4
+        return {"head_per_token": vocabulary * (dtype.itemsize + 3 * 4), "head_most": math.inf}
+    size = chunked_head.bytes_per_logit(dtype, device)
+    rows = chunked_head.tokens_per_chunk(token_loss.head_mib, vocabulary, size)
+    most = rows * vocabulary * size + 2 * torch_makers.ROWS * vocabulary * 4
     return {"head_per_token": vocabulary * size, "head_most": most}
 
 
@@ -145,24 +166,21 @@ class Measured:
     """Tokens of the largest micro-batch, including padding"""
     seconds: float
     peak_gib: float
+    """Allocated on a GPU, resident (RSS) on a CPU"""
+    reserved_gib: float | None
+    """What torch's allocator took from a GPU for it; None on a CPU"""
 
 
 def measure_update(config: Config, parts: Parts, plan: Plan) -> Measured:
     """Run the update of the first epoch that has the largest micro-batch, including the optimizer's step."""
     updates = [plan.update(step) for step in range(plan.steps_per_epoch)]
-
-    def largest(micro_batches: Sequence[Sequence[int]]) -> int:
-        return max(
-            _num_tokens(plan.lengths, batch, plan.layout, plan.shared_prefix) for batch in micro_batches
-        )
-
-    update = max(updates, key=lambda update: (largest(update.micro_batches), update.num_tokens))
+    update = max(updates, key=lambda update: (plan.largest_batch(update), update.num_tokens))
     device = parts.accelerator.device
     name = choose_optimizer(config.optim.name, device).actual
     optimizer = create_optimizer(name, parts.adapter, config.optim)
     window = SumWindow(device)
     dataset, packing = parts.train_set.dataset, plan.layout.packing
-    reset_peak_memory(device)
+    _start_measuring(device)
     start = time.perf_counter()
     for batch in iterate_batches(update.micro_batches, dataset, packing, device):
         with parts.accelerator.autocast():
@@ -174,7 +192,8 @@ def measure_update(config: Config, parts: Parts, plan: Plan) -> Measured:
     window.keep_update()
     window.total(parts.accelerator).tolist()  # waits for the device
     seconds = time.perf_counter() - start
-    return Measured(update.num_tokens, largest(update.micro_batches), seconds, peak_memory_gib(device))
+    peaks = peak_memory_gib(device), peak_reserved_gib(device)
+    return Measured(update.num_tokens, plan.largest_batch(update), seconds, *peaks)
 
 
 def measure_evaluation(parts: Parts, plan: Plan, eval_set: Examples) -> Measured | None:
@@ -182,31 +201,23 @@ def measure_evaluation(parts: Parts, plan: Plan, eval_set: Examples) -> Measured
     if len(eval_set.dataset) == 0:
         return None
     batches = plan_evaluation(plan, eval_set)
-    prefix = eval_set.shared_prefix
-    indices = max(batches, key=lambda batch: _num_tokens(eval_set.lengths, batch, plan.layout, prefix))
-    num_tokens = _num_tokens(eval_set.lengths, indices, plan.layout, prefix)
+    sizes = [count_tokens(batch, eval_set.lengths, plan.layout, eval_set.shared_prefix) for batch in batches]
+    num_tokens = max(sizes)
+    indices = batches[sizes.index(num_tokens)]
     device = parts.accelerator.device
-    reset_peak_memory(device)
+    _start_measuring(device)
     start = time.perf_counter()
     with torch.no_grad(), dropout_off(parts.token_loss), parts.accelerator.autocast():
         batch = collate([eval_set.dataset[i] for i in indices], plan.layout.packing)
         parts.token_loss.token_stats(batch.to(device)).cpu()
     seconds = time.perf_counter() - start
-    return Measured(num_tokens, num_tokens, seconds, peak_memory_gib(device))
+    return Measured(num_tokens, num_tokens, seconds, peak_memory_gib(device), peak_reserved_gib(device))
 
 
-def _num_tokens(lengths: Any, batch: Sequence[int], layout: Layout, shared_prefix: int) -> int:
-    """Tokens of a micro-batch, including padding; the shared prefix of a packed sequence counts once."""
-    if layout.packing:
-        return shared_prefix + sum(int(lengths[i]) - shared_prefix for i in batch)
-    return len(batch) * max((int(lengths[i]) for i in batch), default=0)
-
-
-def device_memory_gib(device: torch.device) -> float:
-    """The memory of the GPU, or the RAM of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory / GIB
-    return psutil.virtual_memory().total / GIB
+def _start_measuring(device: torch.device) -> None:
+    """Reset the peaks. What torch reserved on a GPU and no longer needs is given back first."""
+    torch.cuda.empty_cache()  # without a GPU, nothing happens
+    reset_peak_memory(device)
 
 
 def _linear_layers(model: Any) -> list[Any]:

@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from command_line import assert_one_line_error, config_arguments, enter_empty_fo
 from finetune.__main__ import main
 from finetune.config import FastConfig
 from finetune.config_parsing import parse_config
+from finetune.data.plan import Plan
+from finetune.runtime.memory import Room
+from finetune.training.memory_model import Measured, Prediction, measure_update
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="of a processor's memory and layers")
 
@@ -95,6 +99,50 @@ def test_too_little_memory_is_1_and_says_what_to_change(plan):
     assert "data.max_length" in last
     assert "train.gradient_checkpointing" in last
     assert "fit --train" not in printed
+
+
+def test_the_budget_it_prints_holds_an_example_of_any_length(plan, monkeypatch, arguments):
+    """Budgets are rounded down to a multiple of 64, but not below max_length."""
+    monkeypatch.setattr(Prediction, "largest_budget", lambda self, gib: 120)
+    code, printed = plan("--data.max_length", "100")
+    assert code == 0
+    assert "--train.max_tokens_per_micro_batch 100\n" in printed
+
+
+def test_by_default_it_fits_into_what_is_free_less_a_margin(plan, monkeypatch):
+    asked = []
+    monkeypatch.setattr("finetune.commands.plan.room_on", lambda device: Room(20.0))
+    monkeypatch.setattr(Prediction, "largest_budget", lambda self, gib: asked.append(gib) or 640)
+    _, printed = plan()
+    assert "A run can have 20.0 GiB here, and leaves 1.0 of them as a margin\n" in printed
+    assert "19.0 GiB fit --train.max_tokens_per_micro_batch 640\n" in printed
+    assert set(asked) == {19.0}
+
+
+@pytest.mark.parametrize(("fits", "planned"), [(200, 200), (10**6, 8 * 128), (5, 128)])
+def test_with_an_automatic_budget_it_measures_what_a_run_would_take(plan, monkeypatch, fits, planned):
+    budgets = []
+    monkeypatch.setattr(Prediction, "largest_budget", lambda self, gib: fits)
+
+    def noting(config: Any, parts: Any, plan: Plan) -> Measured:
+        budgets.append(plan.layout.max_tokens)
+        return measure_update(config, parts, plan)
+
+    monkeypatch.setattr("finetune.commands.plan.measure_update", noting)
+    code, _ = plan("--train.max_tokens_per_micro_batch=auto")
+    assert budgets == [planned]
+    assert code == (1 if fits < 128 else 0)
+
+
+def test_on_a_card_it_prints_what_is_reserved_beside_what_is_allocated(plan, monkeypatch):
+    def on_a_card(*arguments: Any) -> Measured:
+        return replace(measure_update(*arguments), peak_gib=1.25, reserved_gib=1.75)
+
+    monkeypatch.setattr("finetune.commands.plan.measure_update", on_a_card)
+    _, printed = plan("--data.eval_fraction", "0")
+    assert re.search(r"│ longest update +│ \d+\.\d\d +│ 1\.25 +│ 1\.75 +│", printed)
+    assert re.search(r"predicted GiB ┃ allocated GiB ┃ reserved GiB ┃ seconds", printed)
+    assert "other tensors" in printed
 
 
 def test_without_eval_rows_it_shows_updates_alone(plan):

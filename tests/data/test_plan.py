@@ -266,6 +266,10 @@ def test_the_plan_of_a_config_uses_its_sizes_and_defaults_to_the_memory_sized_fo
     assert plan.global_batch_size == 3 * 4 * 2
     assert (plan.num_epochs, plan.max_steps, plan.seed) == (5, 6, 7)
     assert (plan.rank, plan.num_processes) == (1, 2)
+    left_to_the_run = replace(train, max_tokens_per_micro_batch="auto")
+    config = Config(train=left_to_the_run, data=DataConfig(max_length=10))
+    assert make_plan(config, train_set, True, 0, 1).layout.max_tokens == 30
+    assert make_plan(config, train_set, True, 0, 1, max_tokens=12).layout.max_tokens == 12
     asked = replace(train, max_tokens_per_micro_batch=17)
     plan = make_plan(Config(train=asked, data=DataConfig(max_length=10)), train_set, True, 0, 1)
     assert plan.layout == Layout(packing=True, micro_batch_size=3, max_tokens=17)

@@ -2,15 +2,20 @@
 
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import HAS_COMPILER, KERNELS_BY, PACKED_BY
 from datasets import Dataset
 from tiny import NAMES, VOCABULARY, adapter_gradients, fill_adapter, random_examples, with_adapter
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.config import Config, FastConfig, LoraConfig, ModelConfig, TrainConfig
@@ -20,8 +25,10 @@ from finetune.model import fast_paths
 from finetune.model.fast_paths import FastPaths, choose_fast_paths, use_reference_paths
 from finetune.model.load import add_adapter, load_model
 from finetune.model.loss import TokenLoss
-from finetune.ops import attention, lora, quantized
+from finetune.ops import attention, quantized
 from finetune.ops.attention import PACKED
+from finetune.ops.base_weights import BaseWeights
+from finetune.ops.decoder_layer import FusedLayer
 from finetune.runtime.choice import Choice
 
 CPU = torch.device("cpu")
@@ -122,6 +129,7 @@ def test_ordinary_models_get_every_fast_path_and_the_same_sums(architecture, pre
     chosen = choose(token_loss, precision=precision)
     assert (chosen.layout.actual, chosen.attention.actual) == ("packed", PACKED_NAME)
     assert (chosen.loss.actual, chosen.lora.actual, chosen.int8.actual) == (CHUNKS, FUSED, "none")
+    assert chosen.layers.actual == "fused"
     assert all_are_as_requested(chosen)
     assert (token_loss.masks_packed_sequences, token_loss.head_mib) == (False, 128)
     assert token_loss.base.config._attn_implementation == PACKED
@@ -245,6 +253,7 @@ def test_where_some_layers_are_of_another_kind_the_others_are_fast_and_their_num
     chosen = choose(token_loss)
     assert (chosen.lora.requested, chosen.lora.actual) == (FUSED, f"{FUSED}, except 1")
     assert chosen.lora.reason
+    assert chosen.layers.actual == "fused"
     assert len(fast_layers(token_loss)) == 4
     assert_same_sums(sums_of(token_loss, packing=True), expected)
 
@@ -284,6 +293,7 @@ def test_a_path_that_is_switched_off_is_plain_as_asked_and_the_others_are_fast(o
     assert token_loss.masks_packed_sequences == (off == "attention")
     assert token_loss.head_mib == (None if off == "head" else 128)
     assert len(fast_layers(token_loss)) == (0 if off == "lora" else 14)
+    assert chosen.layers.actual == ("module by module" if off in ("lora", "elementwise") else "fused")
     assert_same_sums(sums_of(token_loss, packing=True), expected)
 
 
@@ -366,12 +376,51 @@ def test_nf4_layers_without_an_adapter_pass_gradients_on_after_the_choice(fast_l
 def test_a_fast_layer_that_computes_something_else_is_not_used(monkeypatch):
     token_loss = TokenLoss(with_adapter(built("qwen2")))
     expected = sums_of(token_loss, packing=True)
-    real = quantized.multiply
-    monkeypatch.setattr(lora, "multiply", lambda *arguments: 1.5 * real(*arguments))
+    real = BaseWeights.dequantize
+    monkeypatch.setattr(BaseWeights, "dequantize", lambda *arguments: 1.5 * real(*arguments))
     chosen = choose(token_loss)
     assert (chosen.lora.requested, chosen.lora.actual) == (FUSED, "PEFT's")
     assert "different results" in chosen.lora.reason
     assert fast_layers(token_loss) == []
+    assert_same_sums(sums_of(token_loss, packing=True), expected)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "actual", "reason"),
+    [
+        ("qwen3", {}, "module by module", "no layers of Llama's kind with fast parts"),
+        ("gpt2", {}, "module by module", "no layers of Llama's kind with fast parts"),
+        (
+            "qwen2",  # the second layer has a window, longer than any example
+            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
+            "fused, except 1",
+            "layers of another kind",
+        ),
+    ],
+)
+def test_how_many_layers_are_fused_and_why_not_all(architecture, settings, actual, reason):
+    token_loss = TokenLoss(with_adapter(built(architecture, **settings)))
+    expected = sums_of(token_loss, packing=True)
+    chosen = choose(token_loss)
+    assert (chosen.layers.requested, chosen.layers.actual) == ("fused", actual)
+    assert chosen.layers.reason == reason
+    assert_same_sums(sums_of(token_loss, packing=True), expected)
+
+
+def test_fused_layers_that_compute_something_else_are_not_used(monkeypatch):
+    token_loss = TokenLoss(with_adapter(built("qwen2")))
+    expected = sums_of(token_loss, packing=True)
+    real = FusedLayer._compute
+    monkeypatch.setattr(FusedLayer, "_compute", lambda *inputs, **named: -3 * real(*inputs, **named))
+    chosen = choose(token_loss)  # each layer is compared with its own method
+    assert (chosen.layers.actual, chosen.layers.reason) == (
+        "module by module",
+        "no layers of Llama's kind with fast parts",
+    )
+    monkeypatch.setattr(FusedLayer, "is_equivalent", lambda _: True)
+    chosen = choose(token_loss)  # and all together with the model
+    assert chosen.layers.actual == "module by module"
+    assert "different results" in chosen.layers.reason
     assert_same_sums(sums_of(token_loss, packing=True), expected)
 
 
@@ -392,6 +441,56 @@ def test_an_attention_that_computes_something_else_is_not_used(monkeypatch):
     assert "different results" in chosen.attention.reason
     assert chosen.packed
     assert_same_sums(sums_of(token_loss, packing=True), expected)
+
+
+class LargestLogits(TorchDispatchMode):
+    """The most rows of a floating-point tensor with a column for each token of the vocabulary."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.rows = vocabulary, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+        for result in results if isinstance(results, list | tuple) else [results]:
+            if isinstance(result, Tensor) and result.shape[-1:] == (self.vocabulary,):
+                self.rows = max(self.rows, result.numel() // self.vocabulary)
+        return results
+
+
+def test_the_trial_holds_the_logits_of_few_tokens():
+    vocabulary, length = 1009, 600
+    examples = random_examples([30, length], vocabulary)
+    token_loss = TokenLoss(with_adapter(built("qwen2", vocab_size=vocabulary, max_position_embeddings=1024)))
+    data = Examples(Dataset.from_list(examples), truncated=[], dropped={})
+    with LargestLogits(vocabulary) as largest:
+        chosen = choose_fast_paths(Config(), Accelerator(cpu=True), token_loss, data)
+    assert all_are_as_requested(chosen)
+    assert 0 < largest.rows <= 64
+
+
+@pytest.mark.parametrize("length", [2, 5, 64, 200])
+def test_the_trial_compares_the_first_own_token_and_the_last_and_some_between(length):
+    examples = Examples(Dataset.from_list(random_examples([length])), truncated=[], dropped={})
+    token_loss = TokenLoss(with_adapter(built("qwen2")))
+    trial = fast_paths._Trial(Accelerator(cpu=True), token_loss, examples)
+    shared = min(16, length // 4)
+    positions = trial.alone.target_positions.tolist()
+    assert (positions[0], positions[-1]) == (shared, length - 2)
+    assert len(positions) == min(64, length - 1 - shared)
+    gaps = {after - before for before, after in pairwise(positions)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
+    assert torch.equal(trial.packed.target_ids, trial.alone.target_ids)
+
+
+def test_the_peak_is_counted_from_after_the_trial(monkeypatch):
+    events: list[Any] = []
+    real = fast_paths._Trial.logits
+    monkeypatch.setattr(fast_paths._Trial, "logits", lambda *own: events.append("trial") or real(*own))
+    monkeypatch.setattr(fast_paths, "reset_peak_memory", events.append)
+    choose(TokenLoss(with_adapter(built("qwen2"))))
+    assert events[-1] == CPU
+    assert set(events[:-1]) == {"trial"}
 
 
 def test_a_path_that_runs_out_of_memory_is_no_path_that_computes_something_else(monkeypatch):
@@ -439,6 +538,9 @@ def test_how_a_run_began_is_kept_and_not_measured_again(int8_loss, recorded):
 def test_a_way_that_is_asked_for_is_taken(int8_loss, asked, recorded):
     chosen = choose(int8_loss, FastConfig(int8_matmul=asked), precision="bf16", int8=recorded)
     assert (chosen.int8.requested, chosen.int8.actual) == (asked, asked)
+    in_int8 = asked == "int8"
+    assert chosen.layers.actual == ("module by module" if in_int8 else "fused")
+    assert chosen.layers.reason == ("int8 weights are multiplied in int8" if in_int8 else "")
     assert_all_layers_multiply(int8_loss, asked == "int8")
 
 
@@ -455,6 +557,56 @@ def test_int8_is_taken_where_it_is_faster_by_more_than_a_fifth(
     assert (chosen.int8.requested, chosen.int8.actual) == (actual, actual)
     assert f"dequantized {dequantized * 1e3:.1f} ms, in int8 {in_int8 * 1e3:.1f} ms" in chosen.int8.reason
     assert_all_layers_multiply(int8_loss, actual == "int8")
+
+
+def test_int8_activations_are_not_the_truth_that_fast_paths_are_compared_with(int8_loss, monkeypatch):
+    """On a GPU, bitsandbytes' layers round the activations: as far off here as any difference can be."""
+    monkeypatch.setattr(
+        bnb.nn.Linear8bitLt, "forward", lambda layer, x: x.new_zeros(*x.shape[:-1], layer.out_features)
+    )
+    chosen = choose(int8_loss, FastConfig(int8_matmul="dequantize"), precision="bf16")
+    assert (chosen.lora.actual, chosen.elementwise.actual) == (FUSED, "keep their inputs")
+    assert chosen.attention.actual == PACKED_NAME
+    assert all_are_as_requested(chosen)
+
+
+@pytest.mark.usefixtures("no_clock")
+@pytest.mark.parametrize(
+    ("asked", "recorded", "actual"),
+    [("auto", None, "dequantize"), ("auto", "int8", "int8"), ("int8", None, "int8")],
+)
+def test_a_gpu_dequantizes_unless_something_else_is_asked_for(int8_loss, asked, recorded, actual):
+    gpu = SimpleNamespace(device=torch.device("cuda"), mixed_precision="fp16", is_main_process=True)
+    config = Config(fast=FastConfig(int8_matmul=asked))
+    chosen = fast_paths._choose_int8(config, gpu, int8_loss.model, train_set(), recorded)
+    assert (chosen.requested, chosen.actual) == (actual, actual)
+    assert ("waits" in chosen.reason) == (actual == "dequantize")
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_int8_is_measured_in_the_precision_of_the_run(int8_loss, monkeypatch, precision, dtype):
+    measured = []
+
+    def multiply(x: Tensor, layer: Any, int8_matmul: bool) -> Tensor:
+        measured.append(x.dtype)
+        return x
+
+    monkeypatch.setattr(quantized, "multiply", multiply)
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    fast_paths._choose_int8(Config(), accelerator, int8_loss.model, train_set(), None)
+    assert set(measured) == {dtype}
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_layers_without_an_adapter_multiply_like_those_with_one(tiny_model_dir, monkeypatch, quantization):
+    source = ModelConfig(name_or_path=str(tiny_model_dir), quantization=quantization)
+    adapter = LoraConfig(lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
+    token_loss = TokenLoss(fill_adapter(load_model(Config(model=source, lora=adapter), "bf16", CPU)))
+    expected = sums_of(token_loss, packing=True, precision="bf16")
+    choose(token_loss, precision="bf16")
+    for kind in (bnb.nn.Linear8bitLt, bnb.nn.Linear4bit):
+        monkeypatch.setattr(kind, "forward", lambda *_: pytest.fail("bitsandbytes multiplied"))
+    assert_same_sums(sums_of(token_loss, packing=True, precision="bf16"), expected, 2e-2)
 
 
 @pytest.mark.usefixtures("no_clock")

@@ -8,8 +8,10 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
+from card import put_on_gpu, quantized_layer
 from conftest import ROOT, tiny_model, tiny_tokenizer
 from tiny import conversation, fill_adapter, with_adapter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from finetune.config import LoraConfig, ModelConfig
 from finetune.model.generate import (
@@ -17,9 +19,9 @@ from finetune.model.generate import (
     Sampler,
     answer_prompts,
     check_limits,
-    dequantize_on_cpu,
     encode_prompt,
     generate_answers,
+    multiply_dequantized,
     require_room,
 )
 from finetune.model.load import add_adapter, load_base, load_tokenizer
@@ -162,7 +164,7 @@ def test_weights_held_dequantized_give_the_same_answers(tiny_model_dir, quantiza
 
     before = outcome()
     assert any(map(is_quantized, model.modules()))
-    dequantize_on_cpu(model, precision)
+    multiply_dequantized(model, precision)
     assert not any(map(is_quantized, model.modules()))
     after = outcome()
     assert after[0] == before[0]
@@ -170,6 +172,16 @@ def test_weights_held_dequantized_give_the_same_answers(tiny_model_dir, quantiza
     for tuned_or_base in (1, 2):
         torch.testing.assert_close(after[tuned_or_base], before[tuned_or_base], rtol=rounding, atol=rounding)
     assert not torch.allclose(after[1].float(), after[2].float(), atol=0.1)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_on_a_gpu_the_weights_stay_quantized_and_no_token_waits_for_it(quantization):
+    model = torch.nn.Sequential(quantized_layer(quantization))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        put_on_gpu(model[0])
+        multiply_dequantized(model, "fp16")
+        assert isinstance(model[0], bnb.nn.Linear8bitLt | bnb.nn.Linear4bit)
+        assert model.eval()(torch.empty(3, 64, device="cuda", dtype=torch.float16)).shape == (3, 128)
 
 
 def test_the_head_is_given_what_it_multiplies_without_copies_of_its_weight(accelerator):

@@ -1,17 +1,21 @@
 """Attention within each example of a packed sequence, against a plain computation in fp64, by example."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from card import attention_card
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from finetune.data.collate import Boundaries
 from finetune.ops import kernels
-from finetune.ops.attention import _sequences, packed_attention
+from finetune.ops.attention import _sequences, describe_kernel, flash_obstacle, packed_attention
 
 BLOCK = 32  # queries that the kernels take at a time
 any_sequence = settings(deadline=None, max_examples=25)
@@ -142,13 +146,17 @@ def test_a_shared_prefix_counts_as_if_each_example_had_its_own(
 
 
 def test_the_sequences_are_what_a_variable_length_kernel_takes():
-    sequences = _sequences((2, 3), 2, torch.device("cpu"))
+    sequences = _sequences(make_boundaries([2, 3], 2))
     assert (sequences.num_queries, sequences.num_keys) == ([2, 2, 3], [2, 4, 5])
     assert sequences.query_starts.tolist() == [0, 2, 4, 7]
     assert sequences.key_starts.tolist() == [0, 2, 6, 11]
-    assert sequences.key_indices.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5, 6]
-    alone = _sequences((2, 3), 0, torch.device("cpu"))
-    assert (alone.num_queries, alone.num_keys, alone.key_indices) == ([2, 3], [2, 3], None)
+    assert sequences.shared.key_indices.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5, 6]
+    assert sequences.shared.copies.tolist() == [0, 1, 2, 3, 6, 7]
+    assert sequences.shared.own.tolist() == [4, 5, 8, 9, 10]
+    boundaries = make_boundaries([2, 3])
+    alone = _sequences(boundaries)
+    assert (alone.num_queries, alone.num_keys, alone.shared) == ([2, 3], [2, 3], None)
+    assert alone.query_starts is alone.key_starts is boundaries.starts
 
 
 def test_the_default_scale_is_one_over_the_root_of_the_head_size():
@@ -234,3 +242,134 @@ def test_without_boundaries_it_is_transformers_sdpa():
         expected, _ = sdpa_attention_forward(module, *inputs, given_mask, scaling=0.3)
         output, _ = packed_attention(module, *inputs, given_mask, scaling=0.3)
         assert torch.equal(output, expected)
+
+
+# On a GPU
+
+
+@pytest.fixture(params=[(8, 6), (7, 5)], ids=["ampere", "turing"])
+def card(request, monkeypatch) -> Iterator[tuple[tuple[int, int], list[str]]]:
+    """The capability of a GPU that is imitated, and the names of the kernels that are called on it."""
+    kernels.disable()
+    with attention_card(monkeypatch, request.param) as called:
+        yield request.param, called
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("prefix", [0, 5])
+@pytest.mark.parametrize(("count", "size"), [((4, 2), 16), ((3, 1), 20), ((2, 2), 8)])
+def test_on_a_gpu_one_kernel_computes_all_examples(card, dtype, prefix, count, size):
+    (capability, called), lengths = card, [5, 40, 1, 3]
+    inputs = random_inputs(prefix + sum(lengths), *count, size, dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    whole = [length + prefix for length in lengths]
+    expanded = reference(*(expand(tensor, lengths, prefix) for tensor in exact), whole, 0.3)
+    rows = [part[:, prefix:] for part in expanded.split(whole, dim=1)]
+    expected = torch.cat([expanded[:, :prefix], *rows], dim=1)
+    output, _ = packed_attention(
+        None, *inputs, None, boundaries=make_boundaries(lengths, prefix), scaling=0.3
+    )
+    assert_near(output, inputs, expected, exact, 1e-5 if dtype == torch.float32 else 2e-2, seed=0)
+    kind = "flash" if capability >= (8, 0) and dtype != torch.float32 else "efficient"
+    assert called == [f"{kind}_forward", f"{kind}_backward"]
+
+
+def test_on_a_gpu_the_model_decides_the_scale_and_the_size_of_the_values(card):
+    query, key, value = random_inputs(9, 2, 2, 16, torch.bfloat16)
+    wide, _ = packed_attention(None, query, key, value, None, boundaries=make_boundaries([4, 5]))
+    narrow, _ = packed_attention(None, query, key, value[..., :5], None, boundaries=make_boundaries([4, 5]))
+    assert torch.equal(narrow, wide[..., :5])
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_size", "reason"),
+    [
+        ((8, 0), torch.bfloat16, 256, None),
+        ((8, 6), torch.float16, 64, None),
+        ((8, 6), torch.float16, 256, None),
+        ((9, 0), torch.bfloat16, 200, None),
+        ((12, 0), torch.bfloat16, 128, None),
+        ((7, 5), torch.float16, 64, "compute capability 8.0, and this GPU has 7.5"),
+        ((8, 9), torch.float32, 64, "16 bits only"),
+        ((9, 0), torch.bfloat16, 264, "at most 256 numbers, and these have 264"),
+        ((8, 6), torch.bfloat16, 200, "cannot train heads of 200 numbers"),
+        ((8, 9), torch.bfloat16, 224, "cannot train heads of 224 numbers"),
+        ((12, 0), torch.bfloat16, 200, "cannot train heads of 200 numbers"),
+    ],
+)
+def test_flash_attention_is_not_used_where_it_would_fail(monkeypatch, capability, dtype, head_size, reason):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    obstacle = flash_obstacle(capability, dtype, head_size)
+    assert obstacle is None if reason is None else reason in (obstacle or "")
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    assert flash_obstacle(capability, dtype, head_size) is not None
+
+
+def test_the_name_of_the_kernel_says_why_it_is_not_flash_attention(card):
+    capability, _ = card
+    name, reason = describe_kernel(torch.device("cpu"), torch.float16, 64)
+    if capability == (7, 5):
+        assert name == "memory-efficient kernel"
+        assert "8.0" in reason
+    else:
+        assert (name, reason) == ("FlashAttention", "")
+    name, reason = describe_kernel(torch.device("cpu"), torch.float32, 64)
+    assert name == "memory-efficient kernel"
+    assert reason
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations, and the largest of their results that are tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+        self.names.append(function._schema.name.removeprefix("aten::"))
+        for result in results if isinstance(results, list | tuple) else [results]:
+            if isinstance(result, Tensor):
+                self.largest = max(self.largest, result.numel())
+        return results
+
+
+@pytest.mark.parametrize("prefix", [0, 13])
+def test_no_gradient_is_filled_with_zeros_or_scattered(card, prefix):
+    lengths = [70, 5, 33]
+    inputs = random_inputs(prefix + sum(lengths), 4, 2, 16, torch.float16)
+    boundaries = make_boundaries(lengths, prefix)
+    with Operations() as operations:
+        output, _ = packed_attention(None, *inputs, None, boundaries=boundaries)
+        torch.autograd.grad(output, inputs, output.detach())
+    scattering = {"index_put", "_index_put_impl_", "index_add", "select_backward", "slice_backward"}
+    assert not {*operations.names} & {*scattering, "zeros", "zero_", "new_zeros", "fill_"}
+
+
+def test_no_score_is_held_for_every_pair_of_tokens(card):
+    tokens = 512
+    inputs = random_inputs(tokens, 2, 1, 8, torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True), Operations() as operations:
+        packed_attention(None, *inputs, None, boundaries=make_boundaries([tokens]))
+    assert operations.largest < tokens * tokens
+
+
+@pytest.mark.parametrize("prefix", [0, 6])
+def test_autocast_rounds_nothing_that_is_computed_in_fp32(prefix):
+    lengths = [30, 11]
+    inputs = random_inputs(prefix + sum(lengths), 4, 2, 16, torch.bfloat16)
+    boundaries = make_boundaries(lengths, prefix)
+    expected, _ = packed_attention(None, *inputs, None, boundaries=boundaries)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = packed_attention(None, *inputs, None, boundaries=boundaries)
+    assert torch.equal(output, expected)
+
+
+def test_what_is_kept_of_one_sequence_is_not_used_for_another_with_its_lengths():
+    kernels.disable()
+    inputs = random_inputs(9, 2, 1, 8)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        packed_attention(None, *inputs, None, boundaries=make_boundaries([2, 4], 3))
+    output, _ = packed_attention(None, *inputs, None, boundaries=make_boundaries([2, 4], 3))
+    assert output.isfinite().all()

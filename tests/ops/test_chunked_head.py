@@ -6,11 +6,13 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from live import LiveBytes
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from finetune.ops.chunked_head import ROWS, ChunkedTokenSums, bytes_per_logit, tokens_per_chunk
+from finetune.ops import operators, torch_makers
+from finetune.ops.chunked_head import ChunkedTokenSums, bytes_per_logit, tokens_per_chunk
+from finetune.ops.torch_makers import ROWS
 
 any_batch = settings(deadline=None, max_examples=60)
 fp32_and_bf16 = pytest.mark.parametrize(
@@ -139,25 +141,12 @@ def test_the_gradient_of_the_hidden_states_is_all_that_is_kept(chunk):
     assert [tuple(tensor.shape) for tensor in kept] == [(50, 12)]
 
 
-class Watch(TorchDispatchMode):
-    """Notes the most elements that any tensor has that is made."""
-
-    most = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, Tensor):
-                self.most = max(self.most, tensor.numel())
-        return result
-
-
 def test_no_more_than_a_chunk_of_logits_is_there_at_a_time():
     hidden, weight, target_ids = random_batch(500, 300)
-    with Watch() as watch:
+    with LiveBytes() as live:
         ChunkedTokenSums.apply(hidden, weight, target_ids, 40)
-    # Beside the logits of 40 tokens there are buffers for two times ROWS tokens, and the gradient [500, 12].
-    assert watch.most == max(40, 2 * ROWS, 500 * 12 // 300) * 300
+    values = 40 * 3 * 4
+    assert live.most <= (40 * 300 + 500 * 12) * 4 + 2 * values + 1024
 
 
 def test_without_gradients_it_gives_the_same_sums_and_keeps_nothing():
@@ -184,13 +173,29 @@ def test_the_inputs_stay_as_they_are():
 @given(
     budget=st.integers(1, 4096),
     vocabulary=st.integers(2, 2**21),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    device=st.sampled_from([torch.device("cpu"), torch.device("cuda")]),
+    size=st.sampled_from([2, 4, 10]),
 )
-def test_a_chunk_keeps_to_its_budget_uses_it_and_has_a_token_at_least(budget, vocabulary, dtype, device):
-    chunk = tokens_per_chunk(budget, vocabulary, bytes_per_logit(dtype, device))
-    # A GPU takes a whole chunk at a time, and so has its logits and two more of each in fp32.
-    bytes_per_token = vocabulary * (dtype.itemsize + (2 * 4 if device.type == "cuda" else 0))
+def test_a_chunk_keeps_to_its_budget_uses_it_and_has_a_token_at_least(budget, vocabulary, size):
+    chunk = tokens_per_chunk(budget, vocabulary, size)
     assert chunk >= 1
-    assert chunk == 1 or chunk * bytes_per_token <= budget * 1024 * 1024
-    assert (chunk + 1) * bytes_per_token > budget * 1024 * 1024
+    assert chunk == 1 or chunk * vocabulary * size <= budget * 1024 * 1024
+    assert (chunk + 1) * vocabulary * size > budget * 1024 * 1024
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_budget_counts_what_torchs_operations_hold_of_a_chunk_on_a_gpu(monkeypatch, dtype):
+    """There they take a whole chunk at a time, as here with ROWS as large."""
+    monkeypatch.setattr(torch_makers, "ROWS", 64)
+    tokens, vocabulary = 64, 5000
+    with LiveBytes() as live:
+        logits = torch.randn(tokens, vocabulary).to(dtype)
+        live.restart()
+        torch_makers.token_stats(logits, torch.arange(tokens), True)
+    counted = bytes_per_logit(dtype, torch.device("cuda"))
+    assert live.most / (tokens * vocabulary) == pytest.approx(counted, rel=0.02)
+
+
+def test_the_budget_counts_the_logits_alone_where_a_kernel_replaces_them(monkeypatch):
+    monkeypatch.setattr(operators, "makers", lambda _: {"token_stats": operators.Maker("Triton")})
+    assert bytes_per_logit(torch.float16, torch.device("cuda")) == 2
+    assert bytes_per_logit(torch.float32, torch.device("cpu")) == 4

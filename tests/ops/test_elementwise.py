@@ -6,38 +6,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny import built
+from torch import Tensor
 
 from finetune.ops import elementwise
-
-SIZES = {
-    "vocab_size": 20,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
 
 
 @pytest.fixture(autouse=True)
 def _with_and_without_kernels(cpu_kernels: None) -> None:
     pass
-
-
-def built(architecture: str, **settings: Any) -> Any:
-    torch.manual_seed(0)
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = AutoConfig.for_model(architecture, **{**SIZES, **special, **settings})
-    model = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.data.uniform_(0.5, 2)
-        elif parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.2)
-    return model
 
 
 def output_and_gradient(module: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from finetune.config import Config, LoraConfig, ModelConfig, TrainConfig
 from finetune.data.collate import collate
 from finetune.model.load import load_model
 from finetune.model.loss import TokenLoss
-from finetune.ops import lora
+from finetune.ops import dropout, lora, operators
 from finetune.runtime.accelerator import reseed
 
 CPU = torch.device("cpu")
@@ -30,9 +30,21 @@ KINDS = ["fp32", "fp32 under autocast", "bf16", "int8", "nf4"]
 
 @pytest.fixture(autouse=True)
 def _fresh_pool():
-    lora._pool.cache_clear()
+    operators._pool.cache_clear()
     yield
-    lora._pool.cache_clear()
+    operators._pool.cache_clear()
+
+
+def shrink_pool(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a pool of `size` masks, so that an input takes several slices of it."""
+    monkeypatch.setattr(dropout, "POOL_SIZE", size)
+    monkeypatch.setattr(dropout, "SLICE", size // 2)
+    monkeypatch.setattr(dropout, "NUM_OFFSETS", size // 2 // dropout.ALIGNMENT)
+
+
+def keep_some(x: Tensor, rate: float) -> Tensor:
+    """x with zeros where it is dropped, with noise as a layer draws it."""
+    return dropout.zero_dropped(x, operators.noise_pool(rate, x.dtype, x.device), dropout.draw_start())
 
 
 def lora_layer(
@@ -274,12 +286,12 @@ def test_what_is_saved_is_the_same_to_the_byte(quantization, tiny_model_dir, tmp
 
 
 @pytest.mark.parametrize("fast", [False, True])
-@pytest.mark.parametrize(("kind", "dropout"), [("fp32", 0.05), ("fp32", 0.6), ("bf16", 0.3)])
-def test_the_mean_and_the_variance_of_the_noise_are_those_of_dropout(kind, dropout, fast, monkeypatch):
-    monkeypatch.setattr(lora, "POOL_SIZE", 2**16)  # larger than the input all the same
+@pytest.mark.parametrize(("kind", "rate"), [("fp32", 0.05), ("fp32", 0.6), ("bf16", 0.3)])
+def test_the_mean_and_the_variance_of_the_noise_are_those_of_dropout(kind, rate, fast, monkeypatch):
+    shrink_pool(2**16, monkeypatch)  # larger than the input all the same
     # With a single output and rank 1, tokens are independent: y = base + scaling b (a . x m) / (1 - p).
     # That it holds of PEFT's own layer too says that it is the right comparison.
-    layer = lora_layer(kind, bias=False, dropout=dropout, sizes=(IN, 1, 1))
+    layer = lora_layer(kind, bias=False, dropout=rate, sizes=(IN, 1, 1))
     if fast:
         lora.enable(layer)
     x = random_input(kind, (64, IN)).detach()
@@ -288,7 +300,7 @@ def test_the_mean_and_the_variance_of_the_noise_are_those_of_dropout(kind, dropo
         a, b = a.bfloat16(), b.bfloat16()
     terms = layer.scaling["default"] * b.double() * a.double() * x.double()  # [tokens, IN]
     mean = (x.double() @ layer.base_layer.weight.double().t()).squeeze(1) + terms.sum(1)
-    spread = (dropout / (1 - dropout) * terms.square().sum(1)).sqrt()
+    spread = (rate / (1 - rate) * terms.square().sum(1)).sqrt()
     draws = []
     for step in range(200):
         reseed(5, step, 0)
@@ -304,33 +316,33 @@ def test_the_mean_and_the_variance_of_the_noise_are_those_of_dropout(kind, dropo
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dropout", [1e-4, 0.05, 0.5, 0.9])
-def test_the_asked_share_of_numbers_is_dropped(dropout, dtype):
+@pytest.mark.parametrize("rate", [1e-4, 0.05, 0.5, 0.9])
+def test_the_asked_share_of_numbers_is_dropped(rate, dtype):
     x = torch.ones(1000, 1000, dtype=dtype)
     reseed(1, 2, 3)
-    kept = lora.zero_dropped(x, lora.keep_mask(x, dropout, lora.draw_offsets(x.numel())))
+    kept = keep_some(x, rate)
     assert (kept.shape, kept.dtype) == (x.shape, dtype)
     assert set(kept.unique().tolist()) == {0.0, 1.0}
-    error = (dropout * (1 - dropout) / x.numel()) ** 0.5
-    share = lora.dropped_share(dropout)
-    assert abs(share - dropout) <= 0.5 / 2**16
+    error = (rate * (1 - rate) / x.numel()) ** 0.5
+    share = dropout.dropped_share(rate)
+    assert abs(share - rate) <= 0.5 / 2**16
     assert abs((kept == 0).double().mean() - share) < 5 * error
     # Neighbours are dropped independently, along rows and columns.
     dropped = (kept == 0).double()
     for one, other in ((dropped[1:], dropped[:-1]), (dropped[:, 1:], dropped[:, :-1])):
-        both = dropout**2
-        assert abs((one * other).mean() - both) < 5 * (both / x.numel()) ** 0.5 + 2 * dropout * error * 5
+        both = rate**2
+        assert abs((one * other).mean() - both) < 5 * (both / x.numel()) ** 0.5 + 2 * rate * error * 5
 
 
 def test_what_is_kept_stays_as_it_is_to_the_bit():
     x = torch.tensor([-0.0, 1e-40, -3.5, torch.inf, 65504.0, 2**-24] * 50)
-    mask = lora.keep_mask(x, 0.5, [17], seed=4)
-    kept = lora.zero_dropped(x, mask)
+    reseed(4, 0, 0)
+    pool = operators.noise_pool(0.5, x.dtype, x.device)
+    (_, part), *others = dropout.slices(x.numel(), 17)
+    assert others == []
+    mask, kept = pool[part], dropout.zero_dropped(x, pool, 17)
     assert set(mask.tolist()) == {0, -1}
-    assert torch.equal(kept.view(torch.int32)[mask != 0], x.view(torch.int32)[mask != 0])
-    assert torch.equal(
-        kept[mask == 0].view(torch.int32), torch.zeros(int((mask == 0).sum()), dtype=torch.int32)
-    )
+    assert torch.equal(kept.view(torch.int32), x.view(torch.int32) & mask)
 
 
 def test_the_noise_depends_on_seed_step_and_rank_alone():
@@ -358,27 +370,23 @@ def test_layers_and_passes_of_an_update_draw_noise_of_their_own():
         assert not any(torch.allclose(one, other) for other in outputs[number + 1 :])
 
 
-def masked(layer: Any, x: Tensor, mask: Tensor, share: float) -> Tensor:
-    """The layer with the numbers that the mask drops, as a plain function."""
+def masked(layer: Any, x: Tensor, keeps: Tensor, share: float) -> Tensor:
+    """The layer with the numbers that are kept, as a plain function."""
     base, a, b = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    kept = x * (mask != 0) / (1 - share)
+    kept = x * keeps / (1 - share)
     return linear(x, base.weight, base.bias) + layer.scaling["default"] * kept @ a.t() @ b.t()
 
 
-@pytest.mark.parametrize("pool_size", [None, 64])
+@pytest.mark.parametrize("pool_size", [None, 256])
 def test_the_backward_pass_drops_what_the_forward_pass_dropped(pool_size, monkeypatch):
-    # A pool of 64 numbers is too small for an input: it is put together of several stretches.
+    # A pool of 256 masks is too small for an input, which then takes several slices of it.
     if pool_size:
-        monkeypatch.setattr(lora, "POOL_SIZE", pool_size)
+        shrink_pool(pool_size, monkeypatch)
     layer, x = lora_layer(dropout=0.4), random_input()
-    share = lora.dropped_share(0.4)
+    share = dropout.dropped_share(0.4)
     weights = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
     reseed(7, 1, 0)
-    offsets = lora.draw_offsets(x.numel())
-    assert len(offsets) == (1 if pool_size is None else x.numel() / 32)
-    mask = lora.keep_mask(x, 0.4, offsets)
-    assert mask.shape == x.shape
-    expected = masked(layer, x, mask, share)
+    expected = masked(layer, x, keep_some(torch.ones_like(x), 0.4), share)
     lora.enable(layer)
     reseed(7, 1, 0)
     y = layer(x)
@@ -393,13 +401,12 @@ def test_the_backward_pass_drops_what_the_forward_pass_dropped(pool_size, monkey
     assert all(torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in zip(got, right, strict=True))
 
 
-def test_an_input_of_many_stretches_is_dropped_with_the_right_share(monkeypatch):
-    monkeypatch.setattr(lora, "POOL_SIZE", 2**12)
+def test_an_input_of_many_slices_is_dropped_with_the_right_share(monkeypatch):
+    shrink_pool(2**12, monkeypatch)
     x, shares = torch.ones(37, 1000), []
     for step in range(50):
         reseed(1, step, 0)
-        mask = lora.keep_mask(x, 0.25, lora.draw_offsets(x.numel()))
-        shares.append(float((mask == 0).double().mean()))
+        shares.append(float((keep_some(x, 0.25) == 0).double().mean()))
     # Of each step's numbers no more than the pool's 2^12 are independent.
     error = (0.25 * 0.75 / (50 * 2**12)) ** 0.5
     assert abs(sum(shares) / 50 - 0.25) < 5 * error
@@ -471,6 +478,11 @@ def three_layers(kind: str, dropout: float) -> list[Any]:
     return layers
 
 
+def parts(layers: list[Any], y: Tensor) -> list[Tensor]:
+    """The outputs of each layer, of those side by side."""
+    return list(torch.split(y, [layer.out_features for layer in layers], dim=-1))
+
+
 def results_of(layers: list[Any], x: Tensor, ys: list[Tensor]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
     dys = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in ys]
@@ -485,7 +497,7 @@ def test_layers_of_one_input_compute_together_what_each_computes(kind):
     layers, x = three_layers(kind, 0.0), random_input(kind)
     with torch.autocast("cpu", torch.bfloat16, enabled=kind != "fp32"):
         alone = [layer(x) for layer in layers]
-        together = lora.project(layers, x)
+        together = parts(layers, lora.project(layers, x))
     tolerance = 1e-5 if kind == "fp32" else 1e-2
     assert_near(results_of(layers, x, together), results_of(layers, x, alone), tolerance)
 
@@ -499,12 +511,12 @@ def test_layers_of_one_input_drop_the_same_numbers_of_it():
         with torch.no_grad():
             base = layer.base_layer(x)
             reseed(0, 0, 0)
-            kept = lora.zero_dropped(x, lora.keep_mask(x, 0.5, lora.draw_offsets(x.numel()))) / 0.5
+            kept = keep_some(x, 0.5) / 0.5
             update = kept @ layer.lora_A["default"].weight.t() @ layer.lora_B["default"].weight.t()
             alone.append(base + layer.scaling["default"] * update)
         lora.enable(layer)
     reseed(0, 0, 0)
-    for got, expected in zip(lora.project(layers, x), alone, strict=True):
+    for got, expected in zip(parts(layers, lora.project(layers, x)), alone, strict=True):
         assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -523,6 +535,6 @@ def test_layers_that_cannot_compute_together_compute_alone(spoil, monkeypatch):
     reseed(0, 0, 0)
     expected = [layer(x) for layer in layers]
     reseed(0, 0, 0)
-    got = lora.project(layers, x)
+    got = parts(layers, lora.project(layers, x))
     assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
     assert seen == (["hook"] * 2 if spoil == "a hook" else [])

@@ -4,16 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import accelerate
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import HAS_COMPILER, KERNELS_BY, PACKED_BY, ROOT, read_metrics
 
 from finetune.config import ModelConfig
 from finetune.config_parsing import parse_config
 from finetune.model.load import describe_base, load_base
-from finetune.runtime.accelerator import PACKAGES, choose_precision
+from finetune.runtime.accelerator import PACKAGES, choose_precision, describe_machine, matmul_rate
+from finetune.runtime.choice import require_as_requested
 
 CPU = torch.device("cpu")
 SHORT = {"train__micro_batch_size": 2, "train__gradient_accumulation_steps": 2, "train__max_steps": 3}
@@ -89,6 +92,7 @@ def test_the_record_of_a_run_says_what_it_ran_on_and_with(run_train, tmp_path, r
         "adapter_step",
         "base",
         "int8",
+        "token_budget",
         "described",
         "settings",
         "global_batch_size",
@@ -197,6 +201,7 @@ def test_every_part_is_in_the_table_of_requested_and_actual(run_train, capsys):
         "loss": "target tokens in chunks of 128 MiB",
         "LoRA layers": "one function for each input",
         "norms, rotary, SiLU": "keep their inputs",
+        "decoder layers": "fused",
         "int8 weights": table["int8 weights"][0],
         "CPU kernels": "compiled",
     }
@@ -214,8 +219,10 @@ def test_paths_that_are_switched_off_are_in_the_table_as_asked(run_train, capsys
     off = {f"fast__{path}": False for path in ("attention", "head", "lora", "elementwise", "kernels")}
     run_train(**SHORT, **off, optim__name="adamw")
     table = table_of(capsys.readouterr().out)
-    parts = ("attention", "loss", "LoRA layers", "norms, rotary, SiLU", "int8 weights", "CPU kernels")
-    plain = ["sdpa", "all logits of target tokens", "PEFT's", "the model's", "none", "torch's operations"]
+    parts = ("attention", "loss", "LoRA layers", "norms, rotary, SiLU", "decoder layers")
+    parts += ("int8 weights", "CPU kernels")
+    plain = ["sdpa", "all logits of target tokens", "PEFT's", "the model's", "module by module"]
+    plain += ["none", "torch's operations"]
     assert [table[part][0] for part in parts] == plain
     assert all(asked == got and why == "" for asked, got, why in table.values())
 
@@ -247,6 +254,55 @@ def test_a_torch_built_for_a_card_that_is_not_there_is_a_difference(run_train, m
     asked, got, why = table_of(capsys.readouterr().out)["device"]
     assert (asked, got) == ("cuda", "cpu")
     assert "finds no GPU" in why
+
+
+class Driver:
+    """libcuda as ctypes loads it, of a driver that supports a version of CUDA (12040: 12.4)."""
+
+    def __init__(self, version: int) -> None:
+        self._version = version
+
+    def cuDriverGetVersion(self, pointer: Any) -> int:  # noqa: N802
+        pointer._obj.value = self._version
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("driver", "torch_cuda", "reason"),
+    [
+        (11040, "12.8", "supports CUDA 11.4, and this torch needs 12.8"),
+        (12040, "13.0", "supports CUDA 12.4, and this torch needs 13.0"),
+        (12040, "12.8", "finds no GPU that it can use"),  # any driver of the same major version will do
+        (13000, "12.8", "finds no GPU that it can use"),
+        (None, "12.8", "finds no GPU that it can use"),
+    ],
+)
+def test_a_driver_that_is_too_old_for_torch_is_named_in_one_line(monkeypatch, driver, torch_cuda, reason):
+    def load(name: str) -> Driver:
+        assert name == "libcuda.so.1"
+        if driver is None:
+            raise OSError("libcuda.so.1: cannot open shared object file")
+        return Driver(driver)
+
+    monkeypatch.setattr("ctypes.CDLL", load)
+    monkeypatch.setattr("torch.version.cuda", torch_cuda)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    device, *others = describe_machine(Accelerator(cpu=True))
+    assert (device.requested, device.actual) == ("cuda", "cpu")
+    assert reason in device.reason
+    with pytest.raises(ValueError, match=f"device: requested cuda, actual cpu .*{reason}") as error:
+        require_as_requested([device, *others])
+    assert "\n" not in str(error.value)
+
+
+def test_the_matmul_rate_is_measured_on_random_numbers(monkeypatch):
+    multiplied = []
+    real = torch.mm
+    monkeypatch.setattr("torch.mm", lambda a, b: multiplied.extend((a, b)) or real(a, b))
+    assert matmul_rate(CPU, "bf16") > 0
+    for x in multiplied:
+        assert x.dtype == torch.bfloat16
+        assert x.float().std() == pytest.approx(1, abs=0.05)
 
 
 def test_several_processes_asked_of_accelerate_launch_on_a_cpu_are_a_difference(tmp_path):

@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import astuple, fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from finetune.training.memory_model import (
     measure_evaluation,
     measure_update,
     predict,
+    storage_bytes,
 )
 from finetune.training.setup import Parts, load_parts
 
@@ -66,7 +68,7 @@ def predicted(arguments) -> Callable[..., tuple[Prediction, Parts]]:
         config = parse_config([*arguments, *more])
         parts = load_parts(config)
         paths = choose_fast_paths(config, parts.accelerator, parts.token_loss, parts.train_set)
-        return predict(config, parts, paths.packed), parts
+        return predict(config, parts.accelerator, parts.token_loss, paths.packed), parts
 
     return run
 
@@ -177,14 +179,63 @@ def test_what_is_kept_grows_linearly_with_the_tokens(predicted):
     def kept(num_tokens: int) -> int:
         labels = [-100] * (num_tokens - 1) + [5]
         examples = [{"input_ids": [5] * num_tokens, "labels": labels}]
-        return kept_bytes(parts, collate(examples, packing=True))
+        return kept_bytes(parts.accelerator, parts.token_loss, collate(examples, packing=True))
 
     assert (kept(512) - kept(128)) / 384 == pytest.approx(prediction.kept_per_token, rel=1e-3)
 
 
+class _Keeps(torch.autograd.Function):
+    """Keeps x: as autograd's functions are to, or as an attribute of `ctx`, alone or among others."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, how: str) -> torch.Tensor:
+        if how == "saved":
+            ctx.save_for_backward(x)
+        else:
+            ctx.kept = x if how == "attribute" else (0.5, [x])
+        return x.sum()
+
+
+@pytest.mark.parametrize("how", ["saved", "attribute", "in a tuple"])
+def test_what_a_function_keeps_is_counted_wherever_it_keeps_it(predicted, how):
+    _, parts = predicted()
+
+    class Keeping(torch.nn.Module):
+        def forward(self, batch: Any) -> Any:
+            with torch.no_grad():
+                x = torch.ones(batch.num_tokens, 10)
+            return SimpleNamespace(nll=_Keeps.apply(x.requires_grad_(), how) + 1)
+
+    batch = collate([{"input_ids": [1] * 7, "labels": [-100] * 7}], packing=True)
+    assert kept_bytes(parts.accelerator, Keeping(), batch) == 7 * 10 * 4
+
+
+def test_what_a_process_holds_besides_its_model_is_counted_with_gradients_and_without(
+    predicted, arguments, monkeypatch
+):
+    """On a card these are tensors, such as the noise of dropout."""
+    prediction, parts = predicted()
+    trainable = [parameter for parameter in parts.model.parameters() if parameter.requires_grad]
+    weights = storage_bytes(trainable)
+
+    def other_bytes(held: int) -> int:
+        monkeypatch.setattr("finetune.training.memory_model.held_bytes", lambda device: held)
+        return predict(parse_config(arguments), parts.accelerator, parts.token_loss, True).process
+
+    for parameter in trainable:
+        parameter.grad = None
+    assert other_bytes(prediction.base + weights + 12345) == 12345
+    assert other_bytes(0) == 0
+    for parameter in trainable:
+        parameter.grad = torch.zeros_like(parameter)
+    gradients = sum(parameter.numel() * 4 for parameter in trainable)
+    assert other_bytes(prediction.base + weights + gradients + 12345) == 12345
+
+
 def test_counting_leaves_no_gradient_and_no_other_weights(predicted):
     _, parts = predicted()
-    assert all(parameter.grad is None for parameter in parts.model.parameters())
+    gradients = [p.grad for p in parts.model.parameters() if p.grad is not None]
+    assert not any(gradient.any() for gradient in gradients)
     assert all(not p.detach().any() for n, p in parts.model.named_parameters() if "lora_B" in n)
 
 
