@@ -99,7 +99,7 @@ def joint_view(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 def add_gradients_in_place(parameters: Sequence[nn.Parameter]) -> None:
-    """Let backward passes add to the parameters' `grad`, where there is one, by one operation for joint weights.
+    """Let backward passes add to the parameters' `grad`, if there is one; for joint weights in one operation.
 
     autograd then gets no gradient of these parameters: `autograd.grad` and hooks on them do not work.
     """
