@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune.ops.adapter_weights import add_gradients_in_place
+
 BLOCK = 256  # numbers that share a scale in bitsandbytes' 8-bit states
 SMALLEST_8BIT = 4096  # numbers; bitsandbytes keeps the state of a smaller tensor in fp32
 
@@ -90,6 +92,7 @@ class FlatAdapter:
             with torch.no_grad():
                 new.copy_(old)
             new.flat = self  # type: ignore[attr-defined]
+            add_gradients_in_place([new])
             owner, _, attribute = name.rpartition(".")
             setattr(self.model.get_submodule(owner), attribute, new)
             self._views.append((new, self.gradient[place].view(old.shape)))

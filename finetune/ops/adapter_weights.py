@@ -99,10 +99,9 @@ def joint_view(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 def add_gradients_in_place(parameters: Sequence[nn.Parameter]) -> None:
-    """Let backward passes add to the parameters' `grad` themselves, as one operation for joint weights.
+    """Let backward passes add to the parameters' `grad`, if there is one; for joint weights in one operation.
 
-    Every `grad` must exist by then. autograd gets no gradient of these parameters, so that `autograd.grad`
-    and hooks on them do not work.
+    autograd then gets no gradient of these parameters: `autograd.grad` and hooks on them do not work.
     """
     for parameter in parameters:
         parameter.adds_gradient_in_place = True  # type: ignore[attr-defined]
@@ -114,16 +113,13 @@ def pass_on_gradient(
     """What a backward function returns for these parameters: their gradients, or None where it added them to
     `grad` because the parameters ask for that. Concatenated, the gradients are factor * gradient.
     """
-    if not all(getattr(parameter, "adds_gradient_in_place", False) for parameter in parameters):
+    grads = [p.grad for p in parameters if p.grad is not None and hasattr(p, "adds_gradient_in_place")]
+    if len(grads) < len(parameters):
         whole = gradient.to(parameters[0].dtype, memory_format=torch.contiguous_format)
         return list(torch.split(whole if factor == 1 else whole * factor, [len(p) for p in parameters]))
-    grads = [parameter.grad for parameter in parameters]
-    assert all(grad is not None for grad in grads), "a gradient was set to None"
-    present = [grad for grad in grads if grad is not None]
-    whole_grad = joint_view(present)
-    if whole_grad is not None:
-        whole_grad.add_(gradient, alpha=factor)
+    if (joint := joint_view(grads)) is not None:
+        joint.add_(gradient, alpha=factor)
     else:
-        for grad, part in zip(present, torch.split(gradient, [len(grad) for grad in present]), strict=True):
+        for grad, part in zip(grads, torch.split(gradient, [len(grad) for grad in grads]), strict=True):
             grad.add_(part, alpha=factor)
     return [None] * len(parameters)

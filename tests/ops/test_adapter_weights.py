@@ -119,10 +119,13 @@ def test_gradients_are_added_where_the_parameters_ask_for_it(is_flat):
     gradient = torch.randn(4, 8).bfloat16()
     plain = pass_on_gradient(parameters, gradient, 0.5)
     assert torch.equal(torch.cat([g for g in plain if g is not None]), gradient.float() * 0.5)
+    add_gradients_in_place(parameters)  # while they have no `grad`, autograd is to make it
+    assert all(
+        torch.equal(*pair) for pair in zip(pass_on_gradient(parameters, gradient, 0.5), plain, strict=True)
+    )
     flat = torch.ones(4, 8)
     for parameter, part in zip(parameters, torch.split(flat, 2), strict=True):
         parameter.grad = part if is_flat else part.clone()
-    add_gradients_in_place(parameters)
     with Count() as count:
         assert pass_on_gradient(parameters, gradient, 0.5) == [None, None]
     assert count.names == ["add_.Tensor"] * (1 if is_flat else 2)
