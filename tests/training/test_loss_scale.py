@@ -12,8 +12,10 @@ from kills import StoppedError, digests
 from torch import Tensor
 
 import finetune.training.loss_scale as loss_scale_module
+from finetune.config import Config
 from finetune.model.loss import TokenLoss, TokenSums
 from finetune.run.tracker import Tracker
+from finetune.runtime.accelerator import create_accelerator
 from finetune.training.loss_scale import LossScale
 from finetune.training.metrics import Numbers
 
@@ -93,6 +95,12 @@ def test_it_goes_on_from_its_own_checkpoint_and_from_one_of_torchs_scaler(monkey
     from_bf16 = LossScale("fp16")
     from_bf16.load_state_dict({})
     assert from_bf16.value == 4096
+
+
+def test_accelerates_own_scaler_is_off(tmp_path):
+    accelerator = create_accelerator(Config(output_dir=str(tmp_path)), "no")
+    scaler = torch.amp.GradScaler("cpu", **accelerator.scaler_handler.to_kwargs())
+    assert scaler.scale(torch.tensor(3.0)) == 3
 
 
 # In the loop. A CPU has no fp16 run, so an overflow is imitated: where the gradient of a micro-batch's loss
