@@ -7,6 +7,7 @@ and compiled as it would be on a card: for the sizes of the models below, in bf1
 """
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -38,6 +39,7 @@ TRITON_TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+RESOURCES = ("registers", "spilled_bytes", "shared_memory")
 TOKENS, TARGETS = 1004, 512
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
@@ -165,15 +167,30 @@ def cases(
                     is_product = launch.kernel in triton_makers.PRODUCTS
                     if card == TURING and (is_product or dtype == torch.bfloat16):
                         continue
-                    settings = {key: value for key, value in launch.settings.items() if key not in OPTIONS}
                     yield {
                         "kernel": launch.kernel,
-                        "model": model,
                         "dtype": str(dtype).removeprefix("torch."),
                         "card": f"sm_{card}",
-                        "settings": settings,
                         **compiled(launch, card),
                     }
+
+
+def source() -> str:
+    """A digest of the kernels and their launches."""
+    files = [ROOT / "finetune" / "ops" / f"triton_{name}.py" for name in ("kernels", "dropout", "makers")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _summary(found: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each kernel, type and card, the number of variants, and the most that one of them takes."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for case in found:
+        groups.setdefault((case["kernel"], case["dtype"], case["card"]), []).append(case)
+    return [
+        {"kernel": kernel, "dtype": dtype, "card": card, "variants": len(variants)}
+        | {key: max(variant[key] for variant in variants) for key in RESOURCES}
+        for (kernel, dtype, card), variants in groups.items()
+    ]
 
 
 def main() -> None:
@@ -186,14 +203,12 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     arguments = parser.parse_args()
     dtypes = [DTYPES[name] for name in arguments.dtypes]
-    found = list(cases(arguments.models, arguments.cards, dtypes))
-    record = {"triton": triton.__version__, "cases": found}
+    found = _summary(cases(arguments.models, arguments.cards, dtypes))
+    record = {"triton": triton.__version__, "source": source(), "models": arguments.models, "cases": found}
     if arguments.out:
         arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    for kernel in dict.fromkeys(case["kernel"] for case in found):
-        own = [case for case in found if case["kernel"] == kernel]
-        registers, spilled = (max(case[key] for case in own) for key in ("registers", "spilled_bytes"))
-        print(f"{kernel:20} {len(own):4} variants, at most {registers:3} registers, {spilled} bytes spilled")
+    for case in found:
+        print("  ".join(f"{key} {value}" for key, value in case.items()))
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ class FastConfig:
     elementwise: bool = True
     """Norms, rotary positions, gated activations keep their inputs alone; false: all that autograd would"""
     kernels: bool = True
-    """On a CPU, the fast paths in C++, compiled on this machine; false: in torch's operations"""
+    """The fast paths in C++ on a CPU, in Triton on a GPU, compiled on this machine; false: by torch"""
     int8_matmul: Literal["auto", "dequantize", "int8"] = "auto"
     """How int8 weights are multiplied: dequantized first, by activations in int8 (outliers apart), or by the
     faster of the two on this machine"""

@@ -17,7 +17,7 @@ from finetune.config import Config
 from finetune.data.collate import MicroBatch, pack, pad
 from finetune.data.tokenize import IGNORE, Examples
 from finetune.model.loss import TokenLoss
-from finetune.ops import decoder_layer, elementwise, kernels, lora, quantized
+from finetune.ops import decoder_layer, elementwise, lora, operators, quantized
 from finetune.ops.attention import PACKED, describe_kernel
 from finetune.ops.quantized import dequantized, dropout_off
 from finetune.runtime.accelerator import DTYPES
@@ -85,7 +85,7 @@ def use_reference_paths(token_loss: TokenLoss) -> None:
     lora.disable(token_loss.model)
     elementwise.disable(token_loss.model)
     quantized.disable(token_loss.model)
-    kernels.disable()
+    operators.disable()
     if token_loss.base.config._attn_implementation == PACKED:
         token_loss.base.set_attn_implementation("sdpa")
 
@@ -142,17 +142,24 @@ class _Trial:
 
 
 def _choose_kernels(config: Config, device: torch.device) -> Choice:
-    """On a CPU, how the fast paths compute everything except large matrix multiplications."""
-    name, compiled, reference = "CPU kernels", "compiled", "torch's operations"
-    if device.type != "cpu":
-        return Choice(name, "none", "none")
+    """How the fast paths compute everything except large matrix multiplications."""
+    reference = "torch's operations"
+    if device.type not in ("cpu", "cuda"):
+        return Choice("kernels", reference, reference)
+    name, compiled = ("CPU kernels", "compiled") if device.type == "cpu" else ("GPU kernels", "Triton")
     if not config.fast.kernels:
         return Choice(name, reference, reference)
     try:
-        kernels.enable()
+        operators.enable(device)
     except (OSError, ValueError) as error:  # no compiler, or no folder for the library
         return Choice(name, compiled, reference, str(error))
-    return Choice(name, compiled, compiled)
+    if device.type == "cpu":
+        return Choice(name, compiled, compiled)
+    makers = operators.makers(device)
+    left = [operator for operator, maker in makers.items() if maker.name == "torch"]
+    reasons = dict.fromkeys(maker.reason for maker in makers.values() if maker.reason)
+    actual = f"{compiled}, except {', '.join(left)}" if left else compiled
+    return Choice(name, compiled, actual, "; ".join(reasons))
 
 
 def _choose_layout(

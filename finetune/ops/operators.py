@@ -56,6 +56,8 @@ def _maker(name: str, device: torch.device) -> Maker:
         if reason := triton_makers.reason_against(name):
             return Maker("torch", reason)
         return Maker("Triton", triton_makers.limit_of(name))
+    if device.type != "cpu":
+        return Maker("torch", f"there are no kernels for {device.type}")
     if not hasattr(kernels, name):
         return Maker("torch", "its time is that of a matrix product")
     if not kernels.is_enabled():
@@ -179,6 +181,7 @@ def _define(signature: str, fake: Callable[..., Any], in_cpp: Callable[..., bool
 
     _OPERATORS.append(name)
     _LIBRARY.define(signature)
+    _LIBRARY.impl(name, of_torch, "CompositeExplicitAutograd")  # any other device
     _LIBRARY.impl(name, on_cpu, "CPU")
     _LIBRARY.impl(name, on_cuda, "CUDA")
     torch.library.register_fake(f"finetune::{name}", fake, lib=_LIBRARY)

@@ -25,7 +25,7 @@ from finetune.model import fast_paths
 from finetune.model.fast_paths import FastPaths, choose_fast_paths, use_reference_paths
 from finetune.model.load import add_adapter, load_model
 from finetune.model.loss import TokenLoss
-from finetune.ops import attention, quantized
+from finetune.ops import attention, quantized, triton_makers
 from finetune.ops.attention import PACKED
 from finetune.ops.base_weights import BaseWeights
 from finetune.ops.decoder_layer import FusedLayer
@@ -619,3 +619,25 @@ def test_pefts_layers_multiply_int8_as_bitsandbytes_does(int8_loss):
 def test_a_model_without_int8_weights_has_no_way_of_multiplying_them():
     chosen = choose(TokenLoss(with_adapter(built("qwen2"))), FastConfig(int8_matmul="int8"), int8="int8")
     assert chosen.int8 == replace(chosen.int8, requested="none", actual="none", reason="")
+
+
+def test_on_a_card_the_kernels_are_tritons_and_what_is_left_to_torch_is_said(monkeypatch):
+    card = torch.device("cuda")
+    without = fast_paths._choose_kernels(Config(), card)
+    assert (without.name, without.requested, without.actual) == (
+        "GPU kernels",
+        "Triton",
+        "torch's operations",
+    )
+    assert without.reason
+    monkeypatch.setattr(triton_makers, "_kernels", triton_makers)
+    monkeypatch.setattr(triton_makers, "enable", lambda device: None)
+    monkeypatch.setattr(triton_makers, "_has_products", True)
+    hopper = fast_paths._choose_kernels(Config(), card)
+    assert hopper.actual == hopper.requested == "Triton"
+    assert hopper.reason.startswith("torch for rows of over 16,384 numbers; torch for fp32")
+    monkeypatch.setattr(triton_makers, "_has_products", False)
+    turing = fast_paths._choose_kernels(Config(), card)
+    assert turing.actual == "Triton, except dropped_product, dropped_sum, add_dropped"
+    assert "without tensor cores" in turing.reason
+    assert fast_paths._choose_kernels(Config(), torch.device("mps")).actual == "torch's operations"

@@ -491,3 +491,51 @@ def test_the_table_tells_what_it_does(name, monkeypatch):
     operators.disable()
     getattr(torch.ops.finetune, name)(*examples()[name])
     assert len(called) == 1
+
+
+CUDA = torch.device("cuda")
+
+
+def test_on_a_card_the_table_says_what_is_left_to_torch_and_why(monkeypatch):
+    assert {maker.name for maker in operators.makers(CUDA).values()} == {"torch"}
+    monkeypatch.setattr(triton_makers, "_kernels", triton_makers)
+    monkeypatch.setattr(triton_makers, "_has_products", True)
+    assert {maker.name for maker in operators.makers(CUDA).values()} == {"Triton"}
+    assert operators.makers(CUDA)["rms_norm"].reason == "torch for rows of over 16,384 numbers"
+    x = torch.empty(2, 16_385, dtype=torch.bfloat16, device="meta")
+    assert not triton_makers.can_compute("rms_norm", x, x[0], 1e-6)
+    assert triton_makers.can_compute("gated_silu", x)
+    assert triton_makers.can_compute("dropped_product", x, x)
+    assert not triton_makers.can_compute("dropped_product", x.float(), x.float())
+    assert not triton_makers.can_compute("gated_silu", x.double())
+    monkeypatch.setattr(triton_makers, "_has_products", False)
+    assert not triton_makers.can_compute("dropped_product", x, x)
+    left = {name: maker.reason for name, maker in operators.makers(CUDA).items() if maker.name == "torch"}
+    assert set(left) == set(triton_makers.PRODUCTS)
+    assert set(left.values()) == {"Triton multiplies without tensor cores before Ampere"}
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ModuleNotFoundError("No module named 'triton'", name="triton"), "there is no triton: it comes with"),
+        (subprocess.CalledProcessError(1, ["gcc"]), "install gcc and Python's headers"),
+        (RuntimeError("Failed to find C compiler. Please specify via CC"), "no C compiler: install gcc"),
+        (RuntimeError("PTX\nJIT"), "Triton failed: RuntimeError: PTX$"),
+    ],
+)
+def test_without_what_triton_needs_it_is_off_and_says_what_is_missing(error, message, monkeypatch):
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(triton_makers, "_load", fail)
+    with pytest.raises(OSError, match=message):
+        operators.enable(CUDA)
+    assert not triton_makers.is_enabled()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_without_a_card_triton_is_off():
+    with pytest.raises(OSError, match="CUDA"):
+        operators.enable(CUDA)
+    assert not triton_makers.is_enabled()
