@@ -108,8 +108,8 @@ class FastConfig:
     kernels: bool = True
     """The fast paths in C++ on a CPU, in Triton on a GPU, compiled on this machine; false: by torch"""
     int8_matmul: Literal["auto", "dequantize", "int8"] = "auto"
-    """How int8 weights are multiplied: dequantized first, by activations in int8 (outliers apart), or by the
-    faster of the two on this machine"""
+    """How int8 weights are multiplied: dequantized first, or by activations in int8 (outliers apart); auto
+    dequantizes on a GPU, and takes the faster of the two on a CPU"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -210,13 +210,13 @@ def masked_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def quantized_layer(kind: str, bias: bool = True) -> Any:
-    """An int8 or nf4 layer of 64 inputs and 128 outputs."""
+    """An int8 or nf4 layer of 64 inputs and 128 outputs, with the settings that transformers gives it."""
     torch.manual_seed(0)
     plain = nn.Linear(64, 128, bias=bias)
     if kind == "nf4":
         layer = bnb.nn.Linear4bit(64, 128, bias=bias, quant_type="nf4", compute_dtype=torch.bfloat16)
     else:
-        layer = bnb.nn.Linear8bitLt(64, 128, bias=bias, has_fp16_weights=False)
+        layer = bnb.nn.Linear8bitLt(64, 128, bias=bias, has_fp16_weights=False, threshold=6.0)
     layer.load_state_dict(plain.to(torch.bfloat16).state_dict())
     layer = layer.to("cpu").requires_grad_(False)
     if kind == "nf4":

@@ -135,7 +135,9 @@ class _Trial:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # each model rejects unknown arguments in its own way
-            return str(error) if isinstance(error, NotImplementedError) else type(error).__name__
+            first_line = (str(error).splitlines() or [""])[0][:200]
+            known = isinstance(error, NotImplementedError)
+            return first_line if known else f"{type(error).__name__}: {first_line}"
         # By token, because a convolution would leak into the first tokens of an example only.
         difference = ((logits - expected).square().mean(-1) / expected.var(-1)).sqrt().max()
         return None if float(difference) < MAX_ROUNDING else "different results"

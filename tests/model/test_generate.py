@@ -175,7 +175,9 @@ def test_weights_held_dequantized_give_the_same_answers(tiny_model_dir, quantiza
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_on_a_gpu_the_weights_stay_quantized_and_no_token_waits_for_it(quantization):
+def test_on_a_gpu_the_weights_stay_quantized_and_no_token_waits_for_it(monkeypatch, quantization):
+    for kind in (bnb.nn.Linear8bitLt, bnb.nn.Linear4bit):
+        monkeypatch.setattr(kind, "forward", lambda *_: pytest.fail("bitsandbytes multiplied"))
     model = torch.nn.Sequential(quantized_layer(quantization))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         put_on_gpu(model[0])
