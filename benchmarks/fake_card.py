@@ -60,6 +60,7 @@ def pretend() -> None:
     import bitsandbytes as bnb
     import torch
     from torch._subclasses.fake_tensor import FakeTensor
+    from triton.runtime.jit import JITFunction
 
     properties = SimpleNamespace(
         name="fake card", total_memory=MEMORY, major=CAPABILITY[0], minor=CAPABILITY[1],
@@ -100,6 +101,7 @@ def pretend() -> None:
     torch._C._set_only_lift_cpu_tensors(True)
     # On a card, torch takes lists of plain tensors in one operation.
     torch.utils._foreach_utils._foreach_supported_types.append(FakeTensor)
+    JITFunction.run = lambda *_, **__: None  # Triton's kernels have nothing to compute
     # Fake parameters cannot change places; all modules are made on the card.
     torch.nn.Module.to = lambda module, *_, **__: module
     # Paged state lies in the host's memory, and moving pages is no operation on tensors.
