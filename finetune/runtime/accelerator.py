@@ -93,6 +93,8 @@ def create_accelerator(config: Config, precision: str) -> Accelerator:
     # oneDNN caches a compiled program for each shape. Each update has another number of tokens, so that its
     # default of 1024 programs grows to half a GiB. A forward and backward pass needs about 150.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    # What cuBLAS wants for the same bits each time (`compute_same_bits`), set before it starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # The launcher's environment would override the argument and divide the loss a second time.
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     accelerator = Accelerator(
@@ -105,6 +107,8 @@ def create_accelerator(config: Config, precision: str) -> Accelerator:
     )
     if accelerator.device.type == "cpu":
         _use_all_cores(accelerator.num_processes)
+    else:
+        compute_same_bits()
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise ValueError(
@@ -112,6 +116,16 @@ def create_accelerator(config: Config, precision: str) -> Accelerator:
             "would train alone on the same data. Launch with `accelerate launch --num_processes` or torchrun"
         )
     return accelerator
+
+
+def compute_same_bits() -> None:
+    """Have a GPU add in a fixed order, so that a run that resumes computes the bits of one that did not stop.
+
+    Without this, the gradients of attention differ from run to run. Where torch has no such order, it warns.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # That would also fill each new tensor, to reveal what reads it before it is written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _use_all_cores(num_processes: int) -> None:

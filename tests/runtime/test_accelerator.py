@@ -15,7 +15,13 @@ from conftest import HAS_COMPILER, KERNELS_BY, PACKED_BY, ROOT, read_metrics
 from finetune.config import ModelConfig
 from finetune.config_parsing import parse_config
 from finetune.model.load import describe_base, load_base
-from finetune.runtime.accelerator import PACKAGES, choose_precision, describe_machine, matmul_rate
+from finetune.runtime.accelerator import (
+    PACKAGES,
+    choose_precision,
+    compute_same_bits,
+    describe_machine,
+    matmul_rate,
+)
 from finetune.runtime.choice import require_as_requested
 
 CPU = torch.device("cpu")
@@ -324,3 +330,15 @@ def test_a_quantization_that_did_not_happen_is_a_difference(tiny_model_dir):
     quantization = describe_base(ModelConfig(quantization="int8"), model)
     assert (quantization.requested, quantization.actual) == ("int8", "none")
     assert quantization.reason
+
+
+def test_a_gpu_is_told_to_compute_the_same_bits_each_time():
+    """Nothing fills new memory for it: that would cost a launch and a pass for every tensor."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        compute_same_bits()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = before
