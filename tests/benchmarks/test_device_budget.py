@@ -12,7 +12,6 @@ from conftest import ROOT, require_compiler
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from counting import BLOCK, Counting
 
-
 BASES = ("int8", "nf4", "bf16")
 
 
