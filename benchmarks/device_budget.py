@@ -37,7 +37,9 @@ from finetune.config import Config, LoraConfig, ModelConfig
 from finetune.data.collate import MicroBatch, pack
 from finetune.data.tokenize import IGNORE, Examples
 from finetune.model.fast_paths import choose_fast_paths
+from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.load import add_adapter
+from finetune.model.loss import TokenLoss
 from finetune.runtime.accelerator import create_accelerator
 from finetune.runtime.choice import Choice
 
@@ -73,9 +75,10 @@ def count_finetune(config: Config, model: str, base: str) -> tuple[dict[str, Tot
         frozen = fake_base(model, base)
         with CARD:  # PEFT would make the adapter on the CPU, and real parameters cannot become fake ones
             adapted = add_adapter(frozen, config.lora)
-        program = set_up(config, accelerator, "bf16", adapted)
+        adapter, token_loss = FlatAdapter(adapted), TokenLoss(adapted).train()
+        program = set_up(config, accelerator, "bf16", adapter, token_loss)
         with counting.part("trial"):
-            choices = choose_fast_paths(config, accelerator, program.token_loss, train_set)
+            choices = choose_fast_paths(config, accelerator, token_loss, train_set)
         batch = micro_batch().to(CARD)
         for step in range(2):
             for part in PARTS:

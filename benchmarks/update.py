@@ -38,9 +38,10 @@ class Program:
     window: SumWindow
 
 
-def set_up(config: Config, accelerator: Any, precision: str, model: Any) -> Program:
-    """The model with its adapter, and the optimizer, on the reference paths."""
-    adapter, token_loss = FlatAdapter(model), TokenLoss(model).train()
+def set_up(
+    config: Config, accelerator: Any, precision: str, adapter: FlatAdapter, token_loss: TokenLoss
+) -> Program:
+    """What train.py makes between loading the model and its loop, without the fast paths."""
     name = choose_optimizer(config.optim.name, accelerator.device).actual
     optimizer = create_optimizer(name, adapter, config.optim)
     window = SumWindow(accelerator.device)
@@ -52,13 +53,8 @@ def make_update(program: Program, batch: MicroBatch, step: int, part: Part) -> N
 
     As in train.py, weights are left alone if the numbers of the update are not finite.
     """
-    config, adapter, token_loss, loss_scale = (
-        program.config,
-        program.adapter,
-        program.token_loss,
-        program.loss_scale,
-    )
-    accelerator, window = program.accelerator, program.window
+    config, accelerator, adapter = program.config, program.accelerator, program.adapter
+    token_loss, loss_scale, window = program.token_loss, program.loss_scale, program.window
     machine.reseed(config.train.seed, step, rank=0)
     set_learning_rate(program.optimizer, config.optim.learning_rate)
     with part("zero"):
