@@ -147,11 +147,10 @@ def finish(
     """Write the result (with `keep_best`, the adapter of the best checkpoint), its card and the report."""
     config, run_dir = checkpointer.config, checkpointer.run_dir
     remarks = checkpointer.load_best(state, history) if config.checkpoint.keep_best else []
-    remarks += checkpointer.trained.loss_scale.remarks()
     folder.record_adapter_step(run_dir, state.step)
     texts = folder.training_config(config), model_card(run_dir, config)
     checkpointer.save_result(run_dir / folder.RESULT, tokenizer, *texts)
-    summary.show_end(config, plan, history, state.step, remarks)
+    summary.show_end(config, plan, history, state.step, remarks + checkpointer.trained.loss_scale.remarks())
     leave_report(run_dir)
 
 

@@ -5,6 +5,7 @@ takes a call each, and on a GPU a call takes longer than its computation. PEFT's
 as they are: only its parameters become views.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +52,8 @@ class FlatAdapter:
     SMALLEST_8BIT form a region of their own, whose state stays in fp32.
 
     The parameters are new objects: whatever holds the model's old ones holds them in vain. Each has an
-    attribute `flat`, this FlatAdapter, and lies at its storage offset in each flat tensor: `weights` and
-    `gradient` [n] fp32, and `rounded` [n].
+    attribute `flat`, this FlatAdapter. `weights` and `gradient` [n] fp32 are the flat tensors; a parameter
+    lies at its storage offset in both.
     """
 
     def __init__(self, model: Any) -> None:
@@ -70,7 +71,7 @@ class FlatAdapter:
         self.weights = torch.zeros(num_blocks * BLOCK, device=device)
         self.gradient = torch.zeros_like(self.weights)
         self._views: list[tuple[nn.Parameter, Tensor]] = []  # each parameter, with its view of the gradient
-        self._rounded: dict[torch.dtype, tuple[Tensor, int]] = {}
+        self._copies: dict[torch.dtype, _Copy] = {}
         self.regions: list[Region] = []
         start = 0
         for chosen in (large, small):
@@ -143,16 +144,33 @@ class FlatAdapter:
         self._attach_gradients()
         self.gradient.zero_()
 
-    def rounded(self, dtype: torch.dtype) -> Tensor:
-        """[n]: the weights in a 16-bit type, for products. The tensor is the same one each time; it is
-        written anew only after the weights have changed."""
-        if dtype not in self._rounded:
-            self._rounded[dtype] = torch.empty_like(self.weights, dtype=dtype), -1
-        copy, version = self._rounded[dtype]
-        if version != self.weights._version:
-            copy.copy_(self.weights)
-            self._rounded[dtype] = copy, self.weights._version
-        return copy
+    def rounded(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """The parameters in a 16-bit type, for products: views of one copy of all weights. It is written
+        anew, in place, when it is asked for after the weights have changed: once in an update."""
+        if dtype not in self._copies:
+            self._copies[dtype] = self._make_copy(dtype)
+        copy = self._copies[dtype]
+        if copy.version != self.weights._version:
+            copy.whole.copy_(self.weights)
+            copy.version = self.weights._version
+        return [copy.views[id(parameter)] for parameter in parameters]
+
+    def _make_copy(self, dtype: torch.dtype) -> "_Copy":
+        whole = torch.empty_like(self.weights, dtype=dtype)
+        views = {
+            id(parameter): whole.as_strided(parameter.shape, parameter.stride(), parameter.storage_offset())
+            for parameter, _ in self._views
+        }
+        return _Copy(whole, views)
+
+
+@dataclass
+class _Copy:
+    whole: Tensor
+    views: dict[int, Tensor]
+    """By the id of the parameter"""
+    version: int = -1
+    """That of the weights when they were copied"""
 
 
 def _blocks(numbers: int) -> int:

@@ -56,11 +56,16 @@ class AdapterCopies:
 def in_dtype(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The parameters in `dtype`, without gradients: themselves, or copies that lie as the parameters do.
 
-    Views of one tensor are copied together, unless other numbers make up more than half of it.
+    A FlatAdapter, which parameters name as their `flat`, has copies already. Otherwise views of one tensor
+    are copied together, unless other numbers make up more than half of it.
     """
-    parameters = [parameter.detach() for parameter in parameters]
     if all(parameter.dtype == dtype for parameter in parameters):
-        return parameters
+        return [parameter.detach() for parameter in parameters]
+    flat = getattr(parameters[0], "flat", None)
+    if flat is not None and all(getattr(parameter, "flat", None) is flat for parameter in parameters):
+        copies: list[Tensor] = flat.rounded(parameters, dtype)
+        return copies
+    parameters = [parameter.detach() for parameter in parameters]
     wholes: dict[int, Tensor] = {}
     asked: dict[int, int] = {}
     for parameter in parameters:
@@ -69,12 +74,12 @@ def in_dtype(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
             length = parameter.untyped_storage().nbytes() // parameter.element_size()
             wholes[pointer] = parameter.as_strided((length,), (1,), 0)
         asked[pointer] = asked.get(pointer, 0) + parameter.numel()
-    copies = {
+    joint = {
         pointer: whole.to(dtype) for pointer, whole in wholes.items() if 2 * asked[pointer] >= len(whole)
     }
     return [
         parameter.to(dtype)
-        if (copy := copies.get(parameter.untyped_storage().data_ptr())) is None
+        if (copy := joint.get(parameter.untyped_storage().data_ptr())) is None
         else copy.as_strided(parameter.shape, parameter.stride(), parameter.storage_offset())
         for parameter in parameters
     ]

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from conftest import tiny_model
 from peft import PeftModel, set_peft_model_state_dict
-from tiny import VOCABULARY, fill_adapter, random_examples, with_adapter
+from tiny import VOCABULARY, fill_adapter, parameters_of, random_examples, with_adapter
 from torch import nn
 
 from finetune.config import LoraConfig
@@ -16,6 +16,8 @@ from finetune.data.collate import collate
 from finetune.model.flat_adapter import BLOCK, SMALLEST_8BIT, FlatAdapter
 from finetune.model.load import add_adapter
 from finetune.model.loss import TokenLoss
+from finetune.ops import lora
+from finetune.ops.adapter_weights import in_dtype
 from finetune.run.checkpoint import adapter_weights
 
 
@@ -163,22 +165,38 @@ def test_zeroing_keeps_the_views_and_mends_them_where_zero_grad_replaced_them():
 def test_the_rounded_copy_is_made_anew_after_a_change_and_only_then(dtype):
     model = with_adapter(tiny_model(VOCABULARY))
     adapter = FlatAdapter(model)
-    copy = adapter.rounded(dtype)
-    assert torch.equal(copy, adapter.weights.to(dtype))
-    copy[0] = 7.0  # what is not written anew keeps it
-    assert adapter.rounded(dtype) is copy
-    assert copy[0] == 7.0
+    own = list(trainable(model).values())
+    copies = adapter.rounded(own, dtype)
 
     def assert_fresh() -> None:
-        assert adapter.rounded(dtype) is copy
-        assert torch.equal(copy, adapter.weights.to(dtype))
+        for parameter, copy, again in zip(own, copies, adapter.rounded(own, dtype), strict=True):
+            assert again is copy
+            assert torch.equal(copy, parameter.detach().to(dtype))
 
+    assert_fresh()
+    copies[0][0, 0] = 7.0  # what is not written anew keeps it
+    assert adapter.rounded(own[:1], dtype)[0][0, 0] == 7.0
     weights = {name: torch.randn_like(tensor) for name, tensor in adapter_weights(model).items()}
     set_peft_model_state_dict(model, weights)
     assert_fresh()
     with torch.no_grad():
-        list(trainable(model).values())[3].mul_(2)
+        own[3].mul_(2)
     assert_fresh()
+
+
+def test_the_fast_layers_take_the_rounded_copy_and_keep_none_of_their_own(monkeypatch):
+    model = with_adapter(tiny_model(VOCABULARY))
+    adapter, token_loss = FlatAdapter(model), TokenLoss(model)
+    assert lora.enable(model) == (14, 14)
+    copied: list[torch.dtype] = []
+    real = adapter.rounded
+    monkeypatch.setattr(adapter, "rounded", lambda own, dtype: copied.append(dtype) or real(own, dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        backward(token_loss)
+    assert copied
+    assert set(copied) == {torch.bfloat16}
+    views = {view.untyped_storage().data_ptr() for view in in_dtype(parameters_of(adapter), torch.bfloat16)}
+    assert len(views) == 1
 
 
 def test_the_files_are_those_of_the_separate_tensors(tmp_path):

@@ -174,11 +174,13 @@ def test_all_tensors_take_one_call_for_each_precision_of_the_state(monkeypatch, 
 def test_the_rounded_copy_follows_every_update(name):
     adapter = flat_adapter(*(torch.randn(shape) for shape in SHAPES))
     optimizer = create_optimizer(name, adapter, SETTINGS)
-    before = adapter.rounded(torch.bfloat16).clone()
+    own = parameters_of(adapter)
+    before = [copy.clone() for copy in adapter.rounded(own, torch.bfloat16)]
     adapter.gradient.normal_()
     optimizer.step()
-    assert torch.equal(adapter.rounded(torch.bfloat16), adapter.weights.to(torch.bfloat16))
-    assert not torch.equal(adapter.rounded(torch.bfloat16), before)
+    for parameter, old, copy in zip(own, before, adapter.rounded(own, torch.bfloat16), strict=True):
+        assert torch.equal(copy, parameter.detach().bfloat16())
+        assert not torch.equal(copy, old)
 
 
 def test_sgd_is_the_plain_rule():
