@@ -19,9 +19,8 @@ PRODUCTS = ("dropped_product", "dropped_sum", "add_dropped")
 FIRST_WITH_PRODUCTS = (8, 0)  # Ampere: for Turing, Triton compiles a product without tensor cores
 # A program that sums over rows takes at most as many; more are divided among several, and added up.
 ROWS_OF_A_SUM = 2048
-OPTIONS = {
-    "enable_fp_fusion": True
-}  # a product and a sum in one instruction; said, since the default will change
+# A product and a sum in one instruction. Triton's default, but it announces another.
+OPTIONS = {"enable_fp_fusion": True}
 
 _kernels: ModuleType | None = None
 _dropout: ModuleType | None = None
@@ -215,9 +214,9 @@ def _power_of_two(size: int) -> int:
 
 
 def _row_settings(size: int) -> dict[str, int]:
-    """For a program that keeps a row in registers: at most 32 of its numbers in a thread."""
+    """For a program that keeps a row in registers: 16 of its numbers in a thread."""
     block = _power_of_two(size)
-    return {"SIZE": size, "BLOCK": block, "num_warps": min(16, max(1, block // 256))}
+    return {"SIZE": size, "BLOCK": block, "num_warps": max(1, block // 512)}
 
 
 def _product_settings(x: Tensor, rank: int, rows: int, columns: int) -> dict[str, int]:
