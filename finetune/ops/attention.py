@@ -4,10 +4,8 @@ Models call it through transformers' attention interface, under the name PACKED.
 of the examples (in generation, or with padded examples) goes to transformers' own "sdpa".
 """
 
-from collections.abc import Callable, Iterable
-from functools import lru_cache
-from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from finetune.data.collate import Boundaries
 from finetune.ops import kernels
+from finetune.ops.sequences import Sequences, separate
 
 PACKED = "packed"
 
@@ -162,7 +161,7 @@ def by_efficient_kernel(
 def _by_gpu_kernel(
     function: Any, query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries, scale: float
 ) -> Tensor:
-    size, sequences = value.shape[-1], _sequences(boundaries)
+    size, sequences = value.shape[-1], separate(boundaries)
     query, key, value = _pad_heads(_padded_size(query, value), query, key, value)
     attended: Tensor = function.apply(query, sequences.gather(key), sequences.gather(value), sequences, scale)
     return attended[..., :size]
@@ -180,7 +179,7 @@ def _pad_heads(size: int, *tensors: Tensor) -> list[Tensor]:
 
 def by_example(query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries, scale: float) -> Tensor:
     """An `Implementation` for CPUs: one call of torch's attention for each example."""
-    sequences, dtype = _sequences(boundaries), query.dtype
+    sequences, dtype = separate(boundaries), query.dtype
     grouped = query.shape[1] != key.shape[1]
     # On a CPU, torch's attention is two to four times slower in bf16, and less exact.
     query, key, value = (x.float() for x in (query, sequences.gather(key), sequences.gather(value)))
@@ -204,89 +203,6 @@ NAMES: dict[Implementation, str] = {
 }
 
 
-class _Shared(NamedTuple):
-    """Where the keys of a shared prefix are, when each sequence has its own copy of them."""
-
-    key_indices: Tensor
-    """The tokens whose keys each sequence attends to, concatenated"""
-    copies: Tensor
-    """The rows of `key_indices` that are the prefix: those of the first sequence, of the second, ..."""
-    own: Tensor
-    """The rows of `key_indices` that are not, one for each token behind the prefix"""
-    prefix: int
-    """The length of the prefix"""
-
-
-class _Sequences(NamedTuple):
-    """A packed sequence as S separate ones: the shared prefix of the examples, if any, then each example."""
-
-    num_queries: list[int]
-    num_keys: list[int]
-    """Including those of the prefix"""
-    query_starts: Tensor
-    """[S + 1] int32, like `key_starts`: the start of each sequence, and the end of the last"""
-    key_starts: Tensor
-    shared: _Shared | None
-    """None: each token's key once, in order"""
-
-    def gather(self, x: Tensor) -> Tensor:
-        """Gather keys or values [T, K, D] of the tokens into [sum(num_keys), K, D]."""
-        if self.shared is None:
-            return x
-        gathered: Tensor = _CopyPrefix.apply(x, self.shared)  # type: ignore[no-untyped-call]
-        return gathered
-
-
-@lru_cache(maxsize=2)
-def _sequences(boundaries: Boundaries) -> _Sequences:
-    """The result is cached, because every layer of a forward pass uses the same sequences."""
-    lengths, starts, prefix = boundaries
-    if prefix == 0:
-        counts = list(lengths)
-        return _Sequences(counts, counts, starts, starts, None)
-
-    def on_device(numbers: Iterable[int], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor([*numbers], dtype=dtype).to(starts.device, non_blocking=True)
-
-    num_queries, num_keys = [prefix, *lengths], [prefix, *(prefix + length for length in lengths)]
-    query_ends, key_ends = [*accumulate(num_queries)], [*accumulate(num_keys)]
-    keys = [index for start, end in pairwise(query_ends) for index in (*range(prefix), *range(start, end))]
-    starts_of_keys = [0, *key_ends[:-1]]
-    shared = _Shared(
-        on_device([*range(prefix), *keys]),
-        on_device(start + place for start in starts_of_keys for place in range(prefix)),
-        on_device(
-            row
-            for start, end in zip(starts_of_keys, key_ends, strict=True)
-            for row in range(start + prefix, end)
-        ),
-        prefix,
-    )
-    query_starts, key_starts = (on_device([0, *ends], torch.int32) for ends in (query_ends, key_ends))
-    return _Sequences(num_queries, num_keys, query_starts, key_starts, shared)
-
-
-class _CopyPrefix(torch.autograd.Function):
-    """x [T, K, D] -> [sum(num_keys), K, D]: each sequence gets its own copy of the prefix.
-
-    The backward pass adds the gradients of the copies in their order. That of indexing would sort the
-    indices, and add in the order in which threads arrive.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shared: _Shared) -> Tensor:
-        ctx.shared = shared
-        return x.index_select(0, shared.key_indices)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        _, copies, own, prefix = ctx.shared
-        dx = grad.new_empty(prefix + len(own), *grad.shape[1:])
-        torch.sum(grad.index_select(0, copies).view(-1, prefix, *grad.shape[1:]), 0, out=dx[:prefix])
-        torch.index_select(grad, 0, own, out=dx[prefix:])
-        return dx, None
-
-
 class _FlashAttention(torch.autograd.Function):
     """Attention [T, H, D] of query [T, H, D] to gathered keys and values [sum(num_keys), K, D].
 
@@ -295,7 +211,7 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sequences: _Sequences, scale: float
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float
     ) -> Tensor:
         ctx.lengths = max(sequences.num_queries), max(sequences.num_keys)
         starts = sequences.query_starts, sequences.key_starts
@@ -326,7 +242,7 @@ class _EfficientAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sequences: _Sequences, scale: float
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float
     ) -> Tensor:
         ctx.lengths = max(sequences.num_queries), max(sequences.num_keys)
         starts = sequences.query_starts, sequences.key_starts

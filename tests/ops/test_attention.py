@@ -15,7 +15,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from finetune.data.collate import Boundaries
 from finetune.ops import kernels
-from finetune.ops.attention import _sequences, describe_kernel, flash_obstacle, packed_attention
+from finetune.ops.attention import describe_kernel, flash_obstacle, packed_attention
+from finetune.ops.sequences import separate
 
 BLOCK = 32  # queries that the kernels take at a time
 any_sequence = settings(deadline=None, max_examples=25)
@@ -146,7 +147,7 @@ def test_a_shared_prefix_counts_as_if_each_example_had_its_own(
 
 
 def test_the_sequences_are_what_a_variable_length_kernel_takes():
-    sequences = _sequences(make_boundaries([2, 3], 2))
+    sequences = separate(make_boundaries([2, 3], 2))
     assert (sequences.num_queries, sequences.num_keys) == ([2, 2, 3], [2, 4, 5])
     assert sequences.query_starts.tolist() == [0, 2, 4, 7]
     assert sequences.key_starts.tolist() == [0, 2, 6, 11]
@@ -154,7 +155,7 @@ def test_the_sequences_are_what_a_variable_length_kernel_takes():
     assert sequences.shared.copies.tolist() == [0, 1, 2, 3, 6, 7]
     assert sequences.shared.own.tolist() == [4, 5, 8, 9, 10]
     boundaries = make_boundaries([2, 3])
-    alone = _sequences(boundaries)
+    alone = separate(boundaries)
     assert (alone.num_queries, alone.num_keys, alone.shared) == ([2, 3], [2, 3], None)
     assert alone.query_starts is alone.key_starts is boundaries.starts
 
