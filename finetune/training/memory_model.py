@@ -37,7 +37,7 @@ class Prediction:
     """The memory of Python and the libraries; on a GPU, of the tensors besides those below"""
     base: int
     adapter: int
-    """Weights and gradients, fp32"""
+    """Weights and gradients, fp32, and the weights as a 16-bit forward pass multiplies them"""
     optimizer: int
     kept_per_token: float
     """What autograd saves for each token of a micro-batch"""
@@ -84,7 +84,7 @@ def predict(config: Config, accelerator: Any, token_loss: TokenLoss, packing: bo
     return Prediction(
         process=max(0, held_bytes(device) - base - storage_bytes([*adapter, *gradients])),
         base=base,
-        adapter=2 * storage_bytes(adapter),
+        adapter=2 * storage_bytes(adapter) + (num_trained * dtype.itemsize if dtype.itemsize < 4 else 0),
         optimizer=num_trained * state_bytes(optimizer),
         kept_per_token=_kept_per_token(accelerator, token_loss, packing),
         per_layer_and_token=4 * max(widths) * dtype.itemsize,
