@@ -30,6 +30,7 @@ from finetune.model.load import add_adapter, load_base, load_tokenizer
 from finetune.model.loss import TokenLoss
 from finetune.ops import elementwise, torch_makers, triton_makers
 from finetune.ops.attention import packed_attention
+from finetune.ops.quantized import dequantized
 from finetune.run.tracker import Tracker
 from finetune.runtime.accelerator import DTYPES, reseed
 from finetune.training import loss_scale
@@ -152,18 +153,19 @@ def test_quantized_bases_take_every_fast_path_and_give_the_plain_gradient(base, 
         for choice in choose_fast_paths(config, accelerator, loss, train_set):
             assert choice.requested == choice.actual
         batch = collate(examples(), packing=True).to(torch.device("cuda"))
-        with torch.autocast("cuda", DTYPES[precision]):
-            sums = loss(batch)
-        (sums.nll / len(batch.target_ids)).backward()
-        return float(sums.nll), adapter.gradient.clone()
+        # On a GPU, bitsandbytes rounds activations to int8, so it is no reference for paths that do not.
+        with nullcontext() if fast.lora else dequantized(model):
+            with torch.autocast("cuda", DTYPES[precision]):
+                sums = loss(batch)
+            (sums.nll / len(batch.target_ids)).backward()
+        return float(sums.nll.detach()), adapter.gradient.clone()
 
     plain, plain_gradient = outcome(
         FastConfig(attention=False, head=False, lora=False, elementwise=False, kernels=False)
     )
     fast, gradient = outcome(FastConfig())
-    # The plain path of an int8 base rounds the activations to int8 on a GPU.
-    assert fast == pytest.approx(plain, rel=2e-2)
-    assert (gradient - plain_gradient).norm() < 0.2 * plain_gradient.norm()
+    assert fast == pytest.approx(plain, rel=1e-2)
+    assert (gradient - plain_gradient).norm() < 0.1 * plain_gradient.norm()
 
 
 def test_fp16_repeats_an_update_that_overflows(run_train, tmp_path, monkeypatch):
