@@ -2,7 +2,7 @@
 
     python benchmarks/on_a_gpu.py --model DIR --data ROWS.csv --wheels DIR --out on_a_gpu.json
 
-`--model` is a folder with a model and its tokenizer; without it, Qwen2-0.5B with random weights is made, which
+`--model` is a folder with a model and tokenizer; without it, Qwen2-0.5B with random weights is made, which
 is as fast. `--wheels` is a folder with wheels of trl, liger_kernel or unsloth and of what they need; what is
 not installed and not given is "not measured". Each step runs in a process of its own, with its own limit of
 time: a failure costs its own row. `--device cpu --tiny` runs the same steps on a CPU with a tiny model.

@@ -11,7 +11,7 @@ from conftest import ROOT
 def test_every_step_runs_on_a_cpu_or_says_what_it_needs(tmp_path):
     out = tmp_path / "on_a_gpu.json"
     command = [sys.executable, "benchmarks/on_a_gpu.py", "--device", "cpu", "--tiny", "--out", str(out)]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     rows = {row["step"]: row for row in json.loads(out.read_text(encoding="utf-8"))["rows"]}
@@ -36,6 +36,6 @@ def test_a_step_that_fails_or_takes_too_long_costs_its_own_row(tmp_path, monkeyp
     step = on_a_gpu.Step("speed", "measure_speed", {"changes": {}}, limit=600)
     row = on_a_gpu.run(step, job)
     assert row["status"] == "failed"
-    assert "none.csv" in row["reason"]
+    assert "neither an existing folder" in row["reason"]
     row = on_a_gpu.run(step._replace(limit=0), job)
     assert row["reason"] == "took over 0 s"
