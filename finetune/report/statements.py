@@ -238,6 +238,8 @@ def repeating_command(record: Record) -> str:
     command += f" --output_dir {shlex.quote(f'{folder}-again')}"
     if record.config.fast.int8_matmul == "auto" and environment["int8"] in ("int8", "dequantize"):
         command += f" --fast.int8_matmul {environment['int8']}"  # else it is measured again
+    if environment["token_budget"] is not None:  # else it depends on the free memory
+        command += f" --train.max_tokens_per_micro_batch {environment['token_budget']}"
     if environment["started_from"] is not None:
         command += f" --resume {shlex.quote(environment['started_from'])}"
     return command

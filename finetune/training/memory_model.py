@@ -37,14 +37,14 @@ class Prediction:
     """The memory of Python and the libraries; on a GPU, of the tensors besides those below"""
     base: int
     adapter: int
-    """Weights and gradients, fp32"""
+    """Weights and gradients, fp32, and the weights as a 16-bit forward pass multiplies them"""
     optimizer: int
     kept_per_token: float
     """What autograd saves for each token of a micro-batch"""
     per_layer_and_token: float
     """What the largest layer allocates temporarily for each token"""
     weight: int
-    """The largest weight, dequantized"""
+    """The two largest weights, dequantized: those of gate_proj and up_proj may be so at the same time"""
     head_per_token: float
     """The logits of a target token, and the tensors computed from them"""
     head_most: float
@@ -84,11 +84,11 @@ def predict(config: Config, accelerator: Any, token_loss: TokenLoss, packing: bo
     return Prediction(
         process=max(0, held_bytes(device) - base - storage_bytes([*adapter, *gradients])),
         base=base,
-        adapter=2 * storage_bytes(adapter),
+        adapter=2 * storage_bytes(adapter) + (num_trained * dtype.itemsize if dtype.itemsize < 4 else 0),
         optimizer=num_trained * state_bytes(optimizer),
         kept_per_token=_kept_per_token(accelerator, token_loss, packing),
         per_layer_and_token=4 * max(widths) * dtype.itemsize,
-        weight=max(weights) * dtype.itemsize,
+        weight=2 * max(weights) * dtype.itemsize,
         **_head_bytes(token_loss, dtype, device),
     )
 

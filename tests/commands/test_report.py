@@ -144,6 +144,18 @@ def test_data_settings_machine_and_command_are_the_run_s(finished):
     assert "Finished, after 6 updates." in said
 
 
+def test_a_run_whose_budget_went_by_the_free_memory_is_repeated_with_that_budget(finished):
+    path = finished / "environment.json"
+    environment = json.loads(path.read_text(encoding="utf-8"))
+    assert "--train.max_tokens_per_micro_batch" not in text_of(report(finished))
+    path.write_text(json.dumps({**environment, "token_budget": 700}), encoding="utf-8")
+    again = f"--output_dir {finished}-again --train.max_tokens_per_micro_batch 700"
+    assert again in text_of(report(finished))
+    del environment["token_budget"]  # a run of an older version
+    path.write_text(json.dumps(environment), encoding="utf-8")
+    assert "--train.max_tokens_per_micro_batch" not in text_of(report(finished))
+
+
 def test_every_metric_that_is_logged_has_its_curve(finished):
     page = report(finished)
     captions = re.findall(r"<figcaption><b>(.*?)</b>", page)

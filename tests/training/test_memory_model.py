@@ -145,9 +145,15 @@ def test_the_base_is_the_bytes_of_its_weights(predicted, quantization, linear_by
 )
 def test_adapter_and_optimizer_are_the_bytes_of_the_trainable_weights(predicted, optimizer, state_bytes):
     prediction, parts = predicted(*IN_BF16, f"--optim.name={optimizer}")
-    assert sum(p.numel() for p in parts.model.parameters() if p.requires_grad) == NUM_LORA
-    assert prediction.adapter == 2 * 4 * NUM_LORA
+    trainable = [p for p in parts.model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trainable) == NUM_LORA
+    # Weights and gradients in fp32, and the weights in bf16. Where they are views of one tensor, each may be
+    # filled up to a whole block of 256.
+    padding = 2 * 4 * 256 * len(trainable)
+    assert 0 <= prediction.adapter - (4 + 4 + 2) * NUM_LORA < padding
     assert prediction.optimizer == state_bytes * NUM_LORA
+    in_fp32, _ = predicted(f"--optim.name={optimizer}")
+    assert 0 <= in_fp32.adapter - (4 + 4) * NUM_LORA < padding
 
 
 @pytest.mark.parametrize("more", [[], IN_BF16, [*IN_BF16, "--model.quantization=int8"]])
