@@ -20,7 +20,9 @@ from finetune.config import FastConfig
 from finetune.data.collate import Boundaries
 from finetune.model import loss
 from finetune.model.fast_paths import choose_fast_paths
-from finetune.ops import attention, elementwise, lora, quantized
+from finetune.ops import attention, operators
+from finetune.ops.base_weights import BaseWeights
+from finetune.ops.projection import Projection
 from finetune.training.comparison import Outcome, compute_update
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="breaks what computes on a processor")
@@ -144,38 +146,31 @@ def test_it_writes_nothing(verify, tmp_path):
 
 
 def scale_lora(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = lora._LoraLinears
+    real = Projection.begin
 
-    class Wrong:
-        @staticmethod
-        def apply(x, bases, scalings, *others):
-            return real.apply(x, bases, [1.05 * scaling for scaling in scalings], *others)
+    def begin(*arguments):
+        call = real(*arguments)
+        return call._replace(factors=[1.05 * factor for factor in call.factors])
 
-    monkeypatch.setattr(lora, "_LoraLinears", Wrong)
+    monkeypatch.setattr(Projection, "begin", begin)
 
 
 def scale_gradient_of_lora(monkeypatch: pytest.MonkeyPatch) -> None:
-    scale_gradients(monkeypatch, of_a=1, of_b=1.05)
-
-
-def scale_gradients(monkeypatch: pytest.MonkeyPatch, of_a: float, of_b: float) -> None:
-    class Wrong(lora._LoraLinears):
-        @staticmethod
-        def backward(ctx, *dys):
-            results = super(Wrong, Wrong).backward(ctx, *dys)
-            others, das, dbs = results[:5], results[5 : 5 + len(dys)], results[5 + len(dys) :]
-            return *others, *(of_a * da for da in das), *(of_b * db for db in dbs)
-
-    monkeypatch.setattr(lora, "_LoraLinears", Wrong)
+    """Of B: the products with u, which nothing else has in a backward pass."""
+    real = Projection.gradients_of_b
+    monkeypatch.setattr(
+        Projection, "gradients_of_b", lambda self, dy, u, call: real(self, dy, 1.05 * u, call)
+    )
 
 
 def scale_gradient_of_a(monkeypatch: pytest.MonkeyPatch) -> None:
-    scale_gradients(monkeypatch, of_a=1.05, of_b=1)
+    real = Projection.gradients_of_a
+    monkeypatch.setattr(Projection, "gradients_of_a", lambda self, v, x, call: real(self, 1.05 * v, x, call))
 
 
 def scale_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = quantized.frozen_weight
-    monkeypatch.setattr(lora, "frozen_weight", lambda *arguments: 1.05 * real(*arguments))
+    real = BaseWeights.dequantize
+    monkeypatch.setattr(BaseWeights, "dequantize", lambda *arguments: 1.05 * real(*arguments))
 
 
 class WrongHead(loss.ChunkedTokenSums):
@@ -225,8 +220,8 @@ def change_attention(
 
 
 def turn_positions_the_wrong_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = elementwise._rotated
-    monkeypatch.setattr(elementwise, "_rotated", lambda x, cos, sin, _: real(x, cos, sin, 1))
+    real = operators.rotate
+    monkeypatch.setattr(operators, "rotate", lambda x, cos, sin, _: real(x, cos, sin, 1))
 
 
 MISTAKES = [
