@@ -99,7 +99,7 @@ class FastConfig:
     """Attention within each packed example alone; false: the model's own, with a mask over the whole row"""
     head: bool = True
     """The loss over chunks of target tokens, its gradient taken at once; false: the model's own head"""
-    head_mib: int = 128
+    head_mib: int = 64
     """MiB for the logits of a chunk"""
     lora: bool = True
     """LoRA layers of one input as one function; false: PEFT's own. Their dropout noise differs"""

@@ -36,7 +36,7 @@ LENGTHS = [20, 60, 33]  # the longest has 60 tokens
 SWITCHES = [field.name for field in fields(FastConfig) if field.type is bool]
 PACKED_NAME, CHUNKS, FUSED = (
     f"packed, {PACKED_BY}",
-    "target tokens in chunks of 128 MiB",
+    "target tokens in chunks of 64 MiB",
     "one function for each input",
 )
 
@@ -131,7 +131,7 @@ def test_ordinary_models_get_every_fast_path_and_the_same_sums(architecture, pre
     assert (chosen.loss.actual, chosen.lora.actual, chosen.int8.actual) == (CHUNKS, FUSED, "none")
     assert chosen.layers.actual == "fused"
     assert all_are_as_requested(chosen)
-    assert (token_loss.masks_packed_sequences, token_loss.head_mib) == (False, 128)
+    assert (token_loss.masks_packed_sequences, token_loss.head_mib) == (False, 64)
     assert token_loss.base.config._attn_implementation == PACKED
     for packing in (True, False):
         assert_same_sums(sums_of(token_loss, packing, precision), expected[packing], tolerance)
@@ -291,7 +291,7 @@ def test_a_path_that_is_switched_off_is_plain_as_asked_and_the_others_are_fast(o
         expected_names["attention"] = "packed, per example"
     assert actual == expected_names
     assert token_loss.masks_packed_sequences == (off == "attention")
-    assert token_loss.head_mib == (None if off == "head" else 128)
+    assert token_loss.head_mib == (None if off == "head" else 64)
     assert len(fast_layers(token_loss)) == (0 if off == "lora" else 14)
     assert chosen.layers.actual == ("module by module" if off in ("lora", "elementwise") else "fused")
     assert_same_sums(sums_of(token_loss, packing=True), expected)

@@ -204,7 +204,7 @@ def test_every_part_is_in_the_table_of_requested_and_actual(run_train, capsys):
         "optimizer": "adamw",
         "layout": "packed",
         "attention": f"packed, {PACKED_BY}",
-        "loss": "target tokens in chunks of 128 MiB",
+        "loss": "target tokens in chunks of 64 MiB",
         "LoRA layers": "one function for each input",
         "norms, rotary, SiLU": "keep their inputs",
         "decoder layers": "fused",
