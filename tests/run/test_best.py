@@ -29,7 +29,7 @@ from finetune.training.evaluate import is_out_of_patience
 SETTINGS = {
     "optim__name": "adamw",
     "optim__learning_rate": 0.07,
-    "train__seed": 79,
+    "train__seed": 41,
     "optim__schedule": "constant",
     "lora__lora_dropout": 0.1,
     "train__num_epochs": 4,
