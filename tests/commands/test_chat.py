@@ -36,17 +36,20 @@ def run_dir(request) -> Path:
     return _run[0]
 
 
-def expected(run_dir: Path, *turns: str, system: str | None = "Be short.", base: bool = False) -> str:
-    """The greedy answer of at most 10 tokens to user and assistant turns."""
+def expected(
+    run_dir: Path, *turns: str, system: str | None = "Be short.", base: bool = False, num_tokens: int = 10
+) -> str:
+    """The greedy answer of at most `num_tokens` tokens to user and assistant turns."""
     AcceleratorState._reset_state(reset_partial_state=True)
     model = load_trained(find_trained(run_dir))
     messages = [] if system is None else [{"role": "system", "content": system}]
     messages += [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    parts = model.accelerator, model.model, model.tokenizer
     if base:
         with model.model.disable_adapter():
-            (answer,) = generate_answers(model.accelerator, model.model, model.tokenizer, [messages], 10)
+            (answer,) = generate_answers(*parts, [messages], num_tokens)
     else:
-        (answer,) = generate_answers(model.accelerator, model.model, model.tokenizer, [messages], 10)
+        (answer,) = generate_answers(*parts, [messages], num_tokens)
     AcceleratorState._reset_state(reset_partial_state=True)
     return chat.visible(answer.text)
 
@@ -219,6 +222,11 @@ def terminal() -> Iterator[tuple[int, int]]:
 
 def test_in_a_real_terminal(run_dir, terminal):
     person, program = terminal
+    things = ("bond", "share", "fund", "loan", "tax", "fee", "rate", "debt", "price", "stock")
+    # One that is answered at length, so that the answer is not over before it is stopped.
+    thing = next(
+        word for word in things if len(expected(run_dir, f"What is\na {word}?", num_tokens=900)) > 2000
+    )
     before = termios.tcgetattr(program)
     process = subprocess.Popen(
         [sys.executable, "-m", "finetune", "chat", str(run_dir), "--max_new_tokens", "900"],
@@ -249,15 +257,15 @@ def test_in_a_real_terminal(run_dir, terminal):
 
     try:
         wait_for("> ")
-        write(b"\x1b[200~What is\na bond?\x1b[201~")  # pasted
-        wait_for("a bond?")
+        write(f"\x1b[200~What is\na {thing}?\x1b[201~".encode())  # pasted
+        wait_for(f"a {thing}?")
         write(b"\r")
-        read_until(lambda: len(seen) > 100)  # a part of the answer, which has over 2,000 characters
+        read_until(lambda: len(seen) > 100)
         write(b"\x03")
         wait_for("stopped")
         wait_for("> ")
         write(b"/undo\r")
-        wait_for("Undone: What is\r\na bond?")
+        wait_for(f"Undone: What is\r\na {thing}?")
         wait_for("> ")
         write(b"\x03")
         assert process.wait(60) == 0
