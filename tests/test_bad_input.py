@@ -526,7 +526,7 @@ def endings(
 ) -> Iterator[dict[str, Future[Ending]]]:
     """How the cases that are to be tested ended, by name."""
     calls = [item.callspec for item in request.session.items if hasattr(item, "callspec")]
-    chosen = [call.params["bad"] for call in calls if "bad" in call.params]
+    chosen = [bad for call in calls if isinstance(bad := call.params.get("bad"), Case)]
 
     def end(case: Case) -> Ending:
         folder = tmp_path_factory.mktemp("case")
