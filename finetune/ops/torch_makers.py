@@ -89,11 +89,15 @@ def token_stats(logits: Tensor, target_ids: Tensor, with_gradient: bool) -> Tens
     parts = (torch.split(x, rows) for x in (logits, target_ids[:, None], stats))
     for some_logits, ids, some_stats in zip(*parts, strict=True):
         likeliest = some_logits.argmax(-1, keepdim=True)
-        log_p = torch.log_softmax(some_logits, -1, dtype=torch.float32)
-        p = log_p.exp()
-        nll = -log_p.gather(-1, ids)
+        # Not log_softmax: on a CPU its sum over a vocabulary loses the small terms, and every loss 7e-6.
+        shifted = some_logits - some_logits.gather(-1, likeliest).float()
+        p = shifted.exp()
+        total = p.sum(-1, keepdim=True)
+        nll = total.log() - shifted.gather(-1, ids)
+        p /= total
         # A logit of -infinity has p = 0, and adds nothing to the entropy.
-        entropy = -log_p.clamp_(min=torch.finfo(torch.float32).min).mul_(p).sum(-1, keepdim=True)
+        shifted.clamp_(min=torch.finfo(torch.float32).min).mul_(p)
+        entropy = total.log() - shifted.sum(-1, keepdim=True)
         torch.cat([nll, entropy, likeliest == ids], dim=1, out=some_stats)
         if with_gradient:
             some_logits.copy_(p.scatter_add_(-1, ids, p.new_full(ids.shape, -1)))

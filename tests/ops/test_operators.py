@@ -266,6 +266,16 @@ def test_the_stats_of_tokens_and_their_gradient(maker, dtype, rows, size, spread
     assert_rounded_once(logits, exact_gradient, dtype, magnitude=10.0)  # exp of a difference of up to 1,000
 
 
+def test_a_large_vocabulary_costs_no_exactness(maker):
+    """One fp32 sum over it would lose its small terms, and each nll be too small."""
+    logits = numbers(0, 16, 49_152, dtype=torch.float32)
+    logits[:, :64] = 17.0
+    target_ids = torch.arange(16) * 3000
+    stats = maker.token_stats(logits.clone(), target_ids, False).double()
+    exact, _ = exact_stats(logits, target_ids)
+    assert float((stats - exact)[:, :2].abs().max()) < 5e-6
+
+
 def test_a_logit_of_minus_infinity_has_no_share(maker):
     logits = torch.full((2, 5000), -torch.inf)
     logits[:, 4500], logits[:, 4999] = 1.0, 2.0
