@@ -27,7 +27,7 @@ from finetune.data.rows import load_rows
 from finetune.data.tokenize import tokenize_rows
 from finetune.model.load import load_model, load_tokenizer
 
-TOLERANCE = 1e-3
+TOLERANCE = 7e-6
 CHANGES = {
     "model.quantization": "none",
     "train.mixed_precision": "no",
