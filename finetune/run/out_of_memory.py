@@ -1,8 +1,8 @@
 """A run that runs out of memory ends in one line: the key to lower, and how to resume."""
 
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -25,40 +25,42 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-@contextmanager
-def around_training(config: Config) -> Iterator[None]:
+def around_training(config: Config) -> AbstractContextManager[None]:
     """Before and after the updates: if memory runs out, say in one line what to change.
 
     Raises:
         ValueError: memory ran out.
     """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        smaller = {"none": "int8 or nf4", "int8": "nf4"}.get(config.model.quantization)
-        quantize = f", set model.quantization to {smaller}" if smaller else ""
-        raise ValueError(
-            f"out of memory: choose a smaller model.name_or_path{quantize}, or lower "
-            f"data.max_length (now {config.data.max_length})"
-        ) from error
+    return _in_one_line(lambda: _what_to_change(config))
 
 
-@contextmanager
-def advice(facts: RunFacts, state: TrainState) -> Iterator[None]:
+def advice(facts: RunFacts, state: TrainState) -> AbstractContextManager[None]:
     """While a run trains and evaluates: if memory runs out, say in one line what to lower and how to resume.
 
     Raises:
         ValueError: memory ran out.
     """
+    on_gpu = facts.model.device.type == "cuda"
+    return _in_one_line(lambda: _how_to_resume(facts.config, facts.plan, state.step, on_gpu))
+
+
+@contextmanager
+def _in_one_line(what_to_do: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        on_gpu = facts.model.device.type == "cuda"
-        raise ValueError(_how_to_resume(facts.config, facts.plan, state.step, on_gpu)) from error
+        raise ValueError(what_to_do()) from error
+
+
+def _what_to_change(config: Config) -> str:
+    smaller = {"none": "int8 or nf4", "int8": "nf4"}.get(config.model.quantization)
+    quantize = f", set model.quantization to {smaller}" if smaller else ""
+    return (
+        f"out of memory: choose a smaller model.name_or_path{quantize}, or lower "
+        f"data.max_length (now {config.data.max_length})"
+    )
 
 
 def _how_to_resume(config: Config, plan: Plan, step: int, on_gpu: bool) -> str:
