@@ -14,6 +14,8 @@ class ModelConfig:
     or a .gguf file"""
     revision: str | None = None
     """Branch, tag or commit of a hub model"""
+    adapter: str | None = None
+    """Train on from this LoRA adapter (a run, or a PEFT folder) instead of a new one; the optimizer is new"""
     quantization: Literal["none", "int8", "nf4"] = "int8"
     """How the frozen base is kept: none (in the training precision), int8 or nf4 (bitsandbytes)"""
     trust_remote_code: bool = False
@@ -39,11 +41,47 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of rows among several"""
+
+    path: str | list[str]
+    """As data.path"""
+    name: str | None = None
+    """Its name in metrics and reports; null takes that of its file or data set"""
+    subset: str | None = None
+    """Subset (configuration) of a hub data set"""
+    split: str = "train"
+    """Split of a hub data set"""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set"""
+    columns: dict[str, str] | None = None
+    """As data.columns"""
+    system_prompt: str | None = None
+    """As data.system_prompt, which it replaces"""
+    num_samples: int | None = None
+    """Take this many of its rows at random"""
+    share: float | None = None
+    """Its share of all rows taken, instead of a number"""
+
+
+Sources = str | list[str] | list[SourceConfig]
+"""What data.path may be"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The rows, and how they become tokens"""
 
-    path: str | list[str] = "data/finance_sample.csv"
-    """CSV, Parquet, JSON or JSONL file, a list of such files, or the name of a hub data set"""
+    path: str | list[str] | list[SourceConfig] = "data/finance_sample.csv"
+    """CSV, Parquet, JSON or JSONL file (also .gz and .zst), a folder or a pattern such as data/*.jsonl, the
+    name of a hub data set, a list of these, or a list of sources: {path, name, subset, split, revision,
+    columns, system_prompt, num_samples or share}"""
+    columns: dict[str, str] | None = None
+    """What the columns of the rows are, such as {question: instruction, reply: output}"""
+    eval_path: str | list[str] | list[SourceConfig] | None = None
+    """Rows to evaluate on, in the forms of data.path, instead of a share of the rows"""
+    chat_template: str | None = None
+    """A Jinja file, or chatml, llama3, gemma or mistral; null takes the model's own"""
     system_prompt: str | None = None
     """System turn of every row that brings none; null leaves it to the chat template"""
     num_samples: int | None = None
@@ -142,6 +180,8 @@ class EvalConfig:
     """Also before training: the line everything later is compared with"""
     every: Literal["epoch"] | int = "epoch"
     """At the end of each epoch, or every so many updates"""
+    sets: dict[str, str | list[str]] | None = None
+    """More eval sets by name, each in a form of data.path, such as {math: data/math.jsonl}"""
     precision: Literal["run", "fp32"] = "run"
     """Precision of the evaluation: that of the run, or fp32 with the same weights, which is slower and shows
     gains of less than 0.005 nats"""
