@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 from datasets import Dataset
-from jinja2 import TemplateSyntaxError
 from numpy.typing import NDArray
 
 from finetune.config import DataConfig
+from finetune.data.chat_template import NO_CHAT_TEMPLATE, render
 
 IGNORE = -100  # the label of a token without loss, as everywhere in PyTorch
 # Whose text a token belongs to: a turn of that role, of any other role, or the template.
@@ -148,20 +148,6 @@ def encode(tokenizer: Any, messages: list[Message], train_on: str) -> Tokens:
             labels[i] = input_ids[i]
     labels[0] = IGNORE
     return Tokens(input_ids, labels)
-
-
-def render(tokenizer: Any, messages: list[Message], add_generation_prompt: bool = False) -> str:
-    """The conversation as the chat template renders it."""
-    try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except TemplateSyntaxError as error:
-        raise ValueError(f"the chat template is wrong in its line {error.lineno}: {error}") from error
-    except Exception as error:  # a template is a program: it can fail in every way that one can
-        roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(f"the chat template refuses the turns {roles}: {error!s:.200}") from error
-    return text
 
 
 def assistant_spans(tokenizer: Any, messages: list[Message], text: str) -> list[tuple[int, int]]:
@@ -300,10 +286,7 @@ def tokenize_rows(rows: Dataset, tokenizer: Any, config: DataConfig) -> Examples
         ValueError: no chat template, or a row that `encode` refuses (named by its number).
     """
     if not tokenizer.chat_template:
-        raise ValueError(
-            "the model's tokenizer has no chat template; take the model's instruct or chat version, or add "
-            "a chat_template.jinja to a local copy of its folder"
-        )
+        raise ValueError(NO_CHAT_TEMPLATE)
     if len(rows) == 0:
         return Examples(Dataset.from_dict({"input_ids": [], "labels": [], "row_number": []}), [], {})
 
