@@ -72,8 +72,8 @@ def reason_to_ask_nothing(row: Mapping[str, Any]) -> str | None:
 
 
 def turns_asked(turns: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The messages before the last answer; all of them if the last one is the user's."""
-    if not turns or turns[-1].get("role") == "user":
+    """The messages before the last answer; all of them if the last one is no answer."""
+    if not turns or turns[-1].get("role") in ("user", "tool"):
         return turns
     last = max((i for i, turn in enumerate(turns) if turn.get("role") == "assistant"), default=len(turns))
     return turns[:last]

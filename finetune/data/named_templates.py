@@ -61,8 +61,8 @@ def read_template(setting: str) -> str:
 def use_template(tokenizer: Any, setting: str) -> None:
     """Give the tokenizer this chat template, and the special tokens that the template writes and it lacks.
 
-    The token that ends an assistant's turn becomes its EOS token, unless the template names EOS itself. Where the
-    tokenizer begins every text with its BOS token, a template of ours does so too.
+    The token that ends an assistant's turn becomes its EOS token, unless the template names EOS itself. Where
+    the tokenizer begins every text with its BOS token, a template of ours does so too.
 
     Raises:
         ValueError: as `read_template`, or the file is no chat template.

@@ -5,7 +5,7 @@ A row has the columns of one of FORMATS, and `row_number`: its place in the data
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from datasets import Dataset, disable_progress_bars
 
 from finetune.config import DataConfig
 from finetune.data.cleaning import clean_rows, reason_to_ask_nothing, sort_out
+from finetune.data.conversations import Row
 from finetune.data.duplicates import Match, most_similar, normalize
 from finetune.data.files import FORMATS, described, read_file, read_rows, to_table
 
@@ -76,6 +77,11 @@ def read_questions(file: str) -> tuple[Dataset, dict[str, list[int]]]:
                 break
     table = to_table(frame, file)
     return sort_out(table.add_column("row_number", list(range(1, len(table) + 1))), reason_to_ask_nothing)
+
+
+def iterate_rows(table: Dataset) -> Iterator[Row]:
+    """The rows of a table."""
+    yield from table
 
 
 def sample_rows(table: Dataset, num_samples: int | None, seed: int) -> Dataset:
