@@ -62,7 +62,9 @@ def read_batches(source: Source, rows_per_batch: int) -> Iterator[RawBatch]:
     Raises:
         ValueError: a file or data set that is not there, cannot be read, or holds no row.
     """
-    batches = _hub_batches(source, rows_per_batch) if source.dataset else _file_batches(source, rows_per_batch)
+    batches = (
+        _hub_batches(source, rows_per_batch) if source.dataset else _file_batches(source, rows_per_batch)
+    )
     yield from batches
 
 
@@ -304,9 +306,7 @@ def _line_batches(
         yield _Lines(file, row, filled, b"".join(lines), num_lines + 1, num_bytes)
 
 
-def _array_batches(
-    file: str, text: IO[str], lines_before: int, rows_per_batch: int
-) -> Iterator[RawBatch]:
+def _array_batches(file: str, text: IO[str], lines_before: int, rows_per_batch: int) -> Iterator[RawBatch]:
     entries: list[dict[str, Any]] = []
     row = 1
     for number, entry in enumerate(iterate_array(text, file, lines_before + 1), 1):

@@ -118,7 +118,9 @@ class Format:
                 for turn in history
             ):
                 column = self.columns["history"]
-                raise ValueError(f"{place}: {column} must be a list of [question, answer], not {history!r:.60}")
+                raise ValueError(
+                    f"{place}: {column} must be a list of [question, answer], not {history!r:.60}"
+                )
             if history:
                 row["history"] = history
         if (system := self._system(cells, place)) is not None:
@@ -180,7 +182,9 @@ def format_of(
             raise ValueError(f"{where} has no column {column!r}, which data.columns names; there are {names}")
     found = _matches(columns, mapping, questions_only)
     mapped = set(mapping)
-    best = max(found, key=lambda one: len(mapped.intersection(one.required)), default=None)  # of equals the first
+    best = max(
+        found, key=lambda one: len(mapped.intersection(one.required)), default=None
+    )  # of equals the first
     if best is None:
         raise ValueError(unknown_columns(columns, where, row))
     return best

@@ -79,4 +79,6 @@ class _Text:
         self._text += more
 
     def error(self, message: str, position: int) -> ValueError:
-        return ValueError(f"{self._where}, line {self._line + self._text.count(chr(10), 0, position)}: {message}")
+        return ValueError(
+            f"{self._where}, line {self._line + self._text.count(chr(10), 0, position)}: {message}"
+        )

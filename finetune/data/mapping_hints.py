@@ -23,7 +23,7 @@ def unknown_columns(columns: Sequence[str], where: str, row: Mapping[str, Any] |
     nearest = f"; the nearest may be {' and '.join(guess.values())}, as data.columns: {line.strip()}"
     return (
         f"{where} has the columns {list(columns)}{shown}; expected instruction and output (input optional), "
-        "messages, or prompt and completion (or conversations, question and answer or another such pair, or text)"
+        "messages, or prompt and completion (or conversations, question and answer or a like pair, or text)"
         f"{nearest if guess else ''}{'; ' + hints if hints else ''}"
     )
 

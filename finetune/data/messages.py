@@ -21,7 +21,9 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bing", "bard"), "assistant"),
     **dict.fromkeys(("function_call", "tool_call"), "function_call"),
     **dict.fromkeys(("observation", "tool", "function_response", "tool_response"), "tool"),
-    **{"system": "system", "developer": "developer", "function": "function"},
+    "system": "system",
+    "developer": "developer",
+    "function": "function",
 }
 
 
@@ -40,7 +42,8 @@ def read_messages(cell: Any, place: str, column: str = "messages") -> tuple[list
     expected = f"{place}: {column} must be a list of objects with role and content"
     if not isinstance(cell, list):
         raise ValueError(f"{expected}, not {cell!r:.60}")
-    messages, unused = [], []
+    messages: list[Message] = []
+    unused: list[str] = []
     for number, raw in enumerate(cell, 1):
         if not (isinstance(raw, dict) and isinstance(raw.get("role"), str)):
             raise ValueError(f"{expected}, not {raw!r:.60}")
@@ -73,7 +76,9 @@ def read_sharegpt(cell: Any, place: str, column: str = "conversations") -> tuple
         turn = f"{place}: {column}, turn {number}"
         role = SHAREGPT_ROLES.get(raw["from"])
         if role is None:
-            raise ValueError(f"{turn}: from must be one of {', '.join(SHAREGPT_ROLES)}, not {raw['from']!r:.60}")
+            raise ValueError(
+                f"{turn}: from must be one of {', '.join(SHAREGPT_ROLES)}, not {raw['from']!r:.60}"
+            )
         message = {key: value for key, value in raw.items() if key not in ("from", "value")}
         if role != "function_call":
             message |= {"role": role, "content": raw.get("value")}
@@ -94,7 +99,9 @@ def _calls_in(value: Any, turn: str) -> list[Any]:
     calls = _parsed(value, f"{turn}: a function_call") if isinstance(value, str) else value
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, dict) for call in calls):
-        raise ValueError(f"{turn}: a function_call must be an object with name and arguments, not {value!r:.60}")
+        raise ValueError(
+            f"{turn}: a function_call must be an object with name and arguments, not {value!r:.60}"
+        )
     return calls
 
 
@@ -159,7 +166,9 @@ def _part(part: Any, turn: str) -> tuple[str, str, str]:
     if not isinstance(kind, str):
         raise ValueError(f"{turn}: a part of content must be an object with a type, not {part!r:.60}")
     if kind != "text" and kind not in REASONING_PARTS:
-        raise ValueError(f"{turn}: content has a part of type {kind!r:.60}; only text and reasoning can be used")
+        raise ValueError(
+            f"{turn}: content has a part of type {kind!r:.60}; only text and reasoning can be used"
+        )
     for key in ("text",) if kind == "text" else (kind, "text"):
         if isinstance(part.get(key), str):
             return kind, key, part[key]
@@ -172,9 +181,13 @@ def _tool_calls(raw: Mapping[str, Any], turn: str, unused: list[str]) -> list[di
         raise ValueError(f"{turn}: tool_calls must be a list, not {calls!r:.60}")
     if raw.get("function_call") is not None:  # as OpenAI's API had it before there were several
         if calls:
-            raise ValueError(f"{turn}: function_call and tool_calls are two names of one thing; keep tool_calls")
+            raise ValueError(
+                f"{turn}: function_call and tool_calls are two names of one thing; keep tool_calls"
+            )
         calls = [raw["function_call"]]
-    return [_tool_call(call, f"{turn}: tool call {number}", unused) for number, call in enumerate(calls or (), 1)]
+    return [
+        _tool_call(call, f"{turn}: tool call {number}", unused) for number, call in enumerate(calls or (), 1)
+    ]
 
 
 def _tool_call(call: Any, place: str, unused: list[str]) -> dict[str, Any]:
@@ -207,7 +220,9 @@ def _is_trained(raw: Mapping[str, Any], turn: str) -> bool:
     if not isinstance(train, bool | None):
         raise ValueError(f"{turn}: train must be true or false, not {train!r:.60}")
     if isinstance(weight, bool) or weight not in (None, 0, 1):
-        raise ValueError(f"{turn}: weight must be 0 or 1, not {weight!r:.60}; other weights are not supported")
+        raise ValueError(
+            f"{turn}: weight must be 0 or 1, not {weight!r:.60}; other weights are not supported"
+        )
     if train is not None and weight is not None and train != bool(weight):
         raise ValueError(f"{turn}: train is {str(train).lower()} and weight is {weight}; keep one of them")
     return train is not False and weight != 0
@@ -233,7 +248,9 @@ def _tool(tool: Any, place: str) -> dict[str, Any]:
     function = tool.get("function") if isinstance(tool, dict) and "function" in tool else tool
     if not (isinstance(function, dict) and isinstance(function.get("name"), str)):
         raise ValueError(f"{place} must be an object with a name and parameters, not {tool!r:.60}")
-    return {"type": "function", **tool} if function is not tool else {"type": "function", "function": function}
+    return (
+        {"type": "function", **tool} if function is not tool else {"type": "function", "function": function}
+    )
 
 
 def read_template_kwargs(cell: Any, place: str, column: str) -> dict[str, Any]:
@@ -262,6 +279,8 @@ def _parsed(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is no JSON ({error.msg} at character {error.pos + 1}): {text!r:.60}") from error
+        raise ValueError(
+            f"{place} is no JSON ({error.msg} at character {error.pos + 1}): {text!r:.60}"
+        ) from error
     except RecursionError as error:
         raise ValueError(f"{place} is nested too deep") from error

@@ -1,5 +1,5 @@
-"""Where the rows come from: the files and hub data sets that the configuration names, each source with its own
-columns, system prompt and number of rows."""
+"""Where the rows come from: the files and hub data sets that the configuration names, each source with
+columns, a system prompt and a number of rows of its own."""
 
 import glob
 import re
