@@ -14,8 +14,8 @@ Row = dict[str, Any]
 
 - {"messages": [Message, ...]}, and where the row has them "tools" (a list of JSON schemas), "system" (text)
   and "chat_template_kwargs" (an object);
-- {"instruction": text, "input": text or None, "output": text}, and where the row has them "history" (a list of
-  [question, answer]) and "system";
+- {"instruction": text, "input": text or None, "output": text}, and where the row has them "history" (a list
+  of [question, answer]) and "system";
 - {"prompt": text, "completion": text};
 - {"text": text}.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from finetune.data.collate import iterate_batches
 from finetune.data.conversations import SYSTEM_ROLES, Conversation, Row, to_conversation
 from finetune.data.plan import Indices
+from finetune.data.targets import is_trained
 from finetune.data.tokenize import Examples
 from finetune.model.loss import TokenLoss
 from finetune.model.precision import in_fp32
@@ -123,7 +124,7 @@ def pick_conversations(rows: Iterable[Row], system_prompt: str | None, count: in
             break
         conversation = to_conversation(row, system_prompt)
         messages = conversation.messages
-        trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("train", True)]
+        trained = [turn for turn, message in enumerate(messages) if is_trained(message)]
         last = max(trained, default=0)
         if any(message["role"] not in SYSTEM_ROLES for message in messages[:last]):
             conversations.append(replace(conversation, messages=messages[:last]))
