@@ -559,12 +559,14 @@ QUESTION_ONLY = (
     "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+REWRITING = QWEN2_TEMPLATE.replace("turn.content", "turn.content | replace('It', 'Perhaps it')")
+
 NEW_CASES = [
     # Turns
     calling("calls are text", "call me", "tool_calls"),
     calling("calls are a number", 3, "tool_calls"),
-    calling("a call is text", ["add"], "tool_calls", "add"),
-    calling("a call without a name", [{"function": {"arguments": {}}}], "tool_calls", "name"),
+    calling("a call is text", ["add"], "tool call 1", "add"),
+    calling("a call without a name", [{"function": {"arguments": {}}}], "tool call 1", "name"),
     calling("a call whose name is a number", [{"function": {"name": 3, "arguments": {}}}], "name"),
     calling("arguments are no JSON", [{"function": {"name": "add", "arguments": '{"a": '}}], "arguments"),
     calling("arguments are a list", [{"function": {"name": "add", "arguments": [1, 2]}}], "arguments"),
@@ -580,7 +582,7 @@ NEW_CASES = [
     # What stands beside messages
     conversation("tools are a number", {"tools": 3}, "tools"),
     conversation("tools are no JSON", {"tools": '[{"type": '}, "tools"),
-    conversation("a tool is a number", {"tools": [3]}, "tools"),
+    conversation("a tool is a number", {"tools": [3]}, "tool 1", "3"),
     conversation("template arguments are text", {"chat_template_kwargs": "fast"}, "chat_template_kwargs"),
     conversation(
         "template arguments of the program's own",
@@ -591,7 +593,7 @@ NEW_CASES = [
     conversation("system is a number", {"system": 3}, "system"),
     # Other formats
     sharegpt("an unknown speaker", {"from": "wizard", "value": "Hello"}, "wizard"),
-    sharegpt("a number as value", {"from": "gpt", "value": 3}, "value"),
+    sharegpt("a number as value", {"from": "gpt", "value": 3}, "turn 3", "text"),
     sharegpt("a turn is text", "Hello", "Hello"),
     sharegpt("a call that is no JSON", {"from": "function_call", "value": "add 1"}, "function_call"),
     data("sharegpt: text", jsonl(SHAREGPT, {"conversations": "a"}), "row 2: conversations", of="a.jsonl"),
@@ -602,8 +604,9 @@ NEW_CASES = [
     data("unknown columns", jsonl({"foo": "a", "bar": "b"}), "rows3.jsonl", "data.columns", of="rows3.jsonl"),
     case(
         "data: two formats in one file",
-        "rows.jsonl",
-        "row 2",
+        "rows.jsonl, row ",
+        "instruction and output",
+        "messages",
         files=rows_of(ROWS[0], {"messages": [TURN, ANSWER]}),
     ),
     key("data.columns={nope: instruction}", "data.columns", "nope"),
@@ -666,17 +669,26 @@ NEW_CASES = [
     key("data.chat_template=nowhere.jinja", "data.chat_template nowhere.jinja"),
     key("data.chat_template=.", "data.chat_template ."),
     template("no Jinja", "{% for %}", "chat template", "line 1"),
-    template("not UTF-8", b"\xff\xfe\xff", "own.jinja", "UTF-8"),
+    template("not UTF-8", b"\xff\xfe\xff", "own.jinja", "cannot be read as text"),
     template("empty", "", "own.jinja"),
-    template("drops the answer", QUESTION_ONLY, "row ", "chat template"),
-    template(
-        "rewrites the answer",
-        QWEN2_TEMPLATE.replace("turn.content", "turn.content | replace('It', 'Perhaps it')"),
+    template("drops the answer", QUESTION_ONLY, "own.jinja"),
+    template("fails", "{{ messages[7].content }}", "own.jinja", "chat template"),
+    template("says nothing of the turns", "Hello<|im_end|>", "own.jinja"),
+    template("rewrites some answers", REWRITING, "row ", "chat template", "changes it"),
+    model("a template that drops answers", with_template(QUESTION_ONLY), "row ", "leaves it out"),
+    model("a template that rewrites answers", with_template(REWRITING), "row ", "changes it"),
+    model(
+        "a template that writes answers twice",
+        with_template(QWEN2_TEMPLATE.replace("turn.content", "turn.content ~ ' ' ~ turn.content")),
         "row ",
-        "chat template",
+        "more than once",
     ),
-    template("fails", "{{ messages[7].content }}", "row ", "chat template"),
-    template("says nothing of the turns", "Hello<|im_end|>", "row ", "chat template"),
+    case(
+        "model: a template that drops tool calls",
+        "row ",
+        "add",
+        files=rows_of(*[{"messages": [TURN, {**ANSWER, "tool_calls": [CALL]}]}] * 4),
+    ),
     # Adapters to begin from
     key("model.adapter=nowhere", "model.adapter nowhere"),
     key("model.adapter=rows.jsonl", "model.adapter rows.jsonl"),
