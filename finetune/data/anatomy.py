@@ -1,4 +1,4 @@
-"""What the tokens of a conversation are: whose text, which are trained, and what max_length leaves of them."""
+"""What the tokens of a conversation are: whose text, which are trained, and what max_length leaves."""
 
 from dataclasses import replace
 from itertools import groupby, pairwise
