@@ -8,9 +8,9 @@ from typing import Any
 from rich.table import Table
 
 from finetune.config import Config
+from finetune.data.examples import Examples
 from finetune.data.rows import load_rows
 from finetune.data.splits import tokenize_splits
-from finetune.data.tokenize import Examples
 from finetune.export.fidelity import (
     DTYPES,
     MAX_LOSS_CHANGE,

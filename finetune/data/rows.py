@@ -3,20 +3,26 @@
 A row has the columns of one of FORMATS, and `row_number`: its place in the data, from 1.
 """
 
+import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from datasets import Dataset, disable_progress_bars
 
 from finetune.config import DataConfig
 from finetune.data.cleaning import clean_rows, reason_to_ask_nothing, sort_out
+from finetune.data.conversations import Row
 from finetune.data.duplicates import Match, most_similar, normalize
 from finetune.data.files import FORMATS, described, read_file, read_rows, to_table
+
+
+ROWS_SCHEMA = pa.schema({"row_number": pa.int64(), "source": pa.int32(), "row": pa.string()})
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ def load_rows(config: DataConfig) -> Rows:
     disable_progress_bars()
     table = read_rows(config.path)
     clean, dropped = clean_rows(table)
+    clean = table_of(clean)
     if len(clean) == 0:
         reasons = ", ".join(f"{len(numbers)} {reason}" for reason, numbers in dropped.items())
         reasons = reasons or "the file is empty"
@@ -59,6 +66,34 @@ def load_rows(config: DataConfig) -> Rows:
     split = split_rows if config.split_by == "row" else split_rows_by_instruction
     train, evaluation = split(sample, config.eval_fraction, config.split_seed)
     return Rows(train=train, eval=evaluation, num_read=len(table), dropped=dropped)
+
+
+def table_of(rows: Iterable[Row], source: int = 0) -> Dataset:
+    """A table of rows in memory. Each row has its `row_number`."""
+    columns: dict[str, list[Any]] = {name: [] for name in ROWS_SCHEMA.names}
+    for row in rows:
+        columns["row_number"].append(row["row_number"])
+        columns["source"].append(source)
+        columns["row"].append(as_text(row))
+    return Dataset(pa.table(columns, ROWS_SCHEMA))
+
+
+def as_text(row: Row) -> str:
+    """The row as JSON text, without its number."""
+    return json.dumps({key: value for key, value in row.items() if key != "row_number"}, ensure_ascii=False)
+
+
+def iterate_rows(table: Dataset) -> Iterator[Row]:
+    """The rows of a table, in order, each with its `row_number`."""
+    for batch in table.select_columns(["row_number", "row"]).with_format("arrow").iter(1_000):
+        for number, text in zip(batch["row_number"].to_pylist(), batch["row"].to_pylist(), strict=True):
+            yield {**json.loads(text), "row_number": number}
+
+
+def row_at(table: Dataset, index: int) -> Row:
+    """One row of a table, with its `row_number`."""
+    entry = table[index]
+    return {**json.loads(entry["row"]), "row_number": entry["row_number"]}
 
 
 def read_questions(file: str) -> tuple[Dataset, dict[str, list[int]]]:
@@ -112,7 +147,7 @@ def split_rows_by_instruction(table: Dataset, eval_fraction: float, seed: int) -
     if eval_fraction == 0:
         return table, table.select([])
     rows_of: dict[str, list[int]] = defaultdict(list)
-    for index, row in enumerate(table):
+    for index, row in enumerate(iterate_rows(table)):
         rows_of[normalize(instruction_of(row))].append(index)
     groups = list(rows_of.values())
     share = math.ceil(eval_fraction * len(table))  # as train_test_split rounds
@@ -157,5 +192,8 @@ def answer_of(row: Mapping[str, Any]) -> str:
 
 def find_leaks(rows: Rows) -> dict[int, Match]:
     """Eval rows whose prompt, exactly or nearly, is trained on: row number -> its match in rows.train."""
-    matches = most_similar([prompt_of(row) for row in rows.eval], [prompt_of(row) for row in rows.train])
+    matches = most_similar(
+        [prompt_of(row) for row in iterate_rows(rows.eval)],
+        [prompt_of(row) for row in iterate_rows(rows.train)],
+    )
     return {number: match for number, match in zip(rows.eval["row_number"], matches, strict=True) if match}

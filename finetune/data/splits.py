@@ -6,8 +6,8 @@ from typing import Any
 
 from finetune.config import DataConfig
 from finetune.data.duplicates import Match
+from finetune.data.examples import Examples, tokenize_rows
 from finetune.data.rows import Rows, find_leaks, load_rows
-from finetune.data.tokenize import Examples, tokenize_rows
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.config import Config
+from finetune.data.examples import Examples
 from finetune.data.rows import load_rows
 from finetune.data.splits import tokenize_splits
-from finetune.data.tokenize import Examples
 from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.load import check_vocabulary, load_model, load_tokenizer
 from finetune.model.loss import TokenLoss

@@ -1,0 +1,281 @@
+"""Rows as tokenized examples: memory-mapped, with what is known of each."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, concatenate_datasets
+from numpy.typing import NDArray
+
+from finetune.config import DataConfig
+from finetune.data.encoding import SCHEMA, EncodeRows, counts_of
+from finetune.data.prepare import CHUNK_ROWS, make_chunks, read_chunk
+from finetune.data.tokenize import IGNORE, MIN_SHARED
+from finetune.runtime.files import write_atomically
+
+CACHE_VERSION = 2  # incremented when the same row would yield other tokens or labels than before
+COLUMNS = ["input_ids", "labels", "row_number", "source", "branches"]
+
+
+class Figures(NamedTuple):
+    """What preparing N examples found out about them: see the properties of Examples."""
+
+    lengths: NDArray[np.int64]
+    target_counts: NDArray[np.int64]
+    sources: NDArray[np.int64]
+    shared_prefix: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenized rows that fit, and what happened to the others.
+
+    `dataset` has the columns input_ids, labels, row_number, source (an index of `source_names`) and branches
+    (see `Tokens`). Of its examples, those of the rows `truncated` were cut at max_length; `dropped` are the
+    numbers of the rows left out, by reason. `unused` counts the rows of which the chat template left
+    something out or changed it, by what that was.
+    """
+
+    dataset: Dataset
+    truncated: list[int]
+    dropped: dict[str, list[int]]
+    source_names: Sequence[str] = ()
+    unused: Counter[str] = field(default_factory=Counter)
+    prepared: Figures | None = None
+    """None: they are measured when they are asked for"""
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """[N]: tokens of each example."""
+        if self.prepared is not None:
+            return self.prepared.lengths
+        return _concatenated([_lengths(table) for table in self._tables()])
+
+    @cached_property
+    def target_counts(self) -> NDArray[np.int64]:
+        """[N]: target tokens of each example."""
+        if self.prepared is not None:
+            return self.prepared.target_counts
+        return _concatenated([_target_counts(table) for table in self._tables()])
+
+    @cached_property
+    def sources(self) -> NDArray[np.int64]:
+        """[N]: the source of each example."""
+        if self.prepared is not None:
+            return self.prepared.sources
+        if "source" not in self.dataset.column_names:
+            return np.zeros(len(self.dataset), np.int64)
+        return _concatenated([table["source"].to_numpy() for table in self._tables()])
+
+    @cached_property
+    def shared_prefix(self) -> int:
+        """Tokens that all examples begin with and that predict no target; 0 if below MIN_SHARED."""
+        return self.prepared.shared_prefix if self.prepared is not None else shared_prefix(self._tables())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all token ids, labels and branches, in order."""
+        return self.prepared.fingerprint if self.prepared is not None else fingerprint(self._tables())
+
+    def _tables(self) -> Iterator[pa.Table]:
+        yield from self.dataset.with_format("arrow").iter(CHUNK_ROWS)
+
+
+def _concatenated(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
+    return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
+
+
+def _lengths(table: pa.Table) -> NDArray[np.int64]:
+    return np.asarray(pc.list_value_length(table["input_ids"]).to_numpy(), dtype=np.int64)
+
+
+def _flat(table: pa.Table, column: str) -> NDArray[np.int64]:
+    """The lists of a column one after the other."""
+    return np.asarray(pc.list_flatten(table[column]).to_numpy(), dtype=np.int64)
+
+
+def _target_counts(table: pa.Table) -> NDArray[np.int64]:
+    before = np.r_[0, np.cumsum(_flat(table, "labels") != IGNORE)]
+    ends = np.cumsum(_lengths(table))
+    return np.asarray(before[ends] - before[ends - _lengths(table)], dtype=np.int64)
+
+
+def _first_targets(table: pa.Table) -> NDArray[np.int64]:
+    """The position of each example's first target; its length if there is none."""
+    if "first_target" in table.column_names:
+        return np.asarray(table["first_target"].to_numpy(), dtype=np.int64)
+    targets = np.flatnonzero(_flat(table, "labels") != IGNORE)
+    ends = np.cumsum(_lengths(table))
+    starts = ends - _lengths(table)
+    first = np.r_[targets, np.iinfo(np.int64).max][np.searchsorted(targets, starts)]
+    return np.minimum(first, ends) - starts
+
+
+def shared_prefix(tables: Iterator[pa.Table]) -> int:
+    """See Examples."""
+    prefix: NDArray[np.int64] | None = None
+    for table in tables:
+        if len(table) == 0:
+            continue
+        ids, lengths = _flat(table, "input_ids"), _lengths(table)
+        starts = np.cumsum(lengths) - lengths
+        if prefix is None:
+            prefix = ids[: lengths[0]]
+        # The last shared token predicts the first one that is not, so that must not be a target either.
+        prefix = prefix[: max(0, int(np.minimum(lengths, _first_targets(table) - 1).min()))]
+        for place in range(len(prefix)):
+            if (ids[starts + place] != prefix[place]).any():
+                prefix = prefix[:place]
+                break
+        if len(prefix) < MIN_SHARED:
+            return 0
+    return 0 if prefix is None else len(prefix)
+
+
+def fingerprint(tables: Iterator[pa.Table]) -> str:
+    """SHA-256 of the examples as JSON objects, each `{"input_ids": [...], "labels": [...]}`, with "branches"
+    before them where it has any."""
+    digest = hashlib.sha256()
+    for table in tables:
+        if len(table) == 0:
+            continue
+        lists = [table["branches"].to_pylist()] if "branches" in table.column_names else [[[]] * len(table)]
+        branches = [f'"branches": {json.dumps(pairs)}, ' if pairs else "" for pairs in lists[0]]
+        columns = [_as_json(table, column) for column in ("input_ids", "labels")]
+        parts = ("{", branches, '"input_ids": [', columns[0], '], "labels": [', columns[1], "]}")
+        arrays = [pa.scalar(part) if isinstance(part, str) else pa.array(part) for part in parts]
+        text = pc.binary_join_element_wise(*arrays, "")
+        digest.update("".join(text.to_pylist()).encode())
+    return digest.hexdigest()
+
+
+def _as_json(table: pa.Table, column: str) -> pa.Array:
+    """The numbers of each list, separated as `json.dumps` does."""
+    lists = table[column].combine_chunks()
+    offsets = np.r_[0, np.cumsum(_lengths(table))].astype(np.int32)
+    texts = pc.cast(lists.flatten(), pa.string())
+    return pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets), texts), ", ")
+
+
+def tokenize_rows(
+    rows: Dataset, tokenizer: Any, config: DataConfig, source_names: Sequence[str] = ()
+) -> Examples:
+    """Encode every row of a table, truncate or drop the overlong ones, and drop those without a target token.
+
+    The tokens are memory-mapped from the cache of `datasets`, which the first call writes.
+
+    Raises:
+        ValueError: no chat template, or a row that `encode` refuses (named by its number).
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the model's tokenizer has no chat template; take the model's instruct or chat version, or add "
+            "a chat_template.jinja to a local copy of its folder"
+        )
+    if len(rows) == 0:
+        empty = Dataset(SCHEMA.empty_table()).select_columns(COLUMNS)
+        return Examples(empty, [], {}, source_names)
+    job = EncodeRows(tokenizer, config.system_prompt, config.train_on, config.max_length)
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "finetune" / _cache_key(rows, job)
+    arrow = rows.with_format("arrow")
+    paths = make_chunks(folder, len(rows), lambda start, end: arrow[start:end], job, "Tokenizing")
+    whole = concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
+    return _keep(whole, paths, config, source_names)
+
+
+def _keep(whole: Dataset, paths: Sequence[Path], config: DataConfig, source_names: Sequence[str]) -> Examples:
+    """The examples that the configuration takes of those in the files."""
+    table = whole.data.table
+    numbers, is_cut, counts = (table[c].to_numpy() for c in ("row_number", "is_cut", "target_count"))
+    overlong = is_cut if config.overlong == "drop" else np.zeros(len(is_cut), bool)
+    untrained = ~overlong & (counts == 0)
+    kept = ~overlong & ~untrained
+    dropped: dict[str, list[int]] = {}
+    for reason, left_out in (
+        (f"over {config.max_length} tokens", overlong),
+        ("without a target token", untrained),
+    ):
+        without_any = left_out & ~np.isin(numbers, numbers[kept])
+        if without_any.any():
+            dropped[reason] = _distinct(numbers[without_any])
+    derived = _derived(paths, kept, paths[0].with_name(f"{config.overlong}.json"))
+    dataset = whole.select_columns(COLUMNS)
+    return Examples(
+        dataset=dataset if kept.all() else dataset.select(np.flatnonzero(kept)),
+        truncated=_distinct(numbers[kept & is_cut]),
+        dropped=dropped,
+        source_names=source_names,
+        unused=Counter(derived["remarks"]),
+        prepared=Figures(
+            lengths=_lengths(table)[kept],
+            target_counts=counts[kept].astype(np.int64),
+            sources=table["source"].to_numpy()[kept].astype(np.int64),
+            shared_prefix=derived["shared_prefix"],
+            fingerprint=derived["fingerprint"],
+        ),
+    )
+
+
+def _distinct(numbers: NDArray[np.int64]) -> list[int]:
+    return list(dict.fromkeys(numbers.tolist()))
+
+
+def _derived(paths: Sequence[Path], kept: NDArray[np.bool_], file: Path) -> dict[str, Any]:
+    """What all kept examples of the files have to be gone through for, once: it is left in `file`."""
+    if not file.exists():
+        remarks: Counter[str] = Counter()
+        for path in paths:
+            remarks.update(counts_of(read_chunk(path))["remarks"])
+        derived = {
+            "remarks": remarks,
+            "shared_prefix": shared_prefix(_kept_tables(paths, kept)),
+            "fingerprint": fingerprint(_kept_tables(paths, kept)),
+        }
+        write_atomically(file, json.dumps(derived))
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return result
+
+
+def _kept_tables(paths: Sequence[Path], kept: NDArray[np.bool_]) -> Iterator[pa.Table]:
+    """The kept examples of each file, one file in memory at a time."""
+    start = 0
+    for path in paths:
+        table = read_chunk(path)
+        yield table.filter(pa.array(kept[start : start + len(table)]))
+        start += len(table)
+
+
+def _cache_key(rows: Dataset, job: EncodeRows) -> str:
+    """A key of all that the tokens depend on: rows, tokenizer, chat template, settings, this code."""
+    settings = {
+        "version": CACHE_VERSION,
+        "chunk_rows": CHUNK_ROWS,
+        "rows": digest_of(rows),
+        "tokenizer": hashlib.sha256(job.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "special_tokens": job.tokenizer.special_tokens_map,
+        "chat_template": job.tokenizer.chat_template,
+        "system_prompt": job.system_prompt,
+        "max_length": job.max_length,
+        "train_on": job.train_on,
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def digest_of(rows: Dataset) -> str:
+    """SHA-256 of a table of rows: their numbers, sources and texts, in order."""
+    digest = hashlib.sha256()
+    for table in rows.with_format("arrow").iter(CHUNK_ROWS):
+        for column in ("row_number", "source"):
+            digest.update(table[column].to_numpy().astype("<i8").tobytes())
+        digest.update(json.dumps(table["row"].to_pylist()).encode())
+    return digest.hexdigest()
