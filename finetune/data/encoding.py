@@ -3,17 +3,16 @@
 Each of them imports this, so it imports no torch and no datasets.
 """
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
+from finetune.data.prepare import unpacked, with_counts
 from finetune.data.tokenize import IGNORE, Tokens, encode, to_messages
-
-COUNTS = b"counts"  # of a chunk, as JSON, in the metadata of its schema
 
 SCHEMA = pa.schema(
     {
@@ -49,15 +48,28 @@ class EncodeRows:
     train_on: str
     max_length: int
 
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        """Examples, with the columns of SCHEMA, of a table of rows.
+    def depends_on(self) -> dict[str, Any]:
+        """All that the tokens of a row depend on."""
+        return {
+            "tokenizer": hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+            "special_tokens": self.tokenizer.special_tokens_map,
+            "chat_template": self.tokenizer.chat_template,
+            "system_prompt": self.system_prompt,
+            "train_on": self.train_on,
+            "max_length": self.max_length,
+        }
+
+    def __call__(self, rows: bytes) -> pa.Table:
+        """Examples, with the columns of SCHEMA, of a table of rows, `packed`.
 
         Raises:
             RowError: a row that `encode` refuses.
         """
         columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
         remarks: Counter[str] = Counter()
-        numbers, sources, texts = (rows[name].to_pylist() for name in ("row_number", "source", "row"))
+        numbers, sources, texts = (
+            unpacked(rows)[name].to_pylist() for name in ("row_number", "source", "row")
+        )
         for number, source, text in zip(numbers, sources, texts, strict=True):
             try:
                 messages = to_messages(json.loads(text), self.system_prompt)
@@ -77,13 +89,3 @@ class EncodeRows:
                 columns["target_count"].append(len(targets))
                 columns["first_target"].append(targets[0] if targets else len(piece.labels))
         return with_counts(pa.table(columns, SCHEMA), {"remarks": remarks})
-
-
-def with_counts(table: pa.Table, counts: Mapping[str, Any]) -> pa.Table:
-    """The table, with what was counted on the way."""
-    return table.replace_schema_metadata({COUNTS: json.dumps(counts)})
-
-
-def counts_of(table: pa.Table) -> Any:
-    """What `with_counts` added."""
-    return json.loads(table.schema.metadata[COUNTS])

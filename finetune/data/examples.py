@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,12 +16,12 @@ from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 
 from finetune.config import DataConfig
-from finetune.data.encoding import SCHEMA, EncodeRows, counts_of
-from finetune.data.prepare import CHUNK_ROWS, make_chunks, read_chunk
+from finetune.data.encoding import SCHEMA, EncodeRows
+from finetune.data.prepare import CHUNK_ROWS, counts_of, make_chunks, read_chunk
+from finetune.data.row_tables import cache_folder, digest_of, table_chunks
 from finetune.data.tokenize import IGNORE, MIN_SHARED
 from finetune.runtime.files import write_atomically
 
-CACHE_VERSION = 2  # incremented when the same row would yield other tokens or labels than before
 COLUMNS = ["input_ids", "labels", "row_number", "source", "branches"]
 
 
@@ -186,9 +185,8 @@ def tokenize_rows(
         empty = Dataset(SCHEMA.empty_table()).select_columns(COLUMNS)
         return Examples(empty, [], {}, source_names)
     job = EncodeRows(tokenizer, config.system_prompt, config.train_on, config.max_length)
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "finetune" / _cache_key(rows, job)
-    arrow = rows.with_format("arrow")
-    paths = make_chunks(folder, len(rows), lambda start, end: arrow[start:end], job, "Tokenizing")
+    folder = cache_folder({"rows": digest_of(rows), **job.depends_on()})
+    paths = make_chunks(folder, table_chunks(rows), job, "Tokenizing", len(rows))
     whole = concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
     return _keep(whole, paths, config, source_names)
 
@@ -253,29 +251,3 @@ def _kept_tables(paths: Sequence[Path], kept: NDArray[np.bool_]) -> Iterator[pa.
         table = read_chunk(path)
         yield table.filter(pa.array(kept[start : start + len(table)]))
         start += len(table)
-
-
-def _cache_key(rows: Dataset, job: EncodeRows) -> str:
-    """A key of all that the tokens depend on: rows, tokenizer, chat template, settings, this code."""
-    settings = {
-        "version": CACHE_VERSION,
-        "chunk_rows": CHUNK_ROWS,
-        "rows": digest_of(rows),
-        "tokenizer": hashlib.sha256(job.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "special_tokens": job.tokenizer.special_tokens_map,
-        "chat_template": job.tokenizer.chat_template,
-        "system_prompt": job.system_prompt,
-        "max_length": job.max_length,
-        "train_on": job.train_on,
-    }
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def digest_of(rows: Dataset) -> str:
-    """SHA-256 of a table of rows: their numbers, sources and texts, in order."""
-    digest = hashlib.sha256()
-    for table in rows.with_format("arrow").iter(CHUNK_ROWS):
-        for column in ("row_number", "source"):
-            digest.update(table[column].to_numpy().astype("<i8").tobytes())
-        digest.update(json.dumps(table["row"].to_pylist()).encode())
-    return digest.hexdigest()
