@@ -78,7 +78,7 @@ def measure(config: Config, tokenizer: Any) -> Audit:
     Raises:
         ValueError: as `load_rows` and `tokenize_splits`.
     """
-    rows = load_rows(config.data)
+    rows = load_rows(config.data, config.eval.sets)
     splits = {"train": rows.train, "eval": rows.eval}
     sets = dict(zip(splits, tokenize_splits(rows, tokenizer, config.data), strict=True))
     examples = pd.DataFrame(

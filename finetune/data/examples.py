@@ -16,10 +16,10 @@ from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 
 from finetune.config import DataConfig
-from finetune.data.encoding import SCHEMA, EncodeRows
+from finetune.data.encoding import SCHEMA, EncodeRows, first_targets, flat, lengths, target_counts
 from finetune.data.prepare import CHUNK_ROWS, counts_of, make_chunks, read_chunk
 from finetune.data.row_tables import cache_folder, digest_of, table_chunks
-from finetune.data.tokenize import IGNORE, MIN_SHARED
+from finetune.data.tokenize import MIN_SHARED
 from finetune.runtime.files import write_atomically
 
 COLUMNS = ["input_ids", "labels", "row_number", "source", "branches"]
@@ -58,14 +58,14 @@ class Examples:
         """[N]: tokens of each example."""
         if self.prepared is not None:
             return self.prepared.lengths
-        return _concatenated([_lengths(table) for table in self._tables()])
+        return _concatenated([lengths(table) for table in self._tables()])
 
     @cached_property
     def target_counts(self) -> NDArray[np.int64]:
         """[N]: target tokens of each example."""
         if self.prepared is not None:
             return self.prepared.target_counts
-        return _concatenated([_target_counts(table) for table in self._tables()])
+        return _concatenated([target_counts(table) for table in self._tables()])
 
     @cached_property
     def sources(self) -> NDArray[np.int64]:
@@ -94,44 +94,18 @@ def _concatenated(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
     return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
 
 
-def _lengths(table: pa.Table) -> NDArray[np.int64]:
-    return np.asarray(pc.list_value_length(table["input_ids"]).to_numpy(), dtype=np.int64)
-
-
-def _flat(table: pa.Table, column: str) -> NDArray[np.int64]:
-    """The lists of a column one after the other."""
-    return np.asarray(pc.list_flatten(table[column]).to_numpy(), dtype=np.int64)
-
-
-def _target_counts(table: pa.Table) -> NDArray[np.int64]:
-    before = np.r_[0, np.cumsum(_flat(table, "labels") != IGNORE)]
-    ends = np.cumsum(_lengths(table))
-    return np.asarray(before[ends] - before[ends - _lengths(table)], dtype=np.int64)
-
-
-def _first_targets(table: pa.Table) -> NDArray[np.int64]:
-    """The position of each example's first target; its length if there is none."""
-    if "first_target" in table.column_names:
-        return np.asarray(table["first_target"].to_numpy(), dtype=np.int64)
-    targets = np.flatnonzero(_flat(table, "labels") != IGNORE)
-    ends = np.cumsum(_lengths(table))
-    starts = ends - _lengths(table)
-    first = np.r_[targets, np.iinfo(np.int64).max][np.searchsorted(targets, starts)]
-    return np.minimum(first, ends) - starts
-
-
 def shared_prefix(tables: Iterator[pa.Table]) -> int:
     """See Examples."""
     prefix: NDArray[np.int64] | None = None
     for table in tables:
         if len(table) == 0:
             continue
-        ids, lengths = _flat(table, "input_ids"), _lengths(table)
-        starts = np.cumsum(lengths) - lengths
+        ids, sizes = flat(table, "input_ids"), lengths(table)
+        starts = np.cumsum(sizes) - sizes
         if prefix is None:
-            prefix = ids[: lengths[0]]
+            prefix = ids[: sizes[0]]
         # The last shared token predicts the first one that is not, so that must not be a target either.
-        prefix = prefix[: max(0, int(np.minimum(lengths, _first_targets(table) - 1).min()))]
+        prefix = prefix[: max(0, int(np.minimum(sizes, first_targets(table) - 1).min()))]
         for place in range(len(prefix)):
             if (ids[starts + place] != prefix[place]).any():
                 prefix = prefix[:place]
@@ -161,7 +135,7 @@ def fingerprint(tables: Iterator[pa.Table]) -> str:
 def _as_json(table: pa.Table, column: str) -> pa.Array:
     """The numbers of each list, separated as `json.dumps` does."""
     lists = table[column].combine_chunks()
-    offsets = np.r_[0, np.cumsum(_lengths(table))].astype(np.int32)
+    offsets = np.r_[0, np.cumsum(lengths(table))].astype(np.int32)
     texts = pc.cast(lists.flatten(), pa.string())
     return pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets), texts), ", ")
 
@@ -174,13 +148,8 @@ def tokenize_rows(
     The tokens are memory-mapped from the cache of `datasets`, which the first call writes.
 
     Raises:
-        ValueError: no chat template, or a row that `encode` refuses (named by its number).
+        RowError: a row that `encode` refuses, or there is no chat template.
     """
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the model's tokenizer has no chat template; take the model's instruct or chat version, or add "
-            "a chat_template.jinja to a local copy of its folder"
-        )
     if len(rows) == 0:
         empty = Dataset(SCHEMA.empty_table()).select_columns(COLUMNS)
         return Examples(empty, [], {}, source_names)
@@ -215,7 +184,7 @@ def _keep(whole: Dataset, paths: Sequence[Path], config: DataConfig, source_name
         source_names=source_names,
         unused=Counter(derived["remarks"]),
         prepared=Figures(
-            lengths=_lengths(table)[kept],
+            lengths=lengths(table)[kept],
             target_counts=counts[kept].astype(np.int64),
             sources=table["source"].to_numpy()[kept].astype(np.int64),
             shared_prefix=derived["shared_prefix"],

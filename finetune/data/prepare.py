@@ -30,7 +30,7 @@ Job = Callable[[Any], pa.Table]
 """What is done to the payload of a chunk. Jobs and payloads go to other processes, so they can be pickled."""
 
 CHUNK_ROWS = 2_000
-FEW_ROWS = 4_000  # are done sooner by this process than others start
+FEW_ROWS = 8_000  # are done sooner by this process than others start
 QUEUED_PER_WORKER = 4  # chunks that wait in memory
 QUIET_SECONDS = 1.0  # a shorter preparation needs no progress bar
 COUNTS = b"counts"  # of a chunk, as JSON, in the metadata of its schema
@@ -147,12 +147,13 @@ def unpacked(table: bytes) -> pa.Table:
 @contextmanager
 def workers_kept() -> Iterator[None]:
     """Within, `make_chunks` starts processes once, not for each of its calls."""
-    _pool.is_kept = True
+    is_outermost, _pool.is_kept = not _pool.is_kept, True
     try:
         yield
     finally:
-        _pool.is_kept = False
-        _pool.stop()
+        if is_outermost:
+            _pool.is_kept = False
+            _pool.stop()
 
 
 class _Pool:

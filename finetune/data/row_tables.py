@@ -8,7 +8,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,8 +139,7 @@ def _read_into(folder: Path, record: Path, sources: Sequence[Source], system_pro
                     files.append((first, raw.where))
                 num_read[place] += raw.num_rows
                 formats[place] = format_.name
-                part = Part(raw, format_, first, place, own)
-                yield Chunk(raw.num_rows, lambda part=part: part)
+                yield Chunk(raw.num_rows, partial(Part, raw, format_, first, place, own))
 
     paths = make_chunks(folder, chunks(), ReadRows(reason_to_drop), "Reading")
     dropped: dict[str, list[int]] = defaultdict(list)
@@ -164,7 +163,7 @@ def _read_into(folder: Path, record: Path, sources: Sequence[Source], system_pro
 def read_questions_of(
     sources: Sequence[Source], reason_to_drop: Callable[[Mapping[str, Any]], str | None]
 ) -> tuple[Dataset, dict[str, list[int]]]:
-    """The rows of sources whose answers may be missing, in memory, and the numbers of those dropped, by reason.
+    """The rows of sources whose answers may be missing, in memory, and the numbers of those dropped.
 
     Raises:
         ValueError: as `read_sources`.
@@ -215,7 +214,11 @@ def table_chunks(table: Dataset) -> Iterator[Chunk]:
     arrow = table.with_format("arrow")
     for start in range(0, len(table), CHUNK_ROWS):
         end = min(len(table), start + CHUNK_ROWS)
-        yield Chunk(end - start, lambda start=start, end=end: packed(arrow[start:end]))
+        yield Chunk(end - start, partial(_packed_part, arrow, start, end))
+
+
+def _packed_part(arrow: Dataset, start: int, end: int) -> bytes:
+    return packed(arrow[start:end])
 
 
 def column_of(table: Dataset, name: str) -> NDArray[Any]:

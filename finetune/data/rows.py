@@ -1,7 +1,7 @@
 """Rows from files or hub data sets: cleaned, sampled, and split into train and eval.
 
-A row is a Row, and `row_number` its place in the data, from 1. A table of rows has the columns row_number, source
-(an index of `Rows.source_names`) and row (as JSON text); `iterate_rows` and `row_at` read it.
+A row is a Row, and `row_number` its place in the data, from 1. A table of rows has the columns row_number,
+source (an index of `Rows.source_names`) and row (as JSON text); `iterate_rows` and `row_at` read it.
 """
 
 import json
@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -73,8 +74,8 @@ def load_rows(config: DataConfig, eval_sets: Mapping[str, str | list[str]] | Non
     The sample is `pandas.DataFrame.sample(n=num_samples, random_state=sample_seed)` of the clean rows and
     the split is `datasets.Dataset.train_test_split(test_size=eval_fraction, seed=split_seed)` of it: the
     same rows in the same order as those calls give. Where sources have a number or a share of their own, the
-    sample is drawn of each, from sample_seed and the place of the source alone. All rows of data.eval_path and
-    eval.sets are eval rows, behind those of the split.
+    sample is drawn of each, from sample_seed and the place of the source alone. All rows of data.eval_path
+    and eval.sets are eval rows, behind those of the split.
 
     Raises:
         ValueError: a file or data set that cannot be read, columns of no known format, a cell of the wrong
@@ -151,8 +152,8 @@ def _counts(sources: Sequence[Source], usable: Sequence[int], num_samples: int |
             raise ValueError(f"the share {source.share} of {source.name} is not one row of {sum(counts)}")
         if count > has:
             raise ValueError(
-                f"data.num_samples is {num_samples}, of which the share of {source.name} is {count}, but only "
-                f"{has} of its rows are usable"
+                f"data.num_samples is {num_samples}, of which the share of {source.name} is {count}, but "
+                f"only {has} of its rows are usable"
             )
     return list(counts)
 
@@ -289,8 +290,8 @@ def find_leaks(rows: Rows) -> dict[int, Match]:
     if not file.exists():
         parts = zip((rows.train, rows.eval), digests, strict=True)
         corpus, wanted = (_signatures(part, digest) for part, digest in parts)
-        texts = [lambda place, part=part: prompt_of(row_at(part, place)) for part in (rows.eval, rows.train)]
-        found = list(find_matches(wanted, corpus, *texts))
+        asked, trained = (partial(_prompt_at, part) for part in (rows.eval, rows.train))
+        found = list(find_matches(wanted, corpus, asked, trained))
         columns = {
             "eval": pa.array([place for place, _ in found], pa.int64()),
             "train": pa.array([match.position for _, match in found], pa.int64()),
@@ -306,6 +307,10 @@ def find_leaks(rows: Rows) -> dict[int, Match]:
         int(numbers[place]): Match(*match)
         for place, *match in zip(leaks["eval"].to_pylist(), *matches, strict=True)
     }
+
+
+def _prompt_at(rows: Dataset, place: int) -> str:
+    return prompt_of(row_at(rows, place))
 
 
 def _signatures(rows: Dataset, digest: str) -> Signatures:
