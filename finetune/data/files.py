@@ -215,6 +215,11 @@ def _hub_batches(source: Source, rows_per_batch: int) -> Iterator[RawBatch]:
         raise ValueError(f"{name} is empty")
 
 
+def hub_fingerprint(source: Source) -> str:
+    """What tells the rows of a hub data set from those of another, or of another revision of it."""
+    return str(_load_hub(source, cast(str, source.dataset))._fingerprint)
+
+
 def _load_hub(source: Source, name: str) -> Any:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise ValueError(f"data.path {name!r} is neither a file that exists nor the name of a hub data set")
