@@ -78,7 +78,7 @@ def concatenating(message: Message, before: list[Message]) -> str:
 # --- Hermes and Qwen ---
 
 HERMES_TOOLS = (
-    "{% if tools %}{{ '<|im_start|>system\n' }}{% if messages[0].role == 'system' %}"
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% if messages and messages[0].role == 'system' %}"
     "{{ messages[0].content ~ '\n\n' }}{% endif %}{{ '# Tools\n' }}{% for t in tools %}{{ t | tojson ~ '\n' }}"
     "{% endfor %}{{ '<|im_end|>\n' }}{% elif messages and messages[0].role == 'system' %}"
     "{{ '<|im_start|>system\n' ~ messages[0].content ~ '<|im_end|>\n' }}{% endif %}"

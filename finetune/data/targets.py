@@ -164,21 +164,38 @@ def _joined(
     Either the prompt says more than the finished turn has, such as the beginning of a thought, or it renders
     the turns before otherwise.
     """
-    parting = _before_token(stops, text, len(common_start(prompt, text)))
     own_start = len(common_start(text, _probe(template, conversation, i)))
-    if i == 0 or not says_anything_of(conversation.messages[i - 1], prompt[parting:]):
-        return text, min(parting, own_start)
-    # The generation prompt's own text stands before this turn too, unless no turn has it.
     history = template.render(up_to(conversation, i))
-    asked = prompt[_before_token(stops, prompt, len(common_start(history, prompt))) :]
-    place = text.rfind(asked, 0, own_start) if asked else -1
-    start = place + len(asked)
-    if place < 0 or says_anything_of(conversation.messages[i - 1], text[start:own_start]):
-        raise ValueError(
-            f"the chat template renders the turns before turn {i + 1} in another way once that is written, "
-            "and what the model writes of it cannot be told; use another chat template or data.train_on all"
-        )
-    return prompt + text[start:], len(prompt)
+    history_end = _before_token(stops, prompt, len(common_start(history, prompt)))
+    parting = _before_token(stops, text, len(common_start(prompt, text)))
+    if parting >= history_end:
+        return text, min(parting, own_start)
+    # The turn is put behind the prompt. In the text it stands behind what asks for it there.
+    asking, kept = _asking(template, stops)
+    for asked in (prompt[history_end:], asking, kept):
+        place = text.rfind(asked, 0, own_start)
+        start = place + len(asked)
+        if (
+            asked
+            and place >= 0
+            and not (i and says_anything_of(conversation.messages[i - 1], text[start:own_start]))
+        ):
+            given = prompt.removesuffix(asking.removeprefix(kept)) if asked == kept else prompt
+            return given + text[start:], len(given)
+    if parting >= own_start:  # the turn goes on behind the one before, and nothing begins it
+        return text, own_start
+    raise ValueError(
+        f"the chat template renders the turns before turn {i + 1} in another way once that is written, "
+        "and what the model writes of it cannot be told; use another chat template or data.train_on all"
+    )
+
+
+def _asking(template: ChatTemplate, stops: StopTokens) -> tuple[str, str]:
+    """What the generation prompt usually is, and the part of it that finished turns begin with too."""
+    alone, asking, answered = template.examples
+    start = _before_token(stops, asking, len(common_start(alone, asking)))
+    kept = asking[start : _before_token(stops, answered, len(common_start(asking, answered)))]
+    return asking[start:], kept
 
 
 def _before_token(stops: StopTokens, text: str, place: int) -> int:

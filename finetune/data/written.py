@@ -91,12 +91,11 @@ def function_of_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def says_anything_of(message: Message, text: str) -> bool:
-    """Whether a text holds a part of what a message says, or may hold one."""
+    """Whether a text holds a part of what a message says."""
     said = [message.get("content"), message.get("reasoning_content")]
     said += [function_of(call)["name"] for call in message.get("tool_calls") or []]
-    words = [_squeeze(part) for part in said if isinstance(part, str) and part.strip()]
     squeezed = _squeeze(text)
-    return not words or any(word in squeezed for word in words)
+    return any(_squeeze(part) in squeezed for part in said if isinstance(part, str) and part.strip())
 
 
 def holds(text: str, part: str) -> bool:
