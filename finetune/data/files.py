@@ -150,7 +150,8 @@ class _Frame(RawBatch):
 
     def objects(self) -> list[dict[str, Any]]:
         cells = self.frame.astype(object).where(self.frame.notna(), None)
-        return cast(list[dict[str, Any]], cells.to_dict("records"))
+        names = list(cells.columns)
+        return [dict(zip(names, row, strict=True)) for row in cells.itertuples(index=False, name=None)]
 
 
 def _csv_batches(file: str, rows_per_batch: int) -> Iterator[RawBatch]:

@@ -79,7 +79,8 @@ def _read(
                 else:
                     kept.append({"row_number": number, "source": index, "row": json.dumps(row)})
     columns = Features(row_number=Value("int64"), source=Value("int32"), row=Value("string"))
-    return Dataset.from_list(kept, features=columns), dict(dropped)
+    cells = {column: [entry[column] for entry in kept] for column in columns}
+    return Dataset.from_dict(cells, features=columns), dict(dropped)
 
 
 def iterate_rows(table: Dataset) -> Iterator[Row]:
