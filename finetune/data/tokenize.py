@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from finetune.config import DataConfig
 from finetune.data.chat_template import as_conversation, stop_ids, template_of
 from finetune.data.chat_template import render as render
-from finetune.data.conversations import Conversation
+from finetune.data.conversations import Conversation, to_conversation
 from finetune.data.conversations import Message as Message
 from finetune.data.targets import StopTokens, Text, find_tagged, find_targets, is_trained, up_to
 
@@ -99,29 +99,6 @@ def common_prefix(first: list[int], second: list[int]) -> list[int]:
 def first_target(labels: Sequence[int]) -> int:
     """The position of the first target; the length if there is none."""
     return next((position for position, label in enumerate(labels) if label != IGNORE), len(labels))
-
-
-def to_messages(row: Mapping[str, Any], system_prompt: str | None) -> list[Message]:
-    """A row of any format as chat messages.
-
-    The user turn of an Alpaca row is its instruction and, when there is an input, a second line ` Context:`
-    with it. The system prompt goes before rows that have no system turn of their own.
-    """
-    if "messages" in row:
-        messages = [{"role": m["role"], "content": m["content"] or ""} for m in row["messages"]]
-    elif "completion" in row:
-        messages = _turns(row["prompt"], row["completion"])
-    else:
-        context = row["input"] or ""
-        user = f"{row['instruction']}\n Context:{context}" if context.strip() else row["instruction"]
-        messages = _turns(user, row["output"])
-    if system_prompt is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    return messages
-
-
-def _turns(user: str, assistant: str) -> list[Message]:
-    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
 
 def encode(tokenizer: Any, conversation: Conversation | Sequence[Message], train_on: str) -> Tokens:
@@ -433,17 +410,13 @@ def tokenize_rows(rows: Dataset, tokenizer: Any, config: DataConfig) -> Examples
     Raises:
         ValueError: no chat template, or a row that `encode` refuses (named by its number).
     """
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the model's tokenizer has no chat template; take the model's instruct or chat version, or add "
-            "a chat_template.jinja to a local copy of its folder"
-        )
     if len(rows) == 0:
         return Examples(Dataset.from_dict({"input_ids": [], "labels": [], "row_number": []}), [], {})
 
     def encode_row(row: dict[str, Any]) -> dict[str, Any]:
         try:
-            tokens = encode(tokenizer, to_messages(row, config.system_prompt), config.train_on)
+            conversation = to_conversation(json.loads(row["row"]), config.system_prompt)
+            tokens = encode(tokenizer, conversation, config.train_on)
         except ValueError as error:
             raise ValueError(f"row {row['row_number']}: {error}") from error
         cut = slice(config.max_length)
