@@ -8,6 +8,7 @@ from pathlib import Path
 from finetune.config import Config
 from finetune.export.merge import load_merged, require_new_folder
 from finetune.export.modelfile import modelfile
+from finetune.model.given_adapter import largest_rank
 from finetune.model.load import load_architecture
 from finetune.model.starter import starter_model_dir
 from finetune.report.model_card import VLLM_RANKS
@@ -82,7 +83,7 @@ def _vllm(config: Config, name: str, adapter: Path) -> str:
     # The starter's weights differ slightly from the hub's: serve it from the folder that was trained on.
     named = config.model.name_or_path
     base = str(starter_model_dir()) if named == "starter" else named
-    rank = next((rank for rank in VLLM_RANKS if rank >= config.lora.r), None)
+    rank = next((rank for rank in VLLM_RANKS if rank >= largest_rank(adapter)), None)
     if config.lora.use_dora or rank is None or base.endswith(".gguf"):
         return "vllm serve MERGED, with the folder that `python -m finetune merge` writes"
     modules = shlex.quote(f"{name}={adapter}")

@@ -11,10 +11,11 @@ from huggingface_hub.utils._validators import validate_repo_id
 from rich.table import Table
 from rich.text import Text
 
+from finetune.model.given_adapter import ADAPTER_CONFIG, MANIFEST
 from finetune.model.load import hub_name
 from finetune.report.model_card import MADE_HERE, model_card, without_folder
 from finetune.run.adapter import Trained, find_trained
-from finetune.run.checkpoint import ADAPTER_CONFIG, CARD, MANIFEST, TRAINING_CONFIG
+from finetune.run.checkpoint import CARD, TRAINING_CONFIG
 from finetune.runtime.cli import CommandParser
 from finetune.runtime.console import console, say
 
@@ -90,10 +91,15 @@ def _without_folders(config: dict[str, Any]) -> dict[str, Any]:
     data, model = config["data"], config["model"]
     path = data["path"]
     shown = without_folder(path) if isinstance(path, str) else [without_folder(file) for file in path]
+    adapter = model.get("adapter")  # older runs had no such key
     return {
         **config,
         "data": {**data, "path": shown},
-        "model": {**model, "name_or_path": without_folder(model["name_or_path"])},
+        "model": {
+            **model,
+            "name_or_path": without_folder(model["name_or_path"]),
+            "adapter": adapter and without_folder(adapter),
+        },
     }
 
 

@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from finetune.config import Config, LoraConfig, ModelConfig
 from finetune.data.chat_template import set_stop_ids
 from finetune.data.named_templates import end_of_turn, use_template
+from finetune.model.given_adapter import check_weights, find_adapter, read_settings
 from finetune.model.starter import HUB_NAME, starter_model_dir
 from finetune.runtime.accelerator import DTYPES
 from finetune.runtime.choice import Choice
@@ -48,10 +49,10 @@ def load_tokenizer(config: Config, folder: Path | None = None) -> Any:
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    ends = {tokenizer.eos_token_id, *_generation_ends(config.model, source, arguments)}
+    ends = [tokenizer.eos_token_id, *_generation_ends(config.model, source, arguments)]
     if config.data.chat_template is not None and folder is None:
         use_template(tokenizer, config.data.chat_template)
-    set_stop_ids(tokenizer, (ends | {end_of_turn(tokenizer)}) - {None})
+    set_stop_ids(tokenizer, [end for end in (*ends, end_of_turn(tokenizer)) if end is not None])
     return tokenizer
 
 
@@ -97,17 +98,32 @@ def load_architecture(config: ModelConfig) -> Any:
     return _from_pretrained(AutoConfig, config, source, arguments)
 
 
-def load_model(config: Config, precision: str, device: torch.device) -> peft.PeftModel:
+def load_model(
+    config: Config, precision: str, device: torch.device, source: Path | None = None
+) -> peft.PeftModel:
     """The base with a fresh adapter: only its fp32 weights are trainable, initialized from the seed.
 
+    It has the layers that the adapter of `source`, the checkpoint that the run resumes from, has where
+    `model.adapter` is set, and those of `model.adapter` where there is no checkpoint yet. Their weights are
+    loaded later: into views of one flat tensor.
+
     Raises:
-        ValueError: the model cannot be loaded, or it does not have the target modules.
+        ValueError: the model cannot be loaded, it does not have the target modules, or the weights of
+            `model.adapter` are not those of its layers.
     """
+    given = None if config.model.adapter is None else source or find_adapter(config.model.adapter)
+    settings = None if given is None else read_settings(given)
     base = load_base(config.model, precision, device)
     if config.train.gradient_checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
     set_seed(config.train.seed)
-    return add_adapter(base, config.lora)
+    if given is None or settings is None:
+        return add_adapter(base, config.lora)
+    settings.lora_dropout = config.lora.lora_dropout
+    model = _adapted(base, settings, f"model.adapter {given}")
+    if source is None:
+        check_weights(given, model)
+    return model
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
@@ -196,16 +212,21 @@ def add_adapter(base: Any, config: LoraConfig) -> peft.PeftModel:
         use_dora=config.use_dora,
         task_type=peft.TaskType.CAUSAL_LM,
     )
-    try:
-        model = peft.get_peft_model(base, settings)
-    except ValueError as error:
-        raise ValueError(f"lora.target_modules: {_in_one_line(error)}") from error
+    model = _adapted(base, settings, "lora.target_modules")
     if isinstance(config.target_modules, list):
         found = {name.rpartition(".")[2] for name in model.targeted_module_names}
         missing = [name for name in config.target_modules if name.rpartition(".")[2] not in found]
         if missing:  # PEFT accepts the list if one of them is found
             raise ValueError(f"lora.target_modules: the model has no {', '.join(missing)}")
     return model
+
+
+def _adapted(base: Any, settings: peft.LoraConfig, named: str) -> peft.PeftModel:
+    """The base with new LoRA layers; `named` is what a user wrote that would be at fault."""
+    try:
+        return peft.get_peft_model(base, settings)
+    except ValueError as error:
+        raise ValueError(f"{named}: {_in_one_line(error)}") from error
 
 
 def base_fingerprint(config: ModelConfig, model: Any) -> str:
