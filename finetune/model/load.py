@@ -37,9 +37,8 @@ def load_tokenizer(config: Config, folder: Path | None = None) -> Any:
     Raises:
         ValueError: as `load_base` and `use_template`.
     """
-    source, arguments = _locate(config.model)
     if folder is None:
-        tokenizer = _from_pretrained(AutoTokenizer, config.model, source, arguments)
+        tokenizer = _from_pretrained(AutoTokenizer, config.model, *_locate(config.model))
     else:
         tokenizer = _saved_tokenizer(folder)
     if not tokenizer.is_fast:
@@ -49,7 +48,7 @@ def load_tokenizer(config: Config, folder: Path | None = None) -> Any:
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    ends = [tokenizer.eos_token_id, *_generation_ends(config.model, source, arguments)]
+    ends = [tokenizer.eos_token_id, *generation_ends(config.model)]
     if config.data.chat_template is not None and folder is None:
         use_template(tokenizer, config.data.chat_template)
     set_stop_ids(tokenizer, [end for end in (*ends, end_of_turn(tokenizer)) if end is not None])
@@ -63,8 +62,13 @@ def _saved_tokenizer(folder: Path) -> Any:
         raise ValueError(f"the tokenizer in {folder} could not be loaded: {_in_one_line(error)}") from error
 
 
-def _generation_ends(config: ModelConfig, source: str, arguments: dict[str, Any]) -> list[int]:
-    """The tokens at which the model's generation config stops, or its configuration where it has none."""
+def generation_ends(config: ModelConfig) -> list[int]:
+    """The tokens at which the model's generation config stops, or its configuration where it has none.
+
+    Raises:
+        ValueError: as `load_base`, or the file cannot be read.
+    """
+    source, arguments = _locate(config)
     if "gguf_file" in arguments:  # it names one, which the tokenizer has as its EOS token
         return []
     for name in ("generation_config.json", "config.json"):
