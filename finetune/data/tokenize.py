@@ -123,7 +123,7 @@ def encode_batch(
     tokenizer: Any, conversations: Sequence[Conversation | Sequence[Message]], train_on: str
 ) -> list[Tokens | ValueError]:
     """`encode` of several conversations, with one call of the tokenizer; its error where it raises one."""
-    stops = StopTokens.of(tokenizer, stop_ids(tokenizer))
+    stops = StopTokens(tokenizer, stop_ids(tokenizer))
     plans: list[_Plan | ValueError] = []
     for conversation in map(as_conversation, conversations):
         try:
