@@ -60,7 +60,7 @@ def train(config: Config) -> int:
 
     # Model: a frozen, quantized base with a LoRA adapter, whose weights lie in one flat tensor.
     source, remarks = folder.find_checkpoint(config)
-    model = load_model(config, precision.actual, device, source)
+    model = load_model(config, precision.actual, device, source=source)
     check_vocabulary(model, tokenizer)
     adapter, token_loss = FlatAdapter(model), TokenLoss(model).train()
     adapter.broadcast(accelerator)

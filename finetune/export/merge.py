@@ -16,7 +16,7 @@ from torch import nn
 
 from finetune.model.load import load_base
 from finetune.ops.quantized import frozen_weight
-from finetune.run.adapter import Trained, TrainedModel, load_trained
+from finetune.run.adapter import Trained, TrainedModel, add_rows_of, load_trained
 from finetune.runtime.accelerator import DTYPES
 from finetune.runtime.files import require_room, staged_folder
 
@@ -35,6 +35,7 @@ def load_unmerged(trained: Trained, opened: TrainedModel, base: str) -> peft.Pef
     """
     config = replace(trained.config.model, quantization="none")
     model = load_base(config, "no", opened.accelerator.device)
+    add_rows_of(trained.adapter, model)
     if base == DEQUANTIZED:
         _set_weights(model, opened.model.get_base_model(), DTYPES[opened.precision.actual])
     ties = model.get_input_embeddings().weight is model.get_output_embeddings().weight

@@ -41,7 +41,7 @@ def load_parts(config: Config, source: Path | None = None) -> Parts:
     accelerator = create_accelerator(config, precision.actual)
     tokenizer = load_tokenizer(config.model)
     train_set, eval_set = tokenize_splits(load_rows(config.data), tokenizer, config.data)
-    model = load_model(config, precision.actual, accelerator.device, source)
+    model = load_model(config, precision.actual, accelerator.device, source=source)
     check_vocabulary(model, tokenizer)
     adapter, token_loss = FlatAdapter(model), TokenLoss(model).train()
     return Parts(accelerator, precision, tokenizer, train_set, eval_set, model, adapter, token_loss)
