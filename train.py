@@ -17,6 +17,7 @@ from typing import Any
 
 from finetune.config import Config
 from finetune.data.collate import iterate_updates
+from finetune.data.named_templates import added_token_ids
 from finetune.data.plan import Plan, make_plan
 from finetune.data.splits import load_data
 from finetune.model.fast_paths import choose_fast_paths
@@ -54,13 +55,13 @@ def train(config: Config) -> int:
         return 0
 
     # Data: rows -> token ids and labels.
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config)
     with accelerator.main_process_first():  # the other ranks find its tokens in the cache
         data = load_data(config.data, tokenizer)
 
     # Model: a frozen, quantized base with a LoRA adapter, whose weights lie in one flat tensor.
     source, remarks = folder.find_checkpoint(config)
-    model = load_model(config, precision.actual, device, source=source)
+    model = load_model(config, precision.actual, device, added_token_ids(tokenizer), source)
     check_vocabulary(model, tokenizer)
     adapter, token_loss = FlatAdapter(model), TokenLoss(model).train()
     adapter.broadcast(accelerator)
@@ -82,7 +83,7 @@ def train(config: Config) -> int:
     window = SumWindow(device)
     checkpointer = Checkpointer(config, accelerator, Trained(adapter, optimizer, loss_scale), window)
     state = checkpointer.resume(source, base_fingerprint(config.model, model))
-    facts = RunFacts(config, model, data, plan, choices, fast_paths, budget, flop_per_second)
+    facts = RunFacts(config, model, tokenizer, data, plan, choices, fast_paths, budget, flop_per_second)
     on_main(accelerator, open_run, accelerator, facts, state, checkpointer, source, remarks)
     history = folder.read_evaluations(Path(config.output_dir))  # on every rank: all must stop together
 

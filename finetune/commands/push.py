@@ -88,19 +88,32 @@ def files_to_upload(trained: Trained, repo: str) -> dict[str, Path | bytes]:
 
 
 def _without_folders(config: dict[str, Any]) -> dict[str, Any]:
-    data, model = config["data"], config["model"]
-    path = data["path"]
-    shown = without_folder(path) if isinstance(path, str) else [without_folder(file) for file in path]
-    adapter = model.get("adapter")  # older runs had no such key
-    return {
-        **config,
-        "data": {**data, "path": shown},
-        "model": {
-            **model,
-            "name_or_path": without_folder(model["name_or_path"]),
-            "adapter": adapter and without_folder(adapter),
-        },
+    """The configuration with the last part of each path in it alone."""
+    holds_paths = {
+        "data": ("path", "eval_path", "chat_template"),
+        "model": ("name_or_path", "adapter"),
+        "eval": ("sets",),
     }
+    return {
+        section: {
+            key: _shortened(value) if key in holds_paths.get(section, ()) else value
+            for key, value in keys.items()
+        }
+        for section, keys in config.items()
+    }
+
+
+def _shortened(value: Any) -> Any:
+    """A path, several of them, eval sets by name, or sources with a path, without folders."""
+    if isinstance(value, str):
+        return without_folder(value)
+    if isinstance(value, list):
+        return [_shortened(part) for part in value]
+    if isinstance(value, dict) and "path" in value:
+        return {**value, "path": _shortened(value["path"])}
+    if isinstance(value, dict):
+        return {name: _shortened(part) for name, part in value.items()}
+    return value
 
 
 def show(folder: Path, contents: Mapping[str, Path | bytes], url: str) -> None:

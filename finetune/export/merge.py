@@ -14,6 +14,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from finetune.data.chat_template import stop_ids
 from finetune.model.load import load_base
 from finetune.ops.quantized import frozen_weight
 from finetune.run.adapter import Trained, TrainedModel, add_rows_of, load_trained
@@ -101,6 +102,7 @@ def save_merged(model: Any, tokenizer: Any, dtype: torch.dtype, folder: Path) ->
         OSError: they could not be written.
     """
     model.to(dtype)
+    model.generation_config.eos_token_id = sorted(stop_ids(tokenizer))
     if hasattr(model.config, "quantization_config"):  # from a base that was loaded from a GGUF file
         del model.config.quantization_config
     folder = folder.absolute()

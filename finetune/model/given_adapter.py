@@ -213,12 +213,6 @@ def largest_rank(folder: Path) -> int:
     return max(ranks)
 
 
-def token_ids_of(indices: list[int] | dict[str, list[int]] | None) -> list[int]:
-    """The tokens that PEFT's `trainable_token_indices` names, for one layer or for several."""
-    lists = indices.values() if isinstance(indices, dict) else [indices or []]
-    return sorted({token for tokens in lists for token in tokens})
-
-
 def adapter_weights(model: peft.PeftModel) -> dict[str, Tensor]:
     """The adapter's weights. By default PEFT asks the hub at each save whether the vocabulary has grown."""
     weights: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)

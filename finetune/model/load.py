@@ -1,6 +1,7 @@
 """The tokenizer, the frozen base (bf16, int8 or nf4) and the LoRA adapter on it."""
 
 import hashlib
+import json
 import logging
 import re
 import textwrap
@@ -15,31 +16,83 @@ import peft
 import torch
 from accelerate.utils import set_seed
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from finetune.config import Config, LoraConfig, ModelConfig
-from finetune.model.given_adapter import check_weights, find_adapter, read_settings, token_ids_of
+from finetune.data.chat_template import set_stop_ids
+from finetune.data.named_templates import end_of_turn, use_template
+from finetune.model.added_tokens import add_rows, token_ids_of, trainable_token_indices
+from finetune.model.given_adapter import check_weights, find_adapter, read_settings
 from finetune.model.starter import HUB_NAME, starter_model_dir
 from finetune.ops.token_rows import frozen_layer
 from finetune.runtime.accelerator import DTYPES
 from finetune.runtime.choice import Choice
 
 
-def load_tokenizer(config: ModelConfig) -> Any:
-    """The model's tokenizer, with a padding token (the EOS token if it has none of its own).
+def load_tokenizer(config: Config, folder: Path | None = None) -> Any:
+    """The model's tokenizer with the chat template of `data.chat_template`, and a padding token (the model's
+    EOS token if it has none of its own). With `folder`, the tokenizer that was saved there, as it is.
+
+    Its `stop_ids` are its EOS token, those of the model's generation config, and the special token that ends
+    an assistant's turn in the chat template.
 
     Raises:
-        ValueError: as `load_base`.
+        ValueError: as `load_base` and `use_template`.
     """
-    source, arguments = _locate(config)
-    tokenizer = _from_pretrained(AutoTokenizer, config, source, arguments)
+    if folder is None:
+        tokenizer = _from_pretrained(AutoTokenizer, config.model, *_locate(config.model))
+    else:
+        tokenizer = _saved_tokenizer(folder)
     if not tokenizer.is_fast:
         raise ValueError(
-            f"the tokenizer of {config.name_or_path} is not a fast one: it cannot locate its tokens in a text"
+            f"the tokenizer of {config.model.name_or_path} is not a fast one: it cannot locate its tokens in "
+            "a text"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    ends = [tokenizer.eos_token_id, *generation_ends(config.model)]
+    if config.data.chat_template is not None and folder is None:
+        use_template(tokenizer, config.data.chat_template)
+    set_stop_ids(tokenizer, [end for end in (*ends, end_of_turn(tokenizer)) if end is not None])
     return tokenizer
+
+
+def _saved_tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # a broken folder can raise any error of several libraries
+        raise ValueError(f"the tokenizer in {folder} could not be loaded: {_in_one_line(error)}") from error
+
+
+def generation_ends(config: ModelConfig) -> list[int]:
+    """The tokens at which the model's generation config stops, or its configuration where it has none.
+
+    Raises:
+        ValueError: as `load_base`, or the file cannot be read.
+    """
+    source, arguments = _locate(config)
+    if "gguf_file" in arguments:  # it names one, which the tokenizer has as its EOS token
+        return []
+    for name in ("generation_config.json", "config.json"):
+        file = cached_file(
+            source,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,  # offline, of a file that the model does not have
+            **arguments,
+        )
+        if file is None:
+            continue
+        try:
+            ends = json.loads(Path(file).read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"model.name_or_path {config.name_or_path}: its {name} cannot be read: {_in_one_line(error)}"
+            ) from error
+        if ends is not None:
+            return ends if isinstance(ends, list) else [ends]
+    return []
 
 
 def load_architecture(config: ModelConfig) -> Any:
@@ -88,7 +141,7 @@ def load_model(
     if given is None or settings is None:
         return add_adapter(base, config.lora, added_token_ids)
     if added_token_ids and not given_rows:
-        settings.trainable_token_indices = _trainable_token_indices(base, added_token_ids)
+        settings.trainable_token_indices = trainable_token_indices(base, added_token_ids)
     settings.lora_dropout = config.lora.lora_dropout
     model = _adapted(base, settings, f"model.adapter {given}")
     if source is None:
@@ -172,32 +225,6 @@ def _init_8bit_state(layer: Any) -> None:
     type(layer).init_8bit_state(layer)
 
 
-def add_rows(base: Any, token_ids: Sequence[int]) -> None:
-    """Give the embedding and the head rows for these tokens, where they have none: each the mean of all that
-    were there."""
-    layers = base.get_input_embeddings(), base.get_output_embeddings()
-    before, needed = len(layers[0].weight), max(token_ids, default=-1) + 1
-    if needed <= before:
-        return
-    means = [layer.weight.float().mean(0) for layer in layers]
-    base.resize_token_embeddings(needed, mean_resizing=False)
-    for layer, mean in zip((base.get_input_embeddings(), base.get_output_embeddings()), means, strict=True):
-        layer.weight.data[before:] = mean.to(layer.weight.dtype)
-    base.requires_grad_(False)
-
-
-def _trainable_token_indices(base: Any, token_ids: Sequence[int]) -> list[int] | dict[str, list[int]]:
-    """PEFT's setting with which rows of the embedding and the head are trained.
-
-    Where the two are one weight, PEFT follows from the embedding to the head itself.
-    """
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    if embedding.weight is head.weight:
-        return list(token_ids)
-    names = [name for name, module in base.named_modules() if module in (embedding, head)]
-    return {name: list(token_ids) for name in names}
-
-
 def add_adapter(base: Any, config: LoraConfig, added_token_ids: Sequence[int] = ()) -> peft.PeftModel:
     """The base with a new adapter, which trains the rows of `added_token_ids` too.
 
@@ -211,7 +238,7 @@ def add_adapter(base: Any, config: LoraConfig, added_token_ids: Sequence[int] = 
         target_modules=config.target_modules,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        trainable_token_indices=_trainable_token_indices(base, added_token_ids) if added_token_ids else None,
+        trainable_token_indices=trainable_token_indices(base, added_token_ids) if added_token_ids else None,
         task_type=peft.TaskType.CAUSAL_LM,
     )
     model = _adapted(base, settings, "lora.target_modules")
