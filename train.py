@@ -17,6 +17,7 @@ from typing import Any
 
 from finetune.config import Config
 from finetune.data.collate import iterate_updates
+from finetune.data.named_templates import added_token_ids
 from finetune.data.plan import Plan, make_plan
 from finetune.data.splits import load_data
 from finetune.model.fast_paths import choose_fast_paths
@@ -60,7 +61,7 @@ def train(config: Config) -> int:
 
     # Model: a frozen, quantized base with a LoRA adapter, whose weights lie in one flat tensor.
     source, remarks = folder.find_checkpoint(config)
-    model = load_model(config, precision.actual, device, source)
+    model = load_model(config, precision.actual, device, added_token_ids(tokenizer), source)
     check_vocabulary(model, tokenizer)
     adapter, token_loss = FlatAdapter(model), TokenLoss(model).train()
     adapter.broadcast(accelerator)

@@ -17,7 +17,7 @@ from torch import nn
 from finetune.data.chat_template import stop_ids
 from finetune.model.load import load_base
 from finetune.ops.quantized import frozen_weight
-from finetune.run.adapter import Trained, TrainedModel, load_trained
+from finetune.run.adapter import Trained, TrainedModel, add_rows_of, load_trained
 from finetune.runtime.accelerator import DTYPES
 from finetune.runtime.files import require_room, staged_folder
 
@@ -36,6 +36,7 @@ def load_unmerged(trained: Trained, opened: TrainedModel, base: str) -> peft.Pef
     """
     config = replace(trained.config.model, quantization="none")
     model = load_base(config, "no", opened.accelerator.device)
+    add_rows_of(trained.adapter, model)
     if base == DEQUANTIZED:
         _set_weights(model, opened.model.get_base_model(), DTYPES[opened.precision.actual])
     ties = model.get_input_embeddings().weight is model.get_output_embeddings().weight

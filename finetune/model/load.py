@@ -7,6 +7,7 @@ import re
 import textwrap
 import types
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from transformers.utils.logging import disable_progress_bar
 from finetune.config import Config, LoraConfig, ModelConfig
 from finetune.data.chat_template import set_stop_ids
 from finetune.data.named_templates import end_of_turn, use_template
+from finetune.model.added_tokens import add_rows, token_ids_of, trainable_token_indices
 from finetune.model.given_adapter import check_weights, find_adapter, read_settings
 from finetune.model.starter import HUB_NAME, starter_model_dir
+from finetune.ops.token_rows import frozen_layer
 from finetune.runtime.accelerator import DTYPES
 from finetune.runtime.choice import Choice
 
@@ -103,9 +106,16 @@ def load_architecture(config: ModelConfig) -> Any:
 
 
 def load_model(
-    config: Config, precision: str, device: torch.device, source: Path | None = None
+    config: Config,
+    precision: str,
+    device: torch.device,
+    added_token_ids: Sequence[int] = (),
+    source: Path | None = None,
 ) -> peft.PeftModel:
     """The base with a fresh adapter: only its fp32 weights are trainable, initialized from the seed.
+
+    The rows of `added_token_ids` in the embedding and the head are trained with it. Where the base has none,
+    it gets them: at first each is the mean of all others.
 
     It has the layers that the adapter of `source`, the checkpoint that the run resumes from, has where
     `model.adapter` is set, and those of `model.adapter` where there is no checkpoint yet. Their weights are
@@ -118,11 +128,20 @@ def load_model(
     given = None if config.model.adapter is None else source or find_adapter(config.model.adapter)
     settings = None if given is None else read_settings(given)
     base = load_base(config.model, precision, device)
+    given_rows = [] if settings is None else token_ids_of(settings.trainable_token_indices)
+    if given_rows and (missing := sorted(set(added_token_ids) - set(given_rows))):
+        raise ValueError(
+            f"model.adapter {given} trains the rows of the tokens {given_rows}, and data.chat_template adds "
+            f"others: {missing}"
+        )
+    add_rows(base, [*given_rows, *added_token_ids])
     if config.train.gradient_checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
     set_seed(config.train.seed)
     if given is None or settings is None:
-        return add_adapter(base, config.lora)
+        return add_adapter(base, config.lora, added_token_ids)
+    if added_token_ids and not given_rows:
+        settings.trainable_token_indices = trainable_token_indices(base, added_token_ids)
     settings.lora_dropout = config.lora.lora_dropout
     model = _adapted(base, settings, f"model.adapter {given}")
     if source is None:
@@ -133,7 +152,7 @@ def load_model(
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
     """Raise ValueError if the tokenizer has a token without an embedding in the model: the run would
     fail midway, and on a GPU without naming the cause."""
-    tokens, embeddings = len(tokenizer), model.get_input_embeddings().num_embeddings
+    tokens, embeddings = len(tokenizer), len(frozen_layer(model.get_input_embeddings()).weight)
     if tokens > embeddings:
         raise ValueError(
             f"the tokenizer has {tokens} tokens, but the model has embeddings for {embeddings}: use the "
@@ -206,7 +225,12 @@ def _init_8bit_state(layer: Any) -> None:
     type(layer).init_8bit_state(layer)
 
 
-def add_adapter(base: Any, config: LoraConfig) -> peft.PeftModel:
+def add_adapter(base: Any, config: LoraConfig, added_token_ids: Sequence[int] = ()) -> peft.PeftModel:
+    """The base with a new adapter, which trains the rows of `added_token_ids` too.
+
+    Raises:
+        ValueError: the base does not have the target modules.
+    """
     settings = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.lora_alpha,
@@ -214,6 +238,7 @@ def add_adapter(base: Any, config: LoraConfig) -> peft.PeftModel:
         target_modules=config.target_modules,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
+        trainable_token_indices=trainable_token_indices(base, added_token_ids) if added_token_ids else None,
         task_type=peft.TaskType.CAUSAL_LM,
     )
     model = _adapted(base, settings, "lora.target_modules")
@@ -269,7 +294,7 @@ def training_flop(model: Any) -> tuple[int, int]:
     The products with the frozen weights count, in the forward pass and for the gradient of the input: 2 FLOP
     per weight each. LoRA, attention and everything else are a few percent, and count as overhead.
     """
-    head = model.get_output_embeddings()
+    head = frozen_layer(model.get_output_embeddings())
     kinds = (torch.nn.Linear, bnb.nn.Linear8bitLt, bnb.nn.Linear4bit)
     weights = sum(
         module.in_features * module.out_features

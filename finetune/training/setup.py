@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import Config
+from finetune.data.named_templates import added_token_ids
 from finetune.data.rows import load_rows
 from finetune.data.splits import tokenize_splits
 from finetune.data.tokenize import Examples
@@ -41,7 +42,7 @@ def load_parts(config: Config, source: Path | None = None) -> Parts:
     accelerator = create_accelerator(config, precision.actual)
     tokenizer = load_tokenizer(config)
     train_set, eval_set = tokenize_splits(load_rows(config.data), tokenizer, config.data)
-    model = load_model(config, precision.actual, accelerator.device, source)
+    model = load_model(config, precision.actual, accelerator.device, added_token_ids(tokenizer), source)
     check_vocabulary(model, tokenizer)
     adapter, token_loss = FlatAdapter(model), TokenLoss(model).train()
     return Parts(accelerator, precision, tokenizer, train_set, eval_set, model, adapter, token_loss)
