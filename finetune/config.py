@@ -89,8 +89,8 @@ class DataConfig:
     system_prompt: str | None = None
     """System turn of every row that brings none; null leaves it to the chat template"""
     num_samples: int | None = None
-    """Take this many rows at random, as pandas.DataFrame.sample does; null takes all. Not where a source has a
-    number of its own"""
+    """Take this many rows at random, as pandas.DataFrame.sample does; null takes all. Only where no source
+    has a number of its own"""
     sample_seed: int = 42
     """Seed of that draw"""
     eval_fraction: float = 0.2

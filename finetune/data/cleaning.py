@@ -50,8 +50,8 @@ def reason_to_ask_nothing(row: Mapping[str, Any]) -> str | None:
 
 
 def turns_asked(turns: list[Message]) -> list[Message]:
-    """The messages before the last answer, which may be calls of tools; all of them if the last message is the
-    user's or a tool's."""
+    """The messages before the last answer, which may be calls of tools; all of them if the user or a tool has
+    the last word."""
     if not turns or turns[-1]["role"] in ("user", "tool", "function"):
         return turns
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))

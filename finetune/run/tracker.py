@@ -18,8 +18,8 @@ from torch.utils.tensorboard.summary import hparams
 from finetune.config import Config, flatten
 from finetune.config_parsing import config_to_dict
 from finetune.data.conversations import Conversation
+from finetune.data.examples import Examples
 from finetune.data.plan import Plan
-from finetune.data.tokenize import Examples
 from finetune.model.generate import Answer
 from finetune.run.folder import ANSWERS, METRICS, read_lines, write_example_sums
 from finetune.run.summary import SHOWN

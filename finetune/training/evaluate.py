@@ -12,9 +12,9 @@ from torch import Tensor
 
 from finetune.data.collate import iterate_batches
 from finetune.data.conversations import SYSTEM_ROLES, Conversation, Row, to_conversation
+from finetune.data.examples import Examples
 from finetune.data.plan import Indices
 from finetune.data.targets import is_trained
-from finetune.data.tokenize import Examples
 from finetune.model.loss import TokenLoss
 from finetune.model.precision import in_fp32
 from finetune.ops.quantized import dropout_off
