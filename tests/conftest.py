@@ -133,12 +133,8 @@ def tiny_tokenizer(
         show_progress=False,
     )
     backend.train_from_iterator([(ROOT / "data" / "finance_sample.csv").read_text(encoding="utf-8")], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=special[-1],
-        pad_token=special[-1],
-        bos_token=special[len(special) // 2],
-    )
+    names = {"eos_token": special[-1], "pad_token": special[-1], "bos_token": special[len(special) // 2]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     tokenizer.chat_template = chat_template
     return tokenizer
 

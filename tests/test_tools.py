@@ -150,9 +150,8 @@ def test_an_adapter_is_asked_alike_wherever_it_lies(memorised, tmp_path):
         opened = load_trained(find_trained(place))
         asked = Conversation(row["messages"][:1], row["tools"])
         answers += generate_answers(opened.accelerator, opened.model, opened.tokenizer, [asked], 100)
-        texts.append(
-            (opened.tokenizer.chat_template, opened.tokenizer.get_vocab(), stop_ids(opened.tokenizer))
-        )
+        tokenizer = opened.tokenizer
+        texts.append((tokenizer.chat_template, tokenizer.get_vocab(), stop_ids(tokenizer)))
     assert answers == [answers[0]] * 3
     assert texts == [texts[0]] * 3
     assert answers[0].text == written(tokenizer, row, 1)
