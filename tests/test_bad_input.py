@@ -309,7 +309,7 @@ CASES = [
     model("an adapter", model_with(turn_into_adapter), "model.name_or_path model holds an adapter"),
     model("Bert", model_with(turn_into_bert), "model.name_or_path model", "causal"),
     key("lora.target_modules=[q_proj,nope]", "lora.target_modules", "the model has no nope"),
-    model("no chat template", with_template(None), "no chat template", "chat_template.jinja"),
+    model("no chat template", with_template(None), "no chat template", "data.chat_template", "chatml"),
     model("no end of turn", with_template(NO_END_OF_TURN), "end-of-turn token", "data.train_on all"),
     case(
         "model: a template that refuses",

@@ -14,6 +14,7 @@ from finetune.model.fast_paths import FastPaths
 from finetune.model.load import count_parameters
 from finetune.run import folder, summary
 from finetune.run.checkpoint import Checkpointer, TrainState
+from finetune.run.origin import describe_origin, origin_record
 from finetune.run.token_budget import TokenBudget
 from finetune.runtime.accelerator import device_name, environment
 from finetune.runtime.choice import Choice
@@ -50,12 +51,14 @@ def open_run(
     `source` is the checkpoint that the run resumes from; `remarks` are those of `find_checkpoint`.
 
     Raises:
-        ValueError: as `folder.start_run`.
+        ValueError: as `folder.start_run` and `origin_record`.
     """
-    described = describe(facts) + batch_arithmetic(facts.config, facts.plan)
+    origin = origin_record(facts.config, facts.model, state.base, state.step)
+    described = [*describe(facts), *describe_origin(origin), *batch_arithmetic(facts.config, facts.plan)]
     record = {
         **environment(accelerator),
         "base": state.base,
+        "model_adapter": origin,
         "int8": facts.fast_paths.int8.actual,
         "token_budget": facts.token_budget.to_record,
         "described": described,
