@@ -117,7 +117,7 @@ def print_row(row: ShownRow) -> None:
 
 def heading(part: Part) -> str:
     """What a branch of a row is."""
-    return f"An earlier answer as it was, after the first {part.num_context_tokens:,} tokens above:"
+    return f"Earlier answers as they were, after the first {part.num_context_tokens:,} tokens above:"
 
 
 def _marked(segments: Sequence[Segment]) -> Text:
