@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from finetune.data.chat_template import ChatTemplate, common_start, function_of
+from finetune.data.chat_template import ChatTemplate, common_start
 from finetune.data.conversations import Conversation, Message
 from finetune.data.written import (
     THOUGHT_END,
@@ -250,8 +250,8 @@ class _Turn:
         for asked in (prompt[history_end:], asking, kept):
             place = text.rfind(asked, 0, self.own_start)
             start = place + len(asked)
-            lead = text[start : self.own_start]
-            if asked and place >= 0 and not (self.before and says_anything_of(self.before[-1], lead)):
+            is_own = not self.before or not says_anything_of(self.before[-1], text[start : self.own_start])
+            if asked and place >= 0 and is_own:
                 given = prompt.removesuffix(asking.removeprefix(kept)) if asked == kept else prompt
                 return given + text[start:], len(given)
         if parting >= self.own_start:  # the turn goes on behind the one before, and nothing begins it
