@@ -22,9 +22,9 @@ from trl import SFTConfig, SFTTrainer
 
 from finetune.config import Config
 from finetune.config_parsing import parse_config
+from finetune.data.examples import tokenize_rows
 from finetune.data.plan import epoch_order
 from finetune.data.rows import load_rows
-from finetune.data.tokenize import tokenize_rows
 from finetune.model.load import load_model, load_tokenizer
 
 TOLERANCE = 7e-6
@@ -48,7 +48,7 @@ class KeepLogs(TrainerCallback):
 
 
 def train_trl(config: Config) -> list[dict[str, Any]]:
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config)
     examples = tokenize_rows(load_rows(config.data).train, tokenizer, config.data).dataset
     order = epoch_order(config.train.seed, 0, len(examples)).tolist()
     rows = examples.select(order).select_columns(["input_ids", "labels"])

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from finetune.config import Config, FastConfig, LoraConfig, ModelConfig, OptimConfig
 from finetune.data.collate import Boundaries, collate
-from finetune.data.tokenize import IGNORE, Examples
+from finetune.data.examples import Examples
+from finetune.data.tokenize import IGNORE
 from finetune.model.fast_paths import choose_fast_paths
 from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.generate import generate_answers
@@ -253,7 +254,7 @@ def assert_near(
 
 def test_answers_are_those_of_a_cpu(tiny_model_dir):
     config = ModelConfig(name_or_path=str(tiny_model_dir), quantization="none")
-    tokenizer, answers = load_tokenizer(config), {}
+    tokenizer, answers = load_tokenizer(Config(model=config)), {}
     for device in ("cuda", "cpu"):
         AcceleratorState._reset_state(reset_partial_state=True)
         accelerator = Accelerator(mixed_precision="no", cpu=device == "cpu")

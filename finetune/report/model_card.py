@@ -10,9 +10,9 @@ from huggingface_hub import metadata_load
 from huggingface_hub.errors import HFValidationError
 from jinja2 import Environment, StrictUndefined
 
-from finetune.config import Config, ModelConfig, flatten
+from finetune.config import Config, ModelConfig, flatten, paths_of
 from finetune.config_parsing import config_to_dict
-from finetune.data.files import is_local
+from finetune.data.sources import is_local
 from finetune.model import starter
 from finetune.model.load import hub_name
 from finetune.report.html import TEMPLATES
@@ -25,7 +25,7 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Keys that other parts of the card show, or that do not affect the weights.
 OMITTED_KEYS = (
     *("output_dir", "resume", "strict", "log.", "checkpoint.", "eval."),
-    *("data.path", "data.system_prompt", "model.name_or_path"),
+    *("data.path", "data.system_prompt", "model.name_or_path", "model.adapter"),
 )
 
 
@@ -64,6 +64,8 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
     figures = result_figures(record)
     base = _describe_base(config.model)
     rows = environment.get("rows")  # older versions did not record the counts
+    origin = environment["model_adapter"]
+    rank = config.lora.r if origin is None else origin["largest_rank"]
     settings = {key: value for key, value in flatten(config_to_dict(config)).items() if value is not None}
     values = {
         "front_matter": yaml.safe_dump(_metadata(config, base), sort_keys=False, allow_unicode=True),
@@ -78,7 +80,7 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
         "num_eval": environment["data"]["eval_examples"],
         "num_target_tokens": evaluations[-1]["num_target_tokens"] if evaluations else 0,
         "without_leaks": _number(evaluations[-1].get("loss_without_leaks")) if evaluations else "",
-        "sources": ", ".join(_code(without_folder(path)) for path in _paths(config)),
+        "sources": ", ".join(_code(without_folder(path)) for path in paths_of(config.data.path)),
         "rows": rows,
         "dropped": ", ".join(f"{count} {reason}" for reason, count in rows["dropped"].items()) or "none"
         if rows
@@ -90,7 +92,8 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
         "python": environment["python"],
         "versions": ", ".join(f"{name} {version}" for name, version in environment["packages"].items()),
         "settings": [(key, value) for key, value in settings.items() if not key.startswith(OMITTED_KEYS)],
-        "vllm_rank": next((rank for rank in VLLM_RANKS if rank >= config.lora.r), None),
+        "vllm_rank": next((accepted for accepted in VLLM_RANKS if accepted >= rank), None),
+        "began_from": _began_from(origin),
     }
     # No HTML escaping: text from users is in code spans, which Markdown shows verbatim.
     markdown = Environment(
@@ -135,7 +138,7 @@ def _number(value: float | None) -> str:
 
 
 def _metadata(config: Config, base: Base) -> dict[str, Any]:
-    datasets = [path for path in _paths(config) if not is_local(path)]
+    datasets = [path for path in paths_of(config.data.path) if not is_local(path)]
     licence = _licence(config.model)
     return {
         **({"base_model": base.name, "base_model_relation": "adapter"} if base.on_hub else {}),
@@ -174,8 +177,13 @@ def _describe_base(config: ModelConfig) -> Base:
     return Base(name, on_hub is not None, is_starter, gguf, ", ".join(arguments), comment)
 
 
-def _paths(config: Config) -> list[str]:
-    return [config.data.path] if isinstance(config.data.path, str) else list(config.data.path)
+def _began_from(origin: dict[str, Any] | None) -> str:
+    """Name the adapter that the run began from, without this machine's folders; empty if there is none."""
+    if origin is None:
+        return ""
+    name = origin["run"] or without_folder(origin["path"])
+    after = "" if origin["step"] is None else f" after update {origin['step']}"
+    return f"{_code(name)}{after} (SHA-256 of its weights: {_code(origin['sha256'])})"
 
 
 def _hardware(environment: dict[str, Any]) -> str:

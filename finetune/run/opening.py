@@ -7,12 +7,15 @@ from typing import Any
 
 from finetune.config import Config
 from finetune.data.duplicates import Match
+from finetune.data.named_templates import describe_template
 from finetune.data.plan import Plan
-from finetune.data.splits import Data
+from finetune.data.splits import Data, in_words
+from finetune.model.added_tokens import token_ids_of
 from finetune.model.fast_paths import FastPaths
 from finetune.model.load import count_parameters
 from finetune.run import folder, summary
 from finetune.run.checkpoint import Checkpointer, TrainState
+from finetune.run.origin import describe_origin, origin_record
 from finetune.run.token_budget import TokenBudget
 from finetune.runtime.accelerator import device_name, environment
 from finetune.runtime.choice import Choice
@@ -24,6 +27,7 @@ class RunFacts:
 
     config: Config
     model: Any
+    tokenizer: Any
     data: Data
     plan: Plan
     choices: Sequence[Choice]
@@ -48,43 +52,63 @@ def open_run(
     `source` is the checkpoint that the run resumes from; `remarks` are those of `find_checkpoint`.
 
     Raises:
-        ValueError: as `folder.start_run`.
+        ValueError: as `folder.start_run` and `origin_record`.
     """
-    described = describe(facts) + batch_arithmetic(facts.config, facts.plan)
+    origin = origin_record(facts.config, facts.model, state.base, state.step)
+    described = [*describe(facts), *describe_origin(origin), *batch_arithmetic(facts.config, facts.plan)]
     record = {
         **environment(accelerator),
         "base": state.base,
+        "model_adapter": origin,
         "int8": facts.fast_paths.int8.actual,
         "token_budget": facts.token_budget.to_record,
         "described": described,
         "settings": [asdict(choice) for choice in facts.choices],
         "rows": facts.data.counts(),
     }
-    folder.start_run(
-        facts.config, record, facts.plan, facts.data, source, state.step, checkpointer.estimate_bytes()
-    )
+    template = None if facts.config.data.chat_template is None else facts.tokenizer.chat_template
+    size = checkpointer.estimate_bytes()
+    folder.start_run(facts.config, record, facts.plan, facts.data, template, source, state.step, size)
     folder.keep_lines_until(Path(facts.config.output_dir), state.step)
     summary.show_start(facts.config, facts.choices, described)
     summary.show_checkpoint(source, remarks, state.step)
 
 
 def describe(facts: RunFacts) -> list[tuple[str, str]]:
-    """The model; the rows that were read, kept and dropped; the examples they became; and the eval rows that
-    are trained on too."""
+    """The model; the rows that were read, kept and dropped, and what of them is not used; the examples they
+    became; and the eval rows that are trained on too."""
     config, model, data = facts.config, facts.model, facts.data
-    rows, dropped = data.rows, data.dropped()
+    rows, dropped, unused = data.rows, data.dropped(), data.unused()
     trainable, total = count_parameters(model)
+    added = token_ids_of(model.peft_config["default"].trainable_token_indices)
+    rows_trained = [("trained rows", f"{len(added)} tokens of the embedding and the head")] if added else []
     num_taken = len(rows.train) + len(rows.eval)
     return [
         ("device", f"{device_name(model.device)}; {facts.flop_per_second / 1e9:,.0f} GFLOP/s in matmuls"),
         ("model", f"{config.model.name_or_path}, base in {config.model.quantization}"),
         ("parameters", f"{trainable:,} trainable of {total:,} ({trainable / total:.2%})"),
-        ("rows", f"{rows.num_read:,} read, {rows.num_kept:,} usable, {num_taken:,} taken"),
+        *rows_trained,
+        ("chat template", describe_template(config.data.chat_template, facts.tokenizer)),
+        (
+            "rows",
+            f"{rows.num_read:,} read, {rows.num_kept:,} usable, {num_taken:,} taken; "
+            f"{_sources_in_words(data)}",
+        ),
+        *([("not used", in_words(unused))] if unused else []),
         ("dropped", ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()) or "none"),
         ("cut at max_length", f"{len(data.train.truncated):,} train, {len(data.eval.truncated):,} eval"),
         ("examples", f"{len(data.train.dataset):,} train, {len(data.eval.dataset):,} eval"),
         ("leaks", _leaks_in_words(data.leaks, len(rows.eval))),
     ]
+
+
+def _sources_in_words(data: Data) -> str:
+    """The format of the rows; of several sources, the name, rows taken and format of each."""
+    names, formats = data.rows.source_names, data.rows.formats
+    if len(names) < 2:
+        return ", ".join(formats)
+    taken = data.taken()
+    return ", ".join(f"{name} {taken[name]:,} ({form})" for name, form in zip(names, formats, strict=True))
 
 
 def _leaks_in_words(leaks: Mapping[int, Match], num_eval: int) -> str:

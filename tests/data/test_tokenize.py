@@ -21,9 +21,10 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from finetune.config import DataConfig
+from finetune.data.examples import tokenize_rows
 from finetune.data.rows import Rows, load_rows
 from finetune.data.splits import tokenize_splits
-from finetune.data.tokenize import IGNORE, encode, render, to_messages, tokenize_rows
+from finetune.data.tokenize import IGNORE, encode, render, to_messages
 
 QWEN2_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
@@ -684,7 +685,7 @@ def test_no_rows_give_no_examples(qwen2):
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(qwen2):
-    with pytest.raises(ValueError, match="no chat template; take the model's instruct or chat version"):
+    with pytest.raises(ValueError, match=r"no chat template; set data\.chat_template to the one"):
         tokenize_rows(table(), tiny_tokenizer(chat_template=None), config())
 
 
