@@ -10,6 +10,7 @@ import numpy as np
 
 from finetune.data import slices
 from finetune.data.files import read_column
+from finetune.data.sources import training_sources
 from finetune.data.tokenize import tokenize_rows
 from finetune.report import evaluation
 from finetune.run.adapter import load_trained, parse_trained, trained_parser
@@ -28,7 +29,7 @@ def command(argv: Sequence[str]) -> None:
     _check(arguments)
     harness = None if arguments.lm_eval is None else evaluation.import_harness()
     evaluated = evaluation.read_rows(trained, arguments.data)
-    cells = None if arguments.by is None else read_column(evaluated.data.path, arguments.by)
+    cells = None if arguments.by is None else read_column(training_sources(evaluated.data), arguments.by)
     opened = load_trained(trained)
     examples = tokenize_rows(evaluated.rows, opened.tokenizer, evaluated.data)
     if len(examples.dataset) == 0:

@@ -1,22 +1,25 @@
 """Rows from files or a hub data set: cleaned, sampled, and split into train and eval.
 
-A row has the columns of one of FORMATS, and `row_number`: its place in the data, from 1.
+A row is a Row, and `row_number` its place in the data, from 1.
 """
 
+import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset, Features, Value, disable_progress_bars
 
-from finetune.config import DataConfig
-from finetune.data.cleaning import clean_rows, reason_to_ask_nothing, sort_out
+from finetune.config import DataConfig, described
+from finetune.data.cleaning import reason_to_ask_nothing, reason_to_drop
+from finetune.data.conversations import Row
 from finetune.data.duplicates import Match, most_similar, normalize
-from finetune.data.files import FORMATS, described, read_file, read_rows, to_table
+from finetune.data.reading import read_formatted
+from finetune.data.sources import Source, training_sources
 
 
 @dataclass(frozen=True)
@@ -49,33 +52,51 @@ def load_rows(config: DataConfig) -> Rows:
             type, fewer clean rows than asked for, or none.
     """
     disable_progress_bars()
-    table = read_rows(config.path)
-    clean, dropped = clean_rows(table)
+    clean, dropped = _read(training_sources(config), reason_to_drop)
+    num_read = len(clean) + sum(map(len, dropped.values()))
     if len(clean) == 0:
         reasons = ", ".join(f"{len(numbers)} {reason}" for reason, numbers in dropped.items())
-        reasons = reasons or "the file is empty"
-        raise ValueError(f"{described(config.path)} has no usable row: {len(table)} read ({reasons})")
+        raise ValueError(f"{described(config.path)} has no usable row: {num_read} read ({reasons})")
     sample = sample_rows(clean, config.num_samples, config.sample_seed)
     split = split_rows if config.split_by == "row" else split_rows_by_instruction
     train, evaluation = split(sample, config.eval_fraction, config.split_seed)
-    return Rows(train=train, eval=evaluation, num_read=len(table), dropped=dropped)
+    return Rows(train=train, eval=evaluation, num_read=num_read, dropped=dropped)
+
+
+def _read(
+    sources: list[Source], reason_to_drop: Callable[[Row], str | None], questions_only: bool = False
+) -> tuple[Dataset, dict[str, list[int]]]:
+    kept: list[dict[str, Any]] = []
+    dropped: dict[str, list[int]] = defaultdict(list)
+    number = 0
+    for index, source in enumerate(sources):
+        for batch, format_ in read_formatted(source, 1000, questions_only):
+            for place, raw in batch.rows():
+                number += 1
+                row, _ = format_.convert(raw, place)
+                if reason := reason_to_drop(row):
+                    dropped[reason].append(number)
+                else:
+                    kept.append({"row_number": number, "source": index, "row": json.dumps(row)})
+    columns = Features(row_number=Value("int64"), source=Value("int32"), row=Value("string"))
+    cells = {column: [entry[column] for entry in kept] for column in columns}
+    return Dataset.from_dict(cells, features=columns), dict(dropped)
+
+
+def iterate_rows(table: Dataset) -> Iterator[Row]:
+    """The rows of a table of load_rows, in its order."""
+    for entry in table:
+        yield {**json.loads(entry["row"]), "row_number": entry["row_number"]}
 
 
 def read_questions(file: str) -> tuple[Dataset, dict[str, list[int]]]:
-    """The rows of a file that contain a question, as `read_rows` returns them, and the numbers of the others,
+    """The rows of a file that contain a question, as `load_rows` returns them, and the numbers of the others,
     by reason. Answers, and their column, may be missing.
 
     Raises:
         ValueError: as `load_rows`.
     """
-    frame = read_file(file)
-    if not any(set(required) <= set(frame.columns) for required, _ in FORMATS.values()):
-        for question, answer in (("instruction", "output"), ("prompt", "completion")):
-            if question in frame.columns:
-                frame[answer] = ""
-                break
-    table = to_table(frame, file)
-    return sort_out(table.add_column("row_number", list(range(1, len(table) + 1))), reason_to_ask_nothing)
+    return _read(training_sources(DataConfig(path=file)), reason_to_ask_nothing, questions_only=True)
 
 
 def sample_rows(table: Dataset, num_samples: int | None, seed: int) -> Dataset:
@@ -112,7 +133,7 @@ def split_rows_by_instruction(table: Dataset, eval_fraction: float, seed: int) -
     if eval_fraction == 0:
         return table, table.select([])
     rows_of: dict[str, list[int]] = defaultdict(list)
-    for index, row in enumerate(table):
+    for index, row in enumerate(iterate_rows(table)):
         rows_of[normalize(instruction_of(row))].append(index)
     groups = list(rows_of.values())
     share = math.ceil(eval_fraction * len(table))  # as train_test_split rounds
@@ -157,5 +178,8 @@ def answer_of(row: Mapping[str, Any]) -> str:
 
 def find_leaks(rows: Rows) -> dict[int, Match]:
     """Eval rows whose prompt, exactly or nearly, is trained on: row number -> its match in rows.train."""
-    matches = most_similar([prompt_of(row) for row in rows.eval], [prompt_of(row) for row in rows.train])
+    matches = most_similar(
+        [prompt_of(row) for row in iterate_rows(rows.eval)],
+        [prompt_of(row) for row in iterate_rows(rows.train)],
+    )
     return {number: match for number, match in zip(rows.eval["row_number"], matches, strict=True) if match}

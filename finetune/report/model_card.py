@@ -10,9 +10,9 @@ from huggingface_hub import metadata_load
 from huggingface_hub.errors import HFValidationError
 from jinja2 import Environment, StrictUndefined
 
-from finetune.config import Config, ModelConfig, flatten
+from finetune.config import Config, ModelConfig, flatten, paths_of
 from finetune.config_parsing import config_to_dict
-from finetune.data.files import is_local
+from finetune.data.sources import is_local
 from finetune.model import starter
 from finetune.model.load import hub_name
 from finetune.report.html import TEMPLATES
@@ -78,7 +78,7 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
         "num_eval": environment["data"]["eval_examples"],
         "num_target_tokens": evaluations[-1]["num_target_tokens"] if evaluations else 0,
         "without_leaks": _number(evaluations[-1].get("loss_without_leaks")) if evaluations else "",
-        "sources": ", ".join(_code(without_folder(path)) for path in _paths(config)),
+        "sources": ", ".join(_code(without_folder(path)) for path in paths_of(config.data.path)),
         "rows": rows,
         "dropped": ", ".join(f"{count} {reason}" for reason, count in rows["dropped"].items()) or "none"
         if rows
@@ -135,7 +135,7 @@ def _number(value: float | None) -> str:
 
 
 def _metadata(config: Config, base: Base) -> dict[str, Any]:
-    datasets = [path for path in _paths(config) if not is_local(path)]
+    datasets = [path for path in paths_of(config.data.path) if not is_local(path)]
     licence = _licence(config.model)
     return {
         **({"base_model": base.name, "base_model_relation": "adapter"} if base.on_hub else {}),
@@ -172,10 +172,6 @@ def _describe_base(config: ModelConfig) -> Base:
         arguments.append("trust_remote_code=True")
     is_starter, comment = config.name_or_path == "starter", "" if on_hub else "  # its folder"
     return Base(name, on_hub is not None, is_starter, gguf, ", ".join(arguments), comment)
-
-
-def _paths(config: Config) -> list[str]:
-    return [config.data.path] if isinstance(config.data.path, str) else list(config.data.path)
 
 
 def _hardware(environment: dict[str, Any]) -> str:
