@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from finetune.data import slices
+from finetune.data.examples import tokenize_rows
 from finetune.data.files import read_column
 from finetune.data.sources import training_sources
-from finetune.data.tokenize import tokenize_rows
 from finetune.report import evaluation
 from finetune.run.adapter import load_trained, parse_trained, trained_parser
 from finetune.runtime.cli import CommandParser

@@ -40,8 +40,6 @@ class Habits(NamedTuple):
     """What stands for the content of a turn that has none beside its tool calls: "", None, or _ABSENT"""
     parts: frozenset[str]
     """The roles whose content it wants as a list of parts"""
-    conversation_end: str
-    """What it writes behind every conversation that does not ask for an answer"""
 
 
 class ChatTemplate:
@@ -51,6 +49,8 @@ class ChatTemplate:
         source: The template's text.
         turn_shapes: What `targets` has found out about the turns that this template writes.
     """
+
+    ANSWER = "rowan"
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any]) -> None:
         self.source = source
@@ -75,8 +75,29 @@ class ChatTemplate:
                 for role, turns in _surroundings(_calling(as_text, no_content)).items()
                 if self._wants_parts(role, turns)
             ),
-            self._conversation_end(),
         )
+
+    @cached_property
+    def examples(self) -> tuple[str, str, str]:
+        """A question as it writes it: alone, asking for an answer, and with the answer ANSWER. Empty where it
+        fails."""
+        question, answer = self.prepare([_USER, {"role": "assistant", "content": self.ANSWER}])
+        return (
+            self._try([question]) or "",
+            self._try([question], True) or "",
+            self._try([question, answer]) or "",
+        )
+
+    @cached_property
+    def examples_of_next_turn(self) -> tuple[tuple[str, str], tuple[str, str]]:
+        """An answer, and it with a question behind; a tool call, and it with its result behind. Empty where it
+        fails."""
+        question, answer, calling, result = self.prepare(
+            [_USER, {"role": "assistant", "content": self.ANSWER}, _calling(False, None), _RESULT]
+        )
+        turns = [[question, answer, question], [question, calling, result]]
+        plain, called = (((self._try(t[:2]) or ""), (self._try(t) or "")) for t in turns)
+        return plain, called
 
     def prepare(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """The messages as this template reads them.
@@ -154,7 +175,7 @@ class ChatTemplate:
             says_none = "None" in written and "None" not in (self._try([_USER, _calling(as_text, "")]) or "")
             if not (is_python or is_escaped or says_none):
                 return no_content, as_text
-        return _ABSENT, False
+        return "", False  # it writes no tool calls, or fails on these
 
     def _habit_of_reasoning(self, no_content: Any, as_text: bool) -> str:
         answer = {"role": "assistant", "content": "quince"}
@@ -177,16 +198,11 @@ class ChatTemplate:
             return False
         return is_written({role}) or is_written(every)
 
-    def _conversation_end(self) -> str:
-        user = _as_parts(_USER) if self._wants_parts("user", [{**_USER, "content": _CONTENT}]) else _USER
-        whole, prompt = self._try([user]), self._try([user], add_generation_prompt=True)
-        return whole.removeprefix(common_start(whole, prompt)) if whole and prompt else ""
-
 
 # --- Small conversations, whose words no template writes by itself ---
 
 _CALL_WORDS = ("hawthorn", "elderberry", "damson")
-_CONTENT = "rowan"
+_CONTENT = ChatTemplate.ANSWER
 _USER: dict[str, Any] = {"role": "user", "content": "sloe"}
 
 
@@ -198,15 +214,17 @@ def _calling(as_text: bool, no_content: Any) -> dict[str, Any]:
     return {key: value for key, value in turn.items() if value is not _ABSENT}
 
 
+_RESULT = {"role": "tool", "name": _CALL_WORDS[0], "tool_call_id": "abc123def", "content": _CONTENT}
+
+
 def _surroundings(calling: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """For each role a conversation in which it says _CONTENT."""
-    result = {"role": "tool", "name": _CALL_WORDS[0], "tool_call_id": "abc123def", "content": _CONTENT}
     return {
         "system": [{"role": "system", "content": _CONTENT}, _USER],
         "developer": [{"role": "developer", "content": _CONTENT}, _USER],
         "user": [{"role": "user", "content": _CONTENT}],
         "assistant": [_USER, {"role": "assistant", "content": _CONTENT}],
-        "tool": [_USER, calling, result],
+        "tool": [_USER, calling, _RESULT],
     }
 
 

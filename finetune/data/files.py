@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from datasets import load_dataset
 
 from finetune.data.json_array import iterate_array
-from finetune.data.sources import FILE_SUFFIXES, Source, kind_of
+from finetune.data.sources import Source, kind_of
 
 BOM = codecs.BOM_UTF8
 ROWS_AT_ONCE = 1000  # where one column of all rows is read
@@ -72,42 +72,29 @@ def _file_batches(source: Source, rows_per_batch: int) -> Iterator[RawBatch]:
     readers = {".csv": _csv_batches, ".parquet": _parquet_batches}
     for file in source.files:
         read = readers.get(kind_of(file) or "", _json_batches)
-        with _errors_of(file):
-            _require_content(file)
-            empty = True
-            for batch in read(file, rows_per_batch):
-                empty = False
-                yield batch
-            if empty:
+        with _errors_of(file, source.key):
+            with Path(file).open("rb"):
+                pass  # for some formats pandas does not report a missing file
+            batches = read(file, rows_per_batch) if Path(file).stat().st_size else iter(())
+            first = next(batches, None)
+            if first is None:
                 raise ValueError(f"{file} is empty")
-
-
-def _require_content(file: str) -> None:
-    path = Path(file)
-    if path.is_dir():
-        raise ValueError(f"data.path {file} is a folder")
-    if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
-        raise ValueError(f"data.path {file} is no ordinary file")
-    if kind_of(file) is None:
-        raise ValueError(f"data.path {file} is none of {', '.join(FILE_SUFFIXES)}")
-    with path.open("rb"):
-        pass  # for some formats pandas does not report a missing file
-    if path.stat().st_size == 0:
-        raise ValueError(f"{file} is empty")
+            yield first
+            yield from batches
 
 
 @contextmanager
-def _errors_of(file: str) -> Iterator[None]:
-    """What reading a file can raise, as a ValueError that begins with its name."""
+def _errors_of(file: str, key: str) -> Iterator[None]:
+    """What reading a file can raise, as a ValueError that begins with its name, or the key's."""
     try:
         yield
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text (byte {_first_bad_byte(file)})") from error
     except (OSError, EOFError) as error:  # EOFError: a .gz that was cut
-        raise ValueError(f"data.path {file}: {getattr(error, 'strerror', None) or error}") from error
+        raise ValueError(f"{key} {file}: {getattr(error, 'strerror', None) or error}") from error
     except ValueError as error:  # also pandas' ParserError and EmptyDataError, and pyarrow's ArrowInvalid
         message = " ".join(str(error).split())
-        if message.startswith((file, f"data.path {file}")):
+        if message.startswith(file):
             raise ValueError(message) from error
         raise ValueError(f"{file} cannot be read: {message}") from error
     except RecursionError as error:
@@ -216,19 +203,28 @@ def _hub_batches(source: Source, rows_per_batch: int) -> Iterator[RawBatch]:
         raise ValueError(f"{name} is empty")
 
 
+def hub_fingerprint(source: Source) -> str:
+    """What tells the rows of a hub data set from those of another, or of another revision of it."""
+    return str(_load_hub(source, cast(str, source.dataset))._fingerprint)
+
+
 def _load_hub(source: Source, name: str) -> Any:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise ValueError(f"data.path {name!r} is neither a file that exists nor the name of a hub data set")
+        raise ValueError(
+            f"{source.key} {name!r} is neither a file that exists nor the name of a hub data set"
+        )
     subset = () if source.subset is None else (source.subset,)
     revision = {} if source.revision is None else {"revision": source.revision}
     try:
         return load_dataset(name, *subset, split=source.split, **revision)
     except Exception as error:  # the hub's client raises many kinds: no network, no such name, ...
         if subsets := re.search(r"among the available configs: (\[.*?\])", str(error), re.DOTALL):
-            raise ValueError(f"data.path {name!r} has subsets: set subset to one of {subsets[1]}") from error
+            raise ValueError(
+                f"{source.key} {name!r} has subsets: set subset to one of {subsets[1]}"
+            ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"data.path {name!r} is no local file, and as a hub data set it could not be loaded: {reason}"
+            f"{source.key} {name!r} is no local file, and as a hub data set it could not be loaded: {reason}"
         ) from error
 
 

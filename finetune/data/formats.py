@@ -29,6 +29,7 @@ PAIRS = (
     ("query", "output"),
     ("problem", "solution"),
     ("problem", "answer"),
+    ("problem", "output"),
     ("prompt", "response"),
     ("prompt", "output"),
     ("prompt", "answer"),
@@ -36,6 +37,7 @@ PAIRS = (
     ("human", "assistant"),
     ("input", "output"),
     ("input", "response"),
+    ("input", "target"),
     ("inputs", "targets"),
     ("source", "target"),
 )
@@ -186,7 +188,7 @@ def format_of(
         found, key=lambda one: len(mapped.intersection(one.required)), default=None
     )  # of equals the first
     if best is None:
-        raise ValueError(unknown_columns(columns, where, row))
+        raise ValueError(unknown_columns(columns, mapping, where, row))
     return best
 
 
@@ -225,9 +227,11 @@ def _forms(questions_only: bool) -> list[tuple[Kind, str, dict[str, str], tuple[
     completion = {"prompt": "prompt", "completion": "completion"}
     pairs.insert(1, ("completion", "prompt and completion", completion, BESIDE_MESSAGES))
     if questions_only:
-        asks = dict.fromkeys(ask for ask, _ in PAIRS if ask != "prompt")
-        pairs += [("instruction", ask, {ask: "instruction"}, BESIDE_AN_INSTRUCTION) for ask in asks]
-        pairs.insert(-len(asks) + 1, ("completion", "prompt", {"prompt": "prompt"}, BESIDE_MESSAGES))
+        for ask in dict.fromkeys(ask for ask, _ in PAIRS):
+            if ask == "prompt":
+                pairs.append(("completion", ask, {ask: "prompt"}, BESIDE_MESSAGES))
+            else:
+                pairs.append(("instruction", ask, {ask: "instruction"}, BESIDE_AN_INSTRUCTION))
     return [*conversations, *pairs, ("text", "text", {"text": "text"}, ())]
 
 

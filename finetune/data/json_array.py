@@ -63,7 +63,9 @@ class _Text:
                 if self._is_whole or not is_cut:
                     raise self.error(error.msg, error.pos) from error
             else:
-                if end < len(self._text) or self._is_whole:  # else a number might go on
+                # A number might go on, by up to "e+" that stands without its digits yet.
+                is_cut = isinstance(value, int | float) and end + 2 >= len(self._text)
+                if self._is_whole or not is_cut:
                     self.position = end
                     return value
             self._read_on()

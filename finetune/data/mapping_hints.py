@@ -13,12 +13,14 @@ ASKING = ("instruction", "question", "query", "problem", "prompt", "input", "use
 ANSWERING = ("output", "answer", "response", "reply", "completion", "solution", "target", "assistant", "a")
 
 
-def unknown_columns(columns: Sequence[str], where: str, row: Mapping[str, Any] | None) -> str:
+def unknown_columns(
+    columns: Sequence[str], mapping: Mapping[str, str], where: str, row: Mapping[str, Any] | None
+) -> str:
     """One line: the columns, a row shortened, the nearest format and the line of YAML that would map it."""
     shown = "" if row is None else f" (a row: {_shortened(row)})"
     near = {column: difflib.get_close_matches(column.strip().lower(), KNOWN, n=1) for column in columns}
     hints = ", ".join(f"{c!r} is near {match[0]!r}" for c, match in near.items() if match and match[0] != c)
-    guess = _guess(columns, row)
+    guess = _guess(columns, mapping, row)
     line = yaml.safe_dump(guess, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
     nearest = f"; the nearest may be {' and '.join(guess.values())}, as data.columns: {line.strip()}"
     return (
@@ -37,8 +39,10 @@ def _shortened(row: Mapping[str, Any]) -> str:
     return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
-def _guess(columns: Sequence[str], row: Mapping[str, Any] | None) -> dict[str, str]:
-    """What the columns could be, by the row's cells and by their names; empty where nothing fits."""
+def _guess(
+    columns: Sequence[str], mapping: Mapping[str, str], row: Mapping[str, Any] | None
+) -> dict[str, str]:
+    """What the columns could be, by the mapping, the row's cells and the names; empty where nothing fits."""
     cells = dict.fromkeys(columns, "") if row is None else row
     for column in columns:
         cell = cells.get(column)
@@ -47,14 +51,13 @@ def _guess(columns: Sequence[str], row: Mapping[str, Any] | None) -> dict[str, s
                 return {column: "messages"}
             if "from" in cell[0]:
                 return {column: "conversations"}
-    texts = [column for column in columns if isinstance(cells.get(column), str)]
-    asking = _closest(texts, ASKING)
-    answering = _closest([column for column in texts if column != asking], ANSWERING)
+    named = {ours: theirs for theirs, ours in mapping.items()}
+    texts = [column for column in columns if isinstance(cells.get(column), str) and column not in mapping]
+    asking = named.get("instruction") or _closest(texts, ASKING)
+    answering = named.get("output") or _closest([column for column in texts if column != asking], ANSWERING)
     rest = [column for column in texts if column not in (asking, answering)]
-    if asking is None and rest:
-        asking = rest.pop(0)
-    if answering is None and rest:
-        answering = rest.pop(0)
+    asking = asking or (rest.pop(0) if rest else None)
+    answering = answering or (rest.pop(0) if rest else None)
     if asking and answering:
         return {asking: "instruction", answering: "output"}
     only = asking or answering

@@ -121,9 +121,11 @@ def _read_message(raw: Mapping[str, Any], turn: str, unused: list[str]) -> Messa
         text = _text(raw.get(key), f"{turn}: {key}")
         if text is not None:
             message[key] = text
-    # What is said of a turn that is no target anyway, `train: false`, is heeded.
-    idle = [key for key in raw if key not in used and raw[key] not in (None, False, 0, [])]
-    unused += [f'message key "{key}"' for key in idle]
+    for key, value in raw.items():
+        # Of a turn that is no target anyway, `train: false` says nothing new, and an empty list nothing.
+        says_nothing = key in KEYS_OF_AN_ASSISTANT and not value
+        if key not in used and value is not None and not says_nothing:
+            unused.append(f'message key "{key}"')
     return message
 
 
@@ -245,12 +247,16 @@ def read_tools(cell: Any, place: str) -> list[dict[str, Any]]:
 
 def _tool(tool: Any, place: str) -> dict[str, Any]:
     tool = _parsed(tool, place) if isinstance(tool, str) else tool
-    function = tool.get("function") if isinstance(tool, dict) and "function" in tool else tool
-    if not (isinstance(function, dict) and isinstance(function.get("name"), str)):
-        raise ValueError(f"{place} must be an object with a name and parameters, not {tool!r:.60}")
-    return (
-        {"type": "function", **tool} if function is not tool else {"type": "function", "function": function}
-    )
+    if isinstance(tool, dict) and "function" not in tool:
+        tool = {
+            "function": {key: value for key, value in tool.items() if (key, value) != ("type", "function")}
+        }
+    if not isinstance(tool, dict) or tool.get("type", "function") != "function":
+        raise ValueError(f"{place} must be a function, not {tool!r:.60}")
+    function = tool["function"]
+    if not (isinstance(function, dict) and isinstance(function.get("name"), str) and function["name"]):
+        raise ValueError(f"{place} must be an object with a name and parameters, not {function!r:.60}")
+    return {"type": "function", **tool}
 
 
 def read_template_kwargs(cell: Any, place: str, column: str) -> dict[str, Any]:

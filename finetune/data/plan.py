@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.config import Config
-from finetune.data.tokenize import Examples
+from finetune.data.examples import Examples
 
 Indices = list[int]
 

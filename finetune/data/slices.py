@@ -10,7 +10,7 @@ import pandas as pd
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from finetune.data.tokenize import Examples
+from finetune.data.examples import Examples
 
 MAX_VALUES = 12  # the most frequent values of a column; the others form one slice
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.config import DataConfig, SourceConfig, Sources
+from finetune.config import DataConfig, SourceConfig, Sources, described
 
 FILE_SUFFIXES = (".csv", ".parquet", ".json", ".jsonl")
 COMPRESSED = (".gz", ".zst")  # behind the suffix of a text file
@@ -31,6 +31,8 @@ class Source:
     system_prompt: str | None = None
     num_samples: int | None = None
     share: float | None = None
+    key: str = "data.path"
+    """The key of the configuration that names it, for errors"""
 
 
 def training_sources(config: DataConfig) -> list[Source]:
@@ -51,7 +53,7 @@ def eval_sources(data: DataConfig, sets: Mapping[str, str | list[str]] | None) -
     """
     sources = [] if data.eval_path is None else _sources(data.eval_path, "data.eval_path", data)
     for name, path in (sets or {}).items():
-        sources += _sources([SourceConfig(path=path, name=name)], "eval.sets", data)
+        sources += _sources([SourceConfig(path=path, name=name)], f"eval.sets.{name}", data)
     return _with_own_names(sources)
 
 
@@ -82,13 +84,16 @@ def _sources(path: Sources, key: str, data: DataConfig) -> list[Source]:
 
 def _source(entry: SourceConfig, key: str, data: DataConfig) -> Source:
     paths = [entry.path] if isinstance(entry.path, str) else entry.path
-    dataset = paths[0] if len(paths) == 1 and not is_local(paths[0]) else None
+    try:
+        dataset = paths[0] if len(paths) == 1 and not is_local(paths[0]) else None
+        files = () if dataset else tuple(file for path in paths for file in _files(path, key))
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise ValueError(f"{key} {described(entry.path):.60}: {error.strerror}") from error
     if dataset is None:
         hub_keys = {"subset": entry.subset, "revision": entry.revision}
         given = [name for name, value in hub_keys.items() if value is not None]
         if given:
             raise ValueError(f"{key}: {given[0]} belongs to a hub data set, and {paths[0]} is a file")
-    files = () if dataset else tuple(file for one in paths for file in _files(one, key))
     return Source(
         name=entry.name or _default_name(paths[0], entry.subset),
         files=files,
@@ -100,6 +105,7 @@ def _source(entry: SourceConfig, key: str, data: DataConfig) -> Source:
         system_prompt=data.system_prompt if entry.system_prompt is None else entry.system_prompt,
         num_samples=entry.num_samples,
         share=entry.share,
+        key=key,
     )
 
 

@@ -47,29 +47,25 @@ class _Shape(NamedTuple):
     """Between the generation prompt and the turn's first own text"""
 
 
-@dataclass(frozen=True)
 class StopTokens:
     """The special tokens of a tokenizer by their texts.
 
-    `ids` are those at which generation stops, `special` all special ones, these included.
+    Attributes:
+        ids: Those at which generation stops.
+        special: All special ones, and these.
+        texts: The id of each special one by its text.
+        pattern: Matches any special one, the longest first.
     """
 
-    ids: frozenset[int]
-    special: frozenset[int]
-    texts: dict[str, int]
-
-    @classmethod
-    def of(cls, tokenizer: Any, ids: frozenset[int]) -> "StopTokens":
+    def __init__(self, tokenizer: Any, ids: frozenset[int]) -> None:
         added = tokenizer.added_tokens_decoder
-        special = {i for i, token in added.items() if token.special} | ids
-        texts = {tokenizer.convert_ids_to_tokens(i): i for i in special}
-        return cls(ids, frozenset(special), texts)
-
-    @property
-    def pattern(self) -> "re.Pattern[str]":
-        """Matches any special token, the longest first."""
+        self.ids = ids
+        self.special = frozenset(i for i, token in added.items() if token.special) | ids
+        self.texts: dict[str, int] = {tokenizer.convert_ids_to_tokens(i): i for i in self.special}
         longest_first = sorted(self.texts, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.longest = max(map(len, self.texts), default=0)
+        self.texts_key = tuple(longest_first)
 
 
 def find_targets(
@@ -121,17 +117,18 @@ def _find_turn(
     prompt = _prompt(template, conversation, i)
     shape = _shape(template, conversation, i, text, prompt)
     start = len(prompt)
-    own = text[start:]
     if not text.startswith(prompt):
-        start = len(common_start(prompt, text, _probe(template, conversation, i)))
-        own = text[start:]
-    _check_turn(template, conversation, i, own, shape, remarks)
+        text, start = _joined(template, conversation, i, text, prompt, stops)
+    _check_turn(template, conversation, i, text[start:], shape, remarks)
     lead = shape.lead.strip()
     if lead and not message.get("reasoning_content") and not message.get("tool_calls"):
         remarks.append(f"{lead!r} is added before an answer")
     tail_start = max(start, len(text) - len(shape.tail))
     has_calls = bool(message.get("tool_calls"))
-    stop = _find_stop(text, tail_start, has_calls, stops, template.habits.conversation_end)
+    stop = _find_stop(template, text, tail_start, has_calls, stops)
+    if stop is None and (next_turn := _next_turn_start(template, has_calls, stops)):
+        text += next_turn
+        stop = len(text) - len(next_turn.lstrip()), len(text)
     if stop is None:
         raise ValueError(
             "the chat template ends an assistant's turn with no special token, so the model would not "
@@ -149,6 +146,53 @@ def _prompt(template: ChatTemplate, conversation: Conversation, i: int) -> str:
             raise
         # Nobody asks for an answer to nothing, and a template may fail on it.
         return common_start(template.render(up_to(conversation, 1)), _probe(template, conversation, 0))
+
+
+def _joined(
+    template: ChatTemplate, conversation: Conversation, i: int, text: str, prompt: str, stops: StopTokens
+) -> tuple[str, int]:
+    """A text with turn `i` as the model writes it, and where it begins to write; `text`, which holds that
+    turn, does not begin with `prompt`, which asks for it.
+
+    Either the prompt says more than the finished turn has, such as the beginning of a thought, or it renders
+    the turns before otherwise.
+    """
+    parting = _before_token(stops, text, len(common_start(prompt, text)))
+    own_start = len(common_start(text, _probe(template, conversation, i)))
+    if not _says_anything_of(conversation.messages[i - 1] if i else None, prompt[parting:]):
+        return text, min(parting, own_start)
+    # The generation prompt's own text stands before this turn too, unless no turn has it.
+    history = template.render(up_to(conversation, i))
+    asked = prompt[_before_token(stops, prompt, len(common_start(history, prompt))) :]
+    place = text.rfind(asked, 0, own_start) if asked else -1
+    start = place + len(asked)
+    if place < 0 or _says_anything_of(conversation.messages[i - 1], text[start:own_start]):
+        raise ValueError(
+            f"the chat template renders the turns before turn {i + 1} in another way once that is written, "
+            "and what the model writes of it cannot be told; use another chat template or data.train_on all"
+        )
+    return prompt + text[start:], len(prompt)
+
+
+def _says_anything_of(message: Message | None, text: str) -> bool:
+    """Whether a text holds what a message says, or may hold it."""
+    if message is None:
+        return False
+    said = [message.get("content"), message.get("reasoning_content")]
+    said += [function_of(call)["name"] for call in message.get("tool_calls") or []]
+    words = [_squeeze(part) for part in said if isinstance(part, str) and part.strip()]
+    squeezed = _squeeze(text)
+    return not words or any(word in squeezed for word in words)
+
+
+def _before_token(stops: StopTokens, text: str, place: int) -> int:
+    """The place, or the beginning of the special token that it lies within."""
+    for match in stops.pattern.finditer(text, max(0, place - stops.longest)):
+        if match.start() >= place:
+            break
+        if match.end() > place:
+            return match.start()
+    return place
 
 
 def _shape(template: ChatTemplate, conversation: Conversation, i: int, text: str, prompt: str) -> _Shape:
@@ -200,14 +244,16 @@ def _common_suffix(first: str, second: str) -> str:
 
 
 def _find_stop(
-    text: str, tail_start: int, has_calls: bool, stops: StopTokens, conversation_end: str
+    template: ChatTemplate, text: str, tail_start: int, has_calls: bool, stops: StopTokens
 ) -> tuple[int, int] | None:
     """Where the token that ends the turn stands: [start, end); None if nothing ends it.
 
-    The first at which generation stops, else the last special one, with nothing but white space between
-    it and the turn's texts. What the template writes behind every conversation is not the turn's.
+    It is the first at which generation stops. Where there is none: the first special one, if nothing but
+    white space stands between it and the answer. Behind a tool call the template writes more, so there it is
+    the token that ends its answers, or else the last one.
     """
     end = len(text)
+    conversation_end = _conversation_end(template, stops)
     if conversation_end and text.endswith(conversation_end):
         end = max(tail_start, end - len(conversation_end))
     found = [match.span() for match in stops.pattern.finditer(text, tail_start, end)]
@@ -215,8 +261,40 @@ def _find_stop(
         if stops.texts[text[start:stop]] in stops.ids:
             return start, stop
     if found and has_calls:
-        return found[-1]
+        answer_end = _answer_end(template, stops)
+        return next((span for span in found if text[slice(*span)] == answer_end), found[-1])
     return found[0] if found and not text[tail_start : found[0][0]].strip() else None
+
+
+def _conversation_end(template: ChatTemplate, stops: StopTokens) -> str:
+    """What the template writes behind every conversation that does not ask for an answer: not the turn's."""
+    known: str | None = template.turn_shapes.get(("conversation end", stops.texts_key))
+    if known is None:
+        whole, prompt = template.examples[:2]
+        known = whole[_before_token(stops, whole, len(common_start(whole, prompt))) :] if prompt else ""
+        template.turn_shapes[("conversation end", stops.texts_key)] = known
+    return known
+
+
+def _answer_end(template: ChatTemplate, stops: StopTokens) -> str:
+    """The special token that ends an answer without tool calls; empty if none does."""
+    answered = template.examples[2]
+    match = stops.pattern.search(answered, answered.rfind(template.ANSWER) + len(template.ANSWER))
+    return match[0] if match else ""
+
+
+def _next_turn_start(template: ChatTemplate, has_calls: bool, stops: StopTokens) -> str:
+    """What begins the turn behind an answer or tool calls, where generation stops at that; else empty."""
+    key = ("next turn", has_calls, stops.texts_key)
+    if key not in template.turn_shapes:
+        whole, longer = template.examples_of_next_turn[has_calls]
+        match = stops.pattern.search(longer, len(whole)) if longer.startswith(whole) else None
+        begins = (
+            match and stops.texts[match[0]] in stops.ids and not longer[len(whole) : match.start()].strip()
+        )
+        template.turn_shapes[key] = longer[len(whole) : match.end()] if match and begins else ""
+    start: str = template.turn_shapes[key]
+    return start
 
 
 # --- What the template made of a turn ---
@@ -234,10 +312,12 @@ def _check_turn(
     message = conversation.messages[i]
     content = message.get("content") or ""
     if content.strip():
-        if shape.times_content != 1:
+        if shape.times_content == 0 and message.get("tool_calls"):
+            remarks.append("content beside tool_calls is not written")
+        elif shape.times_content != 1:
             did = "leaves it out" if shape.times_content == 0 else "writes it more than once"
             raise ValueError(_refusal(i, did))
-        if not _holds(own, content):
+        elif not _holds(own, content):
             _check_thought(template, conversation, i, content, remarks)
     if reasoning := (message.get("reasoning_content") or "").strip():
         if shape.times_reasoning == 0:
@@ -371,9 +451,11 @@ def _check_tagged(message: Message, i: int, own: str, remarks: list[str]) -> Non
     content = message.get("content") or ""
     if not _holds(own, content):
         thought, closed, answer = content.rpartition(_THOUGHT_END)
-        if not closed or not _holds(own, answer):
+        if message.get("tool_calls") and answer == content:
+            remarks.append("content beside tool_calls is not written")
+        elif not closed or not _holds(own, answer):
             raise ValueError(_refusal(i, "leaves it out of its {% generation %} tags, or changes it"))
-        if not _holds(own, thought.partition("<think>")[2]):
+        elif not _holds(own, thought.partition("<think>")[2]):
             remarks.append("the thought in an answer is not written")
     if not _holds(own, message.get("reasoning_content") or ""):
         remarks.append("reasoning_content is not written")

@@ -1,32 +1,20 @@
 """From a row to messages, and through the model's chat template to token ids and labels: the loss mask."""
 
-import hashlib
-import json
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 from itertools import takewhile
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import datasets
-import numpy as np
-from datasets import Dataset
-from numpy.typing import NDArray
-
-from finetune.config import DataConfig
 from finetune.data.chat_template import as_conversation, stop_ids, template_of
 from finetune.data.chat_template import render as render
 from finetune.data.conversations import Conversation
 from finetune.data.conversations import Message as Message
+from finetune.data.conversations import to_messages as to_messages
 from finetune.data.targets import StopTokens, Text, find_tagged, find_targets, is_trained, up_to
 
 IGNORE = -100  # the label of a token without loss, as everywhere in PyTorch
 # Whose text a token belongs to: a turn of that role, of any other role, or the template.
 ROLES = ("system", "user", "assistant", "other", "template")
 MIN_SHARED = 8  # tokens; a shorter prefix is not worth sharing
-CACHE_VERSION = 1  # incremented when the same row would yield other tokens or labels than before
 
 
 class Tokens(NamedTuple):
@@ -47,48 +35,6 @@ class Tokens(NamedTuple):
     """Whether it is a plain text, of which a part is as good as the whole"""
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Tokenized rows that fit, and what happened to the others.
-
-    `dataset` has the columns input_ids, labels, row_number. Of its examples, those of the rows `truncated`
-    were cut at max_length; `dropped` are the numbers of the rows left out, by reason.
-    """
-
-    dataset: Dataset
-    truncated: list[int]
-    dropped: dict[str, list[int]]
-
-    @cached_property
-    def lengths(self) -> NDArray[np.int64]:
-        """[N]: tokens of each example."""
-        return np.array([len(row) for row in self.dataset["input_ids"]], dtype=np.int64)
-
-    @cached_property
-    def target_counts(self) -> NDArray[np.int64]:
-        """[N]: target tokens of each example."""
-        counts = [sum(label != IGNORE for label in row) for row in self.dataset["labels"]]
-        return np.array(counts, dtype=np.int64)
-
-    @cached_property
-    def shared_prefix(self) -> int:
-        """Tokens that all examples begin with and that predict no target; 0 if below MIN_SHARED."""
-        if len(self.dataset) == 0:
-            return 0
-        prefix: list[int] = self.dataset[0]["input_ids"]
-        for input_ids, labels in zip(self.dataset["input_ids"], self.dataset["labels"], strict=True):
-            # The last shared token predicts the first one that is not, so that must not be a target either.
-            prefix = common_prefix(prefix, input_ids[: max(0, first_target(labels) - 1)])
-            if not prefix:
-                break
-        return len(prefix) if len(prefix) >= MIN_SHARED else 0
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of all token ids and labels, in order."""
-        return _digest(self.dataset.select_columns(["input_ids", "labels"]))
-
-
 def common_prefix(first: list[int], second: list[int]) -> list[int]:
     """What both lists begin with."""
     if first == second[: len(first)]:
@@ -99,29 +45,6 @@ def common_prefix(first: list[int], second: list[int]) -> list[int]:
 def first_target(labels: Sequence[int]) -> int:
     """The position of the first target; the length if there is none."""
     return next((position for position, label in enumerate(labels) if label != IGNORE), len(labels))
-
-
-def to_messages(row: Mapping[str, Any], system_prompt: str | None) -> list[Message]:
-    """A row of any format as chat messages.
-
-    The user turn of an Alpaca row is its instruction and, when there is an input, a second line ` Context:`
-    with it. The system prompt goes before rows that have no system turn of their own.
-    """
-    if "messages" in row:
-        messages = [{"role": m["role"], "content": m["content"] or ""} for m in row["messages"]]
-    elif "completion" in row:
-        messages = _turns(row["prompt"], row["completion"])
-    else:
-        context = row["input"] or ""
-        user = f"{row['instruction']}\n Context:{context}" if context.strip() else row["instruction"]
-        messages = _turns(user, row["output"])
-    if system_prompt is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    return messages
-
-
-def _turns(user: str, assistant: str) -> list[Message]:
-    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
 
 def encode(tokenizer: Any, conversation: Conversation | Sequence[Message], train_on: str) -> Tokens:
@@ -146,7 +69,7 @@ def encode_batch(
     tokenizer: Any, conversations: Sequence[Conversation | Sequence[Message]], train_on: str
 ) -> list[Tokens | ValueError]:
     """`encode` of several conversations, with one call of the tokenizer; its error where it raises one."""
-    stops = StopTokens.of(tokenizer, stop_ids(tokenizer))
+    stops = StopTokens(tokenizer, stop_ids(tokenizer))
     plans: list[_Plan | ValueError] = []
     for conversation in map(as_conversation, conversations):
         try:
@@ -423,83 +346,3 @@ def _end_of_turn(
         if text[max(first, end) : last].strip():
             break
     return None
-
-
-def tokenize_rows(rows: Dataset, tokenizer: Any, config: DataConfig) -> Examples:
-    """Encode every row, truncate or drop the overlong ones, and drop those without a target token.
-
-    The tokens are memory-mapped from the cache of `datasets`, which the first call writes.
-
-    Raises:
-        ValueError: no chat template, or a row that `encode` refuses (named by its number).
-    """
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the model's tokenizer has no chat template; take the model's instruct or chat version, or add "
-            "a chat_template.jinja to a local copy of its folder"
-        )
-    if len(rows) == 0:
-        return Examples(Dataset.from_dict({"input_ids": [], "labels": [], "row_number": []}), [], {})
-
-    def encode_row(row: dict[str, Any]) -> dict[str, Any]:
-        try:
-            tokens = encode(tokenizer, to_messages(row, config.system_prompt), config.train_on)
-        except ValueError as error:
-            raise ValueError(f"row {row['row_number']}: {error}") from error
-        cut = slice(config.max_length)
-        return {
-            "input_ids": tokens.input_ids[cut],
-            "labels": tokens.labels[cut],
-            "row_number": row["row_number"],
-            "num_tokens": len(tokens.input_ids),
-        }
-
-    key = _cache_key(rows, tokenizer, config)
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "finetune"
-    folder.mkdir(parents=True, exist_ok=True)
-    encoded = rows.map(
-        encode_row,
-        remove_columns=[column for column in rows.column_names if column != "row_number"],
-        cache_file_name=str(folder / f"{key}.arrow"),
-        new_fingerprint=key,
-    )
-    reasons = [
-        f"over {config.max_length} tokens"
-        if config.overlong == "drop" and row["num_tokens"] > config.max_length
-        else "without a target token"
-        if all(label == IGNORE for label in row["labels"])
-        else None
-        for row in encoded
-    ]
-    kept = encoded.select([i for i, reason in enumerate(reasons) if reason is None])
-    dropped: dict[str, list[int]] = defaultdict(list)
-    for number, reason in zip(encoded["row_number"], reasons, strict=True):
-        if reason is not None:
-            dropped[reason].append(number)
-    return Examples(
-        dataset=kept.remove_columns("num_tokens"),
-        truncated=[row["row_number"] for row in kept if row["num_tokens"] > config.max_length],
-        dropped=dict(dropped),
-    )
-
-
-def _cache_key(rows: Dataset, tokenizer: Any, config: DataConfig) -> str:
-    """A key of all that the tokens depend on: rows, tokenizer, chat template, settings, this code."""
-    settings = {
-        "version": CACHE_VERSION,
-        "rows": _digest(rows),
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "special_tokens": tokenizer.special_tokens_map,
-        "chat_template": tokenizer.chat_template,
-        "system_prompt": config.system_prompt,
-        "max_length": config.max_length,
-        "train_on": config.train_on,
-    }
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _digest(table: Dataset) -> str:
-    digest = hashlib.sha256()
-    for row in table:
-        digest.update(json.dumps(row, sort_keys=True).encode())
-    return digest.hexdigest()

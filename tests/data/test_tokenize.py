@@ -21,9 +21,10 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from finetune.config import DataConfig
+from finetune.data.examples import tokenize_rows
 from finetune.data.rows import Rows, load_rows
 from finetune.data.splits import tokenize_splits
-from finetune.data.tokenize import IGNORE, encode, render, to_messages, tokenize_rows
+from finetune.data.tokenize import IGNORE, encode, render, to_messages
 
 QWEN2_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
