@@ -8,17 +8,23 @@ conversation, and gets a text of its own, which ends with it.
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from finetune.data.chat_template import ChatTemplate, common_start, function_of
 from finetune.data.conversations import Conversation, Message
+from finetune.data.written import (
+    THOUGHT_END,
+    Written,
+    check_tagged,
+    check_turn,
+    remarks_on_prompt,
+    says_anything_of,
+)
 
 # What stands for the texts of a turn to see what the template writes around them. Private characters: no text
 # of a row ends or begins with a part of them.
 _CONTENT, _REASONING, _ARGUMENT = "\ue0f1\ue0f2", "\ue0f3\ue0f4", "\ue0f5\ue0f6"
-_THOUGHT_END = "</think>"
 
 
 class Span(NamedTuple):
@@ -94,7 +100,7 @@ def find_targets(
             texts.append(holder)
         holder.spans.insert(0, span)
     texts[1:] = reversed(texts[1:])
-    remarks.extend(_remarks_on_prompt(template, conversation, texts[0].text))
+    remarks.extend(remarks_on_prompt(conversation, texts[0].text))
     return texts, remarks
 
 
@@ -119,7 +125,8 @@ def _find_turn(
     start = len(prompt)
     if not text.startswith(prompt):
         text, start = _joined(template, conversation, i, text, prompt, stops)
-    _check_turn(template, conversation, i, text[start:], shape, remarks)
+    written = Written(text[start:], shape.times_content, shape.times_reasoning)
+    remarks += check_turn(message, i + 1, written, lambda: _own_text(template, conversation, i))
     lead = shape.lead.strip()
     if lead and not message.get("reasoning_content") and not message.get("tool_calls"):
         remarks.append(f"{lead!r} is added before an answer")
@@ -157,32 +164,38 @@ def _joined(
     Either the prompt says more than the finished turn has, such as the beginning of a thought, or it renders
     the turns before otherwise.
     """
-    parting = _before_token(stops, text, len(common_start(prompt, text)))
     own_start = len(common_start(text, _probe(template, conversation, i)))
-    if not _says_anything_of(conversation.messages[i - 1] if i else None, prompt[parting:]):
-        return text, min(parting, own_start)
-    # The generation prompt's own text stands before this turn too, unless no turn has it.
     history = template.render(up_to(conversation, i))
-    asked = prompt[_before_token(stops, prompt, len(common_start(history, prompt))) :]
-    place = text.rfind(asked, 0, own_start) if asked else -1
-    start = place + len(asked)
-    if place < 0 or _says_anything_of(conversation.messages[i - 1], text[start:own_start]):
-        raise ValueError(
-            f"the chat template renders the turns before turn {i + 1} in another way once that is written, "
-            "and what the model writes of it cannot be told; use another chat template or data.train_on all"
-        )
-    return prompt + text[start:], len(prompt)
+    history_end = _before_token(stops, prompt, len(common_start(history, prompt)))
+    parting = _before_token(stops, text, len(common_start(prompt, text)))
+    if parting >= history_end:
+        return text, min(parting, own_start)
+    # The turn is put behind the prompt. In the text it stands behind what asks for it there.
+    asking, kept = _asking(template, stops)
+    for asked in (prompt[history_end:], asking, kept):
+        place = text.rfind(asked, 0, own_start)
+        start = place + len(asked)
+        if (
+            asked
+            and place >= 0
+            and not (i and says_anything_of(conversation.messages[i - 1], text[start:own_start]))
+        ):
+            given = prompt.removesuffix(asking.removeprefix(kept)) if asked == kept else prompt
+            return given + text[start:], len(given)
+    if parting >= own_start:  # the turn goes on behind the one before, and nothing begins it
+        return text, own_start
+    raise ValueError(
+        f"the chat template renders the turns before turn {i + 1} in another way once that is written, "
+        "and what the model writes of it cannot be told; use another chat template or data.train_on all"
+    )
 
 
-def _says_anything_of(message: Message | None, text: str) -> bool:
-    """Whether a text holds what a message says, or may hold it."""
-    if message is None:
-        return False
-    said = [message.get("content"), message.get("reasoning_content")]
-    said += [function_of(call)["name"] for call in message.get("tool_calls") or []]
-    words = [_squeeze(part) for part in said if isinstance(part, str) and part.strip()]
-    squeezed = _squeeze(text)
-    return not words or any(word in squeezed for word in words)
+def _asking(template: ChatTemplate, stops: StopTokens) -> tuple[str, str]:
+    """What the generation prompt usually is, and the part of it that finished turns begin with too."""
+    alone, asking, answered = template.examples
+    start = _before_token(stops, asking, len(common_start(alone, asking)))
+    kept = asking[start : _before_token(stops, answered, len(common_start(asking, answered)))]
+    return asking[start:], kept
 
 
 def _before_token(stops: StopTokens, text: str, place: int) -> int:
@@ -201,7 +214,7 @@ def _shape(template: ChatTemplate, conversation: Conversation, i: int, text: str
     key = (
         conversation.messages[i - 1]["role"] if i else None,
         bool(message.get("content")),
-        _THOUGHT_END in (message.get("content") or ""),
+        THOUGHT_END in (message.get("content") or ""),
         bool(message.get("reasoning_content")),
         len(message.get("tool_calls") or []),
         bool(conversation.tools),
@@ -237,6 +250,12 @@ def _probe(template: ChatTemplate, conversation: Conversation, i: int) -> str:
             {**call, "function": {**function_of(call), "arguments": {_ARGUMENT: _ARGUMENT}}} for call in calls
         ]
     return template.render(replace(conversation, messages=[*conversation.messages[:i], message]))
+
+
+def _own_text(template: ChatTemplate, conversation: Conversation, i: int) -> str:
+    """Turn `i` as text, from its first own text on."""
+    text = template.render(up_to(conversation, i + 1))
+    return text[len(common_start(text, _probe(template, conversation, i))) :]
 
 
 def _common_suffix(first: str, second: str) -> str:
@@ -297,125 +316,6 @@ def _next_turn_start(template: ChatTemplate, has_calls: bool, stops: StopTokens)
     return start
 
 
-# --- What the template made of a turn ---
-
-
-def _check_turn(
-    template: ChatTemplate,
-    conversation: Conversation,
-    i: int,
-    own: str,
-    shape: _Shape,
-    remarks: list[str],
-) -> None:
-    """Refuse a template that drops, repeats or rewrites what the turn says; `own` is what it made of it."""
-    message = conversation.messages[i]
-    content = message.get("content") or ""
-    if content.strip():
-        if shape.times_content == 0 and message.get("tool_calls"):
-            remarks.append("content beside tool_calls is not written")
-        elif shape.times_content != 1:
-            did = "leaves it out" if shape.times_content == 0 else "writes it more than once"
-            raise ValueError(_refusal(i, did))
-        elif not _holds(own, content):
-            _check_thought(template, conversation, i, content, remarks)
-    if reasoning := (message.get("reasoning_content") or "").strip():
-        if shape.times_reasoning == 0:
-            remarks.append("reasoning_content is not written")
-        elif not _holds(own, reasoning):
-            raise ValueError(f"the chat template does not render the reasoning of turn {i + 1} as it is")
-    for call in message.get("tool_calls") or []:
-        _check_call(function_of(call), i, own)
-
-
-def _check_thought(
-    template: ChatTemplate, conversation: Conversation, i: int, content: str, remarks: list[str]
-) -> None:
-    """Of a content with a thought in it a template may write the thought elsewhere, or leave it out."""
-    # The generation prompt may give the beginning of the content.
-    text = template.render(up_to(conversation, i + 1))
-    own = text[len(common_start(text, _probe(template, conversation, i))) :]
-    if _holds(own, content):
-        return
-    thought, closed, answer = content.rpartition(_THOUGHT_END)
-    if not closed or not _holds(own, answer):
-        raise ValueError(_refusal(i, "changes it"))
-    if not _holds(own, thought.partition("<think>")[2]):
-        remarks.append("the thought in an answer is not written")
-
-
-def _check_call(function: dict[str, Any], i: int, own: str) -> None:
-    name, arguments = function["name"], function.get("arguments") or {}
-    if name not in own:
-        raise ValueError(
-            f"the chat template leaves out the tool call {name!r} of turn {i + 1}; use another chat template"
-        )
-    if isinstance(arguments, str):
-        arguments = json.loads(arguments or "{}")
-    squeezed = _squeeze(own)
-    for leaf in _leaves(arguments):
-        if not any(_squeeze(form) in squeezed for form in _forms(leaf)):
-            raise ValueError(
-                f"the chat template does not render the arguments of the tool call {name!r} of turn {i + 1} "
-                f"as they are: {leaf!r:.60} is missing; use another chat template"
-            )
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """The keys and values of a JSON value that are not containers."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield key
-            yield from _leaves(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _leaves(inner)
-    else:
-        yield value
-
-
-def _forms(leaf: Any) -> Iterator[str]:
-    """How a template may write a key or value."""
-    yield str(leaf)
-    if isinstance(leaf, str):
-        yield json.dumps(leaf, ensure_ascii=False)[1:-1]
-        yield json.dumps(leaf)[1:-1]
-        yield repr(leaf)[1:-1]
-    else:
-        yield json.dumps(leaf)
-
-
-def _refusal(i: int, did: str) -> str:
-    return (
-        f"the chat template does not render the assistant's text as it is (turn {i + 1}): it {did}; "
-        "use another chat template or data.train_on all"
-    )
-
-
-def _holds(text: str, part: str) -> bool:
-    """Whether a text holds another, but for white space."""
-    return part.strip() in text or _squeeze(part) in _squeeze(text)
-
-
-def _squeeze(text: str) -> str:
-    return "".join(text.split())
-
-
-def _remarks_on_prompt(template: ChatTemplate, conversation: Conversation, text: str) -> Iterator[str]:
-    """What of the other turns and of the tools the template leaves out or changes."""
-    for tool in conversation.tools or []:
-        if tool.get("function", tool).get("name", "") not in text:
-            yield "tools is not written"
-            break
-    for message in conversation.messages:
-        content = message.get("content")
-        if message["role"] == "assistant" or not isinstance(content, str) or content.strip() in text:
-            continue
-        squeezed = _squeeze(text)
-        if not any(_squeeze(form) in squeezed for form in _forms(content.strip())):
-            yield f"the text of a {message['role']} turn is not written as it is"
-
-
 # --- Templates that mark what the model writes ---
 
 
@@ -441,23 +341,6 @@ def find_tagged(template: ChatTemplate, conversation: Conversation) -> tuple[lis
     remarks: list[str] = []
     own = "".join(text[start:end] for start, end in tagged)
     for i in trained:
-        _check_tagged(conversation.messages[i], i, own, remarks)
-    remarks.extend(_remarks_on_prompt(template, conversation, text))
+        remarks += check_tagged(conversation.messages[i], i + 1, own)
+    remarks.extend(remarks_on_prompt(conversation, text))
     return [Text(text, [Span(start, end - 1) for start, end in tagged if end > start])], remarks
-
-
-def _check_tagged(message: Message, i: int, own: str, remarks: list[str]) -> None:
-    """Refuse tags that leave out a part of what the turn says; `own` is all that is tagged."""
-    content = message.get("content") or ""
-    if not _holds(own, content):
-        thought, closed, answer = content.rpartition(_THOUGHT_END)
-        if message.get("tool_calls") and answer == content:
-            remarks.append("content beside tool_calls is not written")
-        elif not closed or not _holds(own, answer):
-            raise ValueError(_refusal(i, "leaves it out of its {% generation %} tags, or changes it"))
-        elif not _holds(own, thought.partition("<think>")[2]):
-            remarks.append("the thought in an answer is not written")
-    if not _holds(own, message.get("reasoning_content") or ""):
-        remarks.append("reasoning_content is not written")
-    for call in message.get("tool_calls") or []:
-        _check_call(function_of(call), i, own)
