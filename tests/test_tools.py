@@ -1,5 +1,6 @@
 """What is trained with a chat template, tools and reasoning is asked for in the same way afterwards."""
 
+import html
 import io
 import json
 import shutil
@@ -35,6 +36,7 @@ MEMORISE = {
     "checkpoint__every_steps": 1000,
     "log__every_steps": 20,
 }
+WITH_TOOLS = {"data__chat_template": "chatml", "data__max_length": 1024}
 SHORT = {"train__max_steps": 2, "eval__at_start": False}
 
 
@@ -155,6 +157,38 @@ def test_an_adapter_is_asked_alike_wherever_it_lies(memorised, tmp_path):
     assert answers == [answers[0]] * 3
     assert texts == [texts[0]] * 3
     assert answers[0].text == written(tokenizer, row, 1)
+
+
+def test_evaluate_compares_calls_as_they_are_written(memorised, tmp_path):
+    start_anew()
+    rows = [{**row, "messages": row["messages"][:2]} for row in tool_rows()]
+    files = [
+        "--data",
+        str(write_rows(tmp_path / "calls.jsonl", rows)),
+        "--output",
+        str(tmp_path / "figures.json"),
+    ]
+    assert main(["evaluate", str(memorised), *files, "--generate", "8", "--max_new_tokens", "200"]) == 0
+    answers = json.loads(output.read_text())["answers"]
+    tokenizer = load_trained_tokenizer(find_trained(memorised))
+    expected = [written(tokenizer, row, 1) for row in rows]
+    assert [row["reference"] for row in answers["rows"]] == expected
+    assert [row["tuned"]["text"] for row in answers["rows"]] == expected
+    assert [row["base"]["text"] for row in answers["rows"]] != expected
+    assert answers["chrf"]["tuned"]["value"] == 100
+
+
+def test_a_run_shows_its_answers_to_rows_with_tools(run_train, tmp_path):
+    rows = write_rows(tmp_path / "tools.jsonl", tool_rows())
+    run_dir = run_train(data__path=rows, data__eval_fraction=0.5, train__max_steps=1, **WITH_TOOLS)
+    lines = [json.loads(line) for line in (run_dir / "answers.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert len(line["answers"]) == 4
+        for entry in line["answers"]:
+            assert [turn["role"] for turn in entry["messages"][:3]] == ["user", "assistant", "tool"]
+    page = html.unescape((run_dir / "report.html").read_text())
+    called = lines[0]["answers"][0]["messages"][1]["tool_calls"][0]["function"]
+    assert f"{called['name']}({json.dumps(called['arguments'], ensure_ascii=False)})" in page
 
 
 # Templates from a file
