@@ -162,13 +162,9 @@ def test_an_adapter_is_asked_alike_wherever_it_lies(memorised, tmp_path):
 def test_evaluate_compares_calls_as_they_are_written(memorised, tmp_path):
     start_anew()
     rows = [{**row, "messages": row["messages"][:2]} for row in tool_rows()]
-    files = [
-        "--data",
-        str(write_rows(tmp_path / "calls.jsonl", rows)),
-        "--output",
-        str(tmp_path / "figures.json"),
-    ]
-    assert main(["evaluate", str(memorised), *files, "--generate", "8", "--max_new_tokens", "200"]) == 0
+    data, output = write_rows(tmp_path / "calls.jsonl", rows), tmp_path / "figures.json"
+    options = ["--data", str(data), "--output", str(output), "--generate", "8", "--max_new_tokens", "200"]
+    assert main(["evaluate", str(memorised), *options]) == 0
     answers = json.loads(output.read_text())["answers"]
     tokenizer = load_trained_tokenizer(find_trained(memorised))
     expected = [written(tokenizer, row, 1) for row in rows]

@@ -83,8 +83,7 @@ def encode_prompt(tokenizer: Any, conversation: Conversation | list[Message]) ->
 
 
 def reference_answer(tokenizer: Any, conversation: Conversation) -> str:
-    """The answer that is the last turn of a conversation, in the form in which `answer_prompts` gives answers:
-    as the template writes it, with its reasoning and its calls.
+    """The answer that is the last turn of a conversation, in the form that `answer_prompts` gives answers.
 
     Raises:
         ValueError: as `encode`.
