@@ -10,6 +10,7 @@ from finetune.data.duplicates import Match
 from finetune.data.named_templates import describe_template
 from finetune.data.plan import Plan
 from finetune.data.splits import Data, in_words
+from finetune.model.added_tokens import token_ids_of
 from finetune.model.fast_paths import FastPaths
 from finetune.model.load import count_parameters
 from finetune.run import folder, summary
@@ -79,11 +80,14 @@ def describe(facts: RunFacts) -> list[tuple[str, str]]:
     config, model, data = facts.config, facts.model, facts.data
     rows, dropped, unused = data.rows, data.dropped(), data.unused()
     trainable, total = count_parameters(model)
+    added = token_ids_of(model.peft_config["default"].trainable_token_indices)
+    rows_trained = [("trained rows", f"{len(added)} tokens of the embedding and the head")] if added else []
     num_taken = len(rows.train) + len(rows.eval)
     return [
         ("device", f"{device_name(model.device)}; {facts.flop_per_second / 1e9:,.0f} GFLOP/s in matmuls"),
         ("model", f"{config.model.name_or_path}, base in {config.model.quantization}"),
         ("parameters", f"{trainable:,} trainable of {total:,} ({trainable / total:.2%})"),
+        *rows_trained,
         ("chat template", describe_template(config.data.chat_template, facts.tokenizer)),
         (
             "rows",
