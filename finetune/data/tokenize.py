@@ -23,11 +23,11 @@ from jinja2 import TemplateSyntaxError
 from numpy.typing import NDArray
 
 from finetune.config import DataConfig
+from finetune.data.segments import MIN_SHARED, SequenceSizes, branches_of, sequence_sizes, shareable
 
 IGNORE = -100  # the label of a token without loss, as everywhere in PyTorch
 # Whose text a token belongs to: a turn of that role, of any other role, or the template.
 ROLES = ("system", "user", "assistant", "other", "template")
-MIN_SHARED = 8  # tokens; a shorter prefix is not worth sharing
 CACHE_VERSION = 1  # incremented when the same row would yield other tokens or labels than before
 
 Message = dict[str, str]
@@ -69,12 +69,19 @@ class Examples:
         if len(self.dataset) == 0:
             return 0
         prefix: list[int] = self.dataset[0]["input_ids"]
-        for input_ids, labels in zip(self.dataset["input_ids"], self.dataset["labels"], strict=True):
-            # The last shared token predicts the first one that is not, so that must not be a target either.
-            prefix = common_prefix(prefix, input_ids[: max(0, first_target(labels) - 1)])
+        for example in self.dataset:
+            own = shareable(example["input_ids"], first_target(example["labels"]), branches_of(example))
+            prefix = common_prefix(prefix, own)
             if not prefix:
                 break
         return len(prefix) if len(prefix) >= MIN_SHARED else 0
+
+    @cached_property
+    def sequence_sizes(self) -> SequenceSizes | None:
+        """What the examples are in the padded layout; None if none has a branch."""
+        if "branches" not in self.dataset.column_names:
+            return None
+        return sequence_sizes(self.lengths, self.dataset["branches"])
 
     @cached_property
     def fingerprint(self) -> str:

@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from finetune.data.collate import Boundaries
+from finetune.data.segments import Segment
 from finetune.ops import kernels
 from finetune.ops.sequences import Sequences, separate
 
@@ -121,7 +122,7 @@ def _choose_implementation(query: Tensor, key: Tensor, value: Tensor) -> Impleme
 
 def _refuse_unsupported(boundaries: Boundaries, dropout: float, others: dict[str, Any]) -> None:
     window = others.pop("sliding_window", None)
-    if window is not None and window < boundaries.prefix + max(boundaries.lengths):
+    if window is not None and window < max(segment.num_keys for segment in boundaries.segments()):
         raise NotImplementedError("a sliding window shorter than an example")
     refused = sorted(name for name, value in others.items() if value is not None and name not in IGNORED)
     if others.get("is_causal") in (None, True):
@@ -139,7 +140,7 @@ def by_compiled_kernel(
     size = value.shape[-1]
     query, key, value = _pad_heads(max(query.shape[-1], size), query, key, value)
     attended: Tensor = _KernelAttention.apply(  # type: ignore[no-untyped-call]
-        query, key, value, boundaries.lengths, boundaries.prefix, scale
+        query, key, value, boundaries.segments(), scale
     )
     return attended[..., :size]
 
@@ -178,7 +179,7 @@ def _pad_heads(size: int, *tensors: Tensor) -> list[Tensor]:
 
 
 def by_example(query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries, scale: float) -> Tensor:
-    """An `Implementation` for CPUs: one call of torch's attention for each example."""
+    """An `Implementation` for CPUs: one call of torch's attention for each segment."""
     sequences, dtype = separate(boundaries), query.dtype
     grouped = query.shape[1] != key.shape[1]
     # On a CPU, torch's attention is two to four times slower in bf16, and less exact.
@@ -188,9 +189,11 @@ def by_example(query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries
     outputs = []
     for rows in zip(queries, keys, values, strict=True):
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in rows)
-        prefix = k.shape[2] - q.shape[2]
-        visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(prefix)
-        mask: dict[str, Any] = {"attn_mask": visible} if prefix > 0 else {"is_causal": True}  # faster kernels
+        context = k.shape[2] - q.shape[2]
+        visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(context)
+        mask: dict[str, Any] = (
+            {"attn_mask": visible} if context > 0 else {"is_causal": True}
+        )  # faster kernels
         outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped, **mask))
     return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1).to(dtype)
 
@@ -307,16 +310,15 @@ class _KernelAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        lengths: tuple[int, ...],
-        prefix: int,
+        segments: tuple[Segment, ...],
         scale: float,
     ) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.settings = lengths, prefix, scale
-        return kernels.attention_forward(query, key, value, lengths, prefix, scale)
+        ctx.settings = segments, scale
+        return kernels.attention_forward(query, key, value, segments, scale)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         grads = kernels.attention_backward(query, key, value, grad_output, *ctx.settings)
-        return *grads, None, None, None
+        return *grads, None, None
