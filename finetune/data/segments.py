@@ -50,7 +50,7 @@ def branches_of(example: Mapping[str, Any]) -> tuple[Branch, ...]:
 def segments_of(
     lengths: Sequence[int], prefix: int, branches: Sequence[Sequence[Branch]]
 ) -> tuple[Segment, ...]:
-    """The segments of a packed sequence, in order: the shared prefix; of each example the trunk, the branches.
+    """The segments of a packed sequence, in order: the shared prefix, then each trunk and its branches.
 
     `lengths` are the tokens of each example behind the `prefix` shared ones. `branches` are those of each
     example, or empty if none has any.
