@@ -164,7 +164,7 @@ def _by_gpu_kernel(
 ) -> Tensor:
     size, sequences = value.shape[-1], separate(boundaries)
     query, key, value = _pad_heads(_padded_size(query, value), query, key, value)
-    attended: Tensor = function.apply(query, sequences.gather(key), sequences.gather(value), sequences, scale)
+    attended: Tensor = function.apply(query, key, value, sequences, scale)
     return attended[..., :size]
 
 
@@ -207,7 +207,7 @@ NAMES: dict[Implementation, str] = {
 
 
 class _FlashAttention(torch.autograd.Function):
-    """Attention [T, H, D] of query [T, H, D] to gathered keys and values [sum(num_keys), K, D].
+    """Attention [T, H, D] of query [T, H, D] to key and value [T, K, D].
 
     It calls the operator itself: torch's public function for it has other arguments in each version.
     """
@@ -218,26 +218,30 @@ class _FlashAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.lengths = max(sequences.num_queries), max(sequences.num_keys)
         starts = sequences.query_starts, sequences.key_starts
+        copies = sequences.copies_of(key, value)
         # Causal attention is aligned at the end of each sequence: its last query attends to its last key.
         output, logsumexp, seed, offset, _ = torch.ops.aten._flash_attention_forward(
-            query, key, value, *starts, *ctx.lengths, 0.0, True, False, scale=scale
+            query, *copies, *starts, *ctx.lengths, 0.0, True, False, scale=scale
         )
-        ctx.save_for_backward(query, key, value, output, logsumexp, *starts, seed, offset)
-        ctx.scale = scale
+        kept = copies if sequences.keeps_copies else (key, value)
+        ctx.save_for_backward(query, *kept, output, logsumexp, *starts, seed, offset)
+        ctx.sequences, ctx.scale = sequences, scale
         result: Tensor = output
         return result
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, seed, offset = ctx.saved_tensors
-        grads = torch.ops.aten._flash_attention_backward(
-            grad_output, *saved, *ctx.lengths, 0.0, True, seed, offset, scale=ctx.scale
+        query, key, value, *saved, seed, offset = ctx.saved_tensors
+        if not ctx.sequences.keeps_copies:
+            key, value = ctx.sequences.copies_of(key, value)
+        grad_query, *grads = torch.ops.aten._flash_attention_backward(
+            grad_output, query, key, value, *saved, *ctx.lengths, 0.0, True, seed, offset, scale=ctx.scale
         )
-        return *grads, None, None
+        return grad_query, *ctx.sequences.gradients_of(*grads), None, None
 
 
 class _EfficientAttention(torch.autograd.Function):
-    """Attention [T, H, D] of query [T, H, D] to gathered keys and values [sum(num_keys), K, D].
+    """Attention [T, H, D] of query [T, H, D] to key and value [T, K, D].
 
     The kernel takes as many heads of keys as of queries. The backward pass expands them again: to keep them
     would take H / K times the memory.
@@ -250,10 +254,10 @@ class _EfficientAttention(torch.autograd.Function):
         ctx.lengths = max(sequences.num_queries), max(sequences.num_keys)
         starts = sequences.query_starts, sequences.key_starts
         heads = query.shape[1]
+        copies = sequences.copies_of(key, value)
         output, logsumexp, seed, offset, *_ = torch.ops.aten._efficient_attention_forward(
             query.unsqueeze(0),
-            _expand_heads(key, heads),
-            _expand_heads(value, heads),
+            *(_expand_heads(x, heads) for x in copies),
             None,
             *starts,
             *ctx.lengths,
@@ -262,14 +266,17 @@ class _EfficientAttention(torch.autograd.Function):
             True,
             scale=scale,
         )
-        ctx.save_for_backward(query, key, value, output, logsumexp, *starts, seed, offset)
-        ctx.scale = scale
+        kept = copies if sequences.keeps_copies else (key, value)
+        ctx.save_for_backward(query, *kept, output, logsumexp, *starts, seed, offset)
+        ctx.sequences, ctx.scale = sequences, scale
         result: Tensor = output.squeeze(0)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, logsumexp, *starts, seed, offset = ctx.saved_tensors
+        if not ctx.sequences.keeps_copies:
+            key, value = ctx.sequences.copies_of(key, value)
         heads = query.shape[1]
         grad_query, *grads, _ = torch.ops.aten._efficient_attention_backward(
             grad_output.unsqueeze(0),
@@ -288,8 +295,8 @@ class _EfficientAttention(torch.autograd.Function):
             False,
             scale=ctx.scale,
         )
-        grad_key, grad_value = (grad.reshape(*key.shape[:2], -1, key.shape[2]).sum(2) for grad in grads)
-        return grad_query.squeeze(0), grad_key, grad_value, None, None
+        of_copies = (grad.reshape(*key.shape[:2], -1, key.shape[2]).sum(2) for grad in grads)
+        return grad_query.squeeze(0), *ctx.sequences.gradients_of(*of_copies), None, None
 
 
 def _expand_heads(x: Tensor, heads: int) -> Tensor:

@@ -27,6 +27,24 @@ class _Shared(NamedTuple):
     order: Tensor | None
     """For each token its row among those of all groups, then `own`; None where these are in order"""
 
+    def copy(self, x: Tensor) -> Tensor:
+        """x [T, K, D] -> [sum(num_keys), K, D]: each sequence gets its own copy of its context."""
+        return x.index_select(0, self.key_indices)
+
+    def add_copies(self, grad: Tensor) -> Tensor:
+        """The gradient [T, K, D] of the tokens from that of their copies, which are added in their order."""
+        num_shared, sizes = sum(num_tokens for _, num_tokens in self.groups), grad.shape[1:]
+        dx = grad.new_empty(num_shared + len(self.own), *sizes)
+        of_copies = grad.index_select(0, self.copies)
+        first = row = 0
+        for num_copies, num_tokens in self.groups:
+            last = row + num_copies * num_tokens
+            part = of_copies[row:last].view(num_copies, num_tokens, *sizes)
+            torch.sum(part, 0, out=dx[first : first + num_tokens])
+            first, row = first + num_tokens, last
+        torch.index_select(grad, 0, self.own, out=dx[num_shared:])
+        return dx if self.order is None else dx.index_select(0, self.order)
+
 
 class Sequences(NamedTuple):
     """A packed sequence as S separate ones, one for each of its segments."""
@@ -39,13 +57,24 @@ class Sequences(NamedTuple):
     key_starts: Tensor
     shared: _Shared | None
     """None: each token's key once, in order"""
+    keeps_copies: bool
+    """Whether a backward pass keeps the copies of keys. Those of a shared prefix are few. Those of what
+    branches continue may be many times the tokens, and are made again."""
 
     def gather(self, x: Tensor) -> Tensor:
-        """Gather keys or values [T, K, D] of the tokens into [sum(num_keys), K, D]."""
+        """Gather keys or values [T, K, D] of the tokens into [sum(num_keys), K, D], with a gradient."""
         if self.shared is None:
             return x
         gathered: Tensor = _CopyShared.apply(x, self.shared)  # type: ignore[no-untyped-call]
         return gathered
+
+    def copies_of(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """As `gather` for each tensor, within an autograd function."""
+        return tensors if self.shared is None else tuple(self.shared.copy(x) for x in tensors)
+
+    def gradients_of(self, *grads: Tensor) -> tuple[Tensor, ...]:
+        """The gradients [T, K, D] of tokens from those of what `copies_of` returns."""
+        return grads if self.shared is None else tuple(self.shared.add_copies(grad) for grad in grads)
 
 
 @lru_cache(maxsize=2)
@@ -57,7 +86,7 @@ def separate(boundaries: Boundaries) -> Sequences:
     segments, starts = boundaries.segments(), boundaries.starts
     num_queries = [segment.length for segment in segments]
     if not any(segment.context for segment in segments):
-        return Sequences(num_queries, num_queries, starts, starts, None)
+        return Sequences(num_queries, num_queries, starts, starts, None, keeps_copies=True)
 
     def on_device(numbers: NDArray[np.int64], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.from_numpy(numbers).to(dtype).to(starts.device, non_blocking=True)
@@ -86,32 +115,19 @@ def separate(boundaries: Boundaries) -> Sequences:
     query_starts, key_starts = (
         on_device(np.cumsum([0, *counts]), torch.int32) for counts in (num_queries, num_keys)
     )
-    return Sequences(num_queries, num_keys, query_starts, key_starts, shared)
+    keeps_copies = not boundaries.branches
+    return Sequences(num_queries, num_keys, query_starts, key_starts, shared, keeps_copies)
 
 
 class _CopyShared(torch.autograd.Function):
-    """x [T, K, D] -> [sum(num_keys), K, D]: each sequence gets its own copy of its context.
-
-    The backward pass adds the gradients of the copies in their order. That of indexing would sort the
-    indices, and add in the order in which threads arrive.
-    """
+    """`_Shared.copy`. The backward pass of indexing would sort the indices, and add in the order in which
+    threads arrive."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shared: _Shared) -> Tensor:
         ctx.shared = shared
-        return x.index_select(0, shared.key_indices)
+        return shared.copy(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        _, copies, groups, own, order = ctx.shared
-        num_shared, sizes = sum(num_tokens for _, num_tokens in groups), grad.shape[1:]
-        dx = grad.new_empty(num_shared + len(own), *sizes)
-        of_copies = grad.index_select(0, copies)
-        first = row = 0
-        for num_copies, num_tokens in groups:
-            last = row + num_copies * num_tokens
-            part = of_copies[row:last].view(num_copies, num_tokens, *sizes)
-            torch.sum(part, 0, out=dx[first : first + num_tokens])
-            first, row = first + num_tokens, last
-        torch.index_select(grad, 0, own, out=dx[num_shared:])
-        return dx if order is None else dx.index_select(0, order), None
+        return ctx.shared.add_copies(grad), None

@@ -390,6 +390,16 @@ def test_on_a_gpu_one_kernel_computes_all_branches(card, dtype, comb):
     assert len(called) == 2
 
 
+def test_on_a_gpu_no_copy_of_what_branches_continue_is_kept(card):
+    comb = Comb([90], [[Branch(50 + 10 * number, 50) for number in range(4)]])
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        inputs = random_inputs(comb.num_tokens, 4, 2, 16, torch.bfloat16)
+        packed_attention(None, *inputs, None, boundaries=comb.boundaries)
+    assert separate(comb.boundaries).num_keys == [50, 60, 60, 60, 60]
+    assert sum(x.numel() for x in saved) < 2 * sum(x.numel() for x in inputs)
+
+
 def test_on_a_gpu_the_model_decides_the_scale_and_the_size_of_the_values(card):
     query, key, value = random_inputs(9, 2, 2, 16, torch.bfloat16)
     wide, _ = packed_attention(None, query, key, value, None, boundaries=make_boundaries([4, 5]))
