@@ -26,10 +26,11 @@ def combs(draw: st.DrawFn, beginning: list[int], most: int = 12) -> Comb:
     branches = []
     for _ in range(draw(st.integers(0, 4))):
         own = draw(st.lists(tokens, min_size=1, max_size=most))
-        lowest = len(beginning) + 1 if draw(st.integers(0, 9)) else 1
-        branches.append([len(ids), draw(st.integers(lowest, length))])
+        lowest = len(beginning) + 1 if draw(st.integers(0, 9)) else 0
+        attach = draw(st.integers(lowest, length))
+        branches.append([len(ids), attach])
         ids = ids + own
-        is_target += [draw(st.integers(0, 3)) > 0 for _ in own]
+        is_target += [attach + place > 0 and draw(st.integers(0, 3)) > 0 for place in range(len(own))]
     labels = [token if target else IGNORE for token, target in zip(ids, is_target, strict=True)]
     return {"input_ids": ids, "labels": labels, "branches": branches}
 

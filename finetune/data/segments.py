@@ -18,7 +18,7 @@ class Branch(NamedTuple):
 
     start: int
     attach: int
-    """Tokens of the trunk that it continues: from 1 to the start of the first branch"""
+    """Tokens of the trunk that it continues, up to all; with 0, its first token is no target"""
 
 
 class Segment(NamedTuple):

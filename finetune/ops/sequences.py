@@ -83,14 +83,18 @@ def separate(boundaries: Boundaries) -> Sequences:
 
     The result is kept, because every layer of a forward pass uses the same.
     """
-    segments, starts = boundaries.segments(), boundaries.starts
-    num_queries = [segment.length for segment in segments]
-    if not any(segment.context for segment in segments):
-        return Sequences(num_queries, num_queries, starts, starts, None, keeps_copies=True)
+    segments, device = boundaries.segments(), boundaries.starts.device
 
     def on_device(numbers: NDArray[np.int64], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.from_numpy(numbers).to(dtype).to(starts.device, non_blocking=True)
+        return torch.from_numpy(numbers).to(dtype).to(device, non_blocking=True)
 
+    def starts_of(counts: list[int]) -> Tensor:
+        return on_device(np.cumsum([0, *counts]), torch.int32)
+
+    num_queries = [segment.length for segment in segments]
+    if not any(segment.context for segment in segments):
+        starts = starts_of(num_queries) if boundaries.branches else boundaries.starts
+        return Sequences(num_queries, num_queries, starts, starts, None, keeps_copies=True)
     num_keys = [segment.num_keys for segment in segments]
     key_indices = np.concatenate(keys_of(segments))
     num_copies = np.bincount(key_indices)
@@ -112,11 +116,8 @@ def separate(boundaries: Boundaries) -> Sequences:
         on_device(rows[first_copies[alone]]),
         None if is_in_order else on_device(order),
     )
-    query_starts, key_starts = (
-        on_device(np.cumsum([0, *counts]), torch.int32) for counts in (num_queries, num_keys)
-    )
-    keeps_copies = not boundaries.branches
-    return Sequences(num_queries, num_keys, query_starts, key_starts, shared, keeps_copies)
+    starts_of_both = starts_of(num_queries), starts_of(num_keys)
+    return Sequences(num_queries, num_keys, *starts_of_both, shared, keeps_copies=not boundaries.branches)
 
 
 class _CopyShared(torch.autograd.Function):

@@ -178,6 +178,9 @@ def test_a_branch_is_a_sequence_with_the_keys_of_what_it_continues():
     apart = separate(make_boundaries([3, 2], 0, [[Branch(2, 1)], []])).shared
     assert apart.groups == ((2, 1),)
     assert apart.order is None
+    alone = separate(make_boundaries([3, 2], 0, [[Branch(2, 0)], []]))
+    assert (alone.num_queries, alone.shared) == ([2, 1, 2], None)
+    assert alone.query_starts.tolist() == alone.key_starts.tolist() == [0, 2, 3, 5]
     later = separate(make_boundaries([2, 3], 0, [[], [Branch(2, 1)]])).shared
     assert later.copies.tolist() == [2, 4]
     assert later.own.tolist() == [0, 1, 3, 5]
@@ -208,7 +211,8 @@ def combs(draw: st.DrawFn) -> Comb:
         length = trunk = prefix + draw(st.integers(1, 100))
         own = []
         for _ in range(draw(st.integers(0, 3))):
-            own.append(Branch(length, draw(st.integers(prefix + 1, trunk))))
+            lowest = 0 if prefix == 0 else prefix + 1
+            own.append(Branch(length, draw(st.integers(lowest, trunk))))
             length += draw(st.integers(1, 10) | st.integers(1, 100))
         lengths.append(length)
         branches.append(own)
@@ -244,6 +248,7 @@ TWO_COMBS = Comb([75, 60, 20], [[Branch(40, 33), Branch(44, 40)], [], [Branch(12
 @fp32_and_bf16
 @any_sequence
 @given(comb=combs(), heads=heads, seed=st.integers(0, 999))
+@example(comb=Comb([20], [[Branch(5, 0), Branch(9, 0)]]), heads=(2, 2), seed=0)
 @example(comb=TWO_COMBS, heads=(4, 2), seed=0)
 @example(comb=Comb([2 * BLOCK], [[Branch(BLOCK, BLOCK)]]), heads=(6, 1), seed=0)
 def test_a_branch_attends_to_itself_and_to_what_it_continues(dtype, tolerance, comb, heads, seed):
@@ -379,7 +384,7 @@ def test_on_a_gpu_one_kernel_computes_all_examples(card, dtype, prefix, count, s
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("comb", [TWO_COMBS, Comb([30], [[Branch(20, 20)]])])
+@pytest.mark.parametrize("comb", [TWO_COMBS, Comb([30], [[Branch(20, 20)]]), Comb([9], [[Branch(4, 0)]])])
 def test_on_a_gpu_one_kernel_computes_all_branches(card, dtype, comb):
     _, called = card
     inputs = random_inputs(comb.num_tokens, 4, 2, 16, dtype)
