@@ -93,6 +93,7 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in environment["packages"].items()),
         "settings": [(key, value) for key, value in settings.items() if not key.startswith(OMITTED_KEYS)],
         "vllm_rank": next((accepted for accepted in VLLM_RANKS if accepted >= rank), None),
+        "has_rows": bool(environment["token_rows"]),
         "began_from": _began_from(origin),
     }
     # No HTML escaping: text from users is in code spans, which Markdown shows verbatim.

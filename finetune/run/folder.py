@@ -247,8 +247,8 @@ def _with_current_names(environment: dict[str, Any]) -> dict[str, Any]:
         for choice in environment.get("settings", [])
     ]
     int8 = "dequantize" if environment["int8"] == "dequantise" else environment["int8"]
-    # Older runs chose no budget, and began from no adapter.
-    later = {"token_budget": None, "model_adapter": None}
+    # Older runs chose no budget, began from no adapter, and trained no rows of added tokens.
+    later = {"token_budget": None, "model_adapter": None, "token_rows": []}
     return {**later, **environment, "int8": int8, "settings": choices}
 
 
