@@ -43,7 +43,7 @@ def repeat_bad_update(run_dir: Path, recorded: dict[str, Any]) -> dict[str, Any]
         raise ValueError(f"{run_dir / STATE_BEFORE} is not an intact checkpoint: {fault}")
     config = parse_config(["--config", str(run_dir / CONFIG)])
     environment = read_environment(run_dir)
-    parts = load_parts(config)
+    parts = load_parts(config, run_dir / STATE_BEFORE)
     train_set, token_loss = parts.train_set, parts.token_loss
     if environment["data"] != fingerprint_of(train_set, parts.eval_set):
         raise ValueError(f"the rows of {config.data.path} are not those that the run was trained on")

@@ -34,8 +34,9 @@ def lead(record: Record) -> str:
     config = record.config
     quantization = config.model.quantization
     base = "base not quantized" if quantization == "none" else f"base in {quantization}"
-    data = described(config.data.path)
-    return f"{config.model.name_or_path} ({base}) with LoRA r={config.lora.r}, on {data}"
+    data, adapter = described(config.data.path), config.model.adapter
+    began = "" if adapter is None else f", trained on from {adapter}"
+    return f"{config.model.name_or_path} ({base}) with LoRA r={config.lora.r}{began}, on {data}"
 
 
 # --- Before and after ---

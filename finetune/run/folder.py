@@ -21,10 +21,12 @@ from finetune.config import Config, flatten
 from finetune.config_parsing import config_to_dict, config_to_yaml, with_current_values
 from finetune.data.plan import Plan
 from finetune.data.splits import Data, fingerprint_of
+from finetune.model import given_adapter
 from finetune.run.checkpoint import checkpoints_dir, fault_of, list_checkpoints
 from finetune.runtime.files import require_room, write_atomically
 
-CONFIG, ENVIRONMENT, RESULT = "config.yaml", "environment.json", "adapter"
+CONFIG, ENVIRONMENT = given_adapter.RUN_FILES
+RESULT, CHAT_TEMPLATE = given_adapter.RESULT, "chat_template.jinja"
 METRICS, ANSWERS, EVALUATIONS = "metrics.jsonl", "answers.jsonl", "evaluations"
 EXAMPLE_SUMS = ["nll", "entropy", "correct", "num_target_tokens"]
 RECORDED = {"base", "int8", "data", "global_batch_size", "num_processes", "started_from"}
@@ -82,7 +84,10 @@ def run_status(config: Config) -> RunStatus:
 
 def _is_leftover(path: Path) -> bool:
     """Whether this was left by a start that was killed before its last step, writing config.yaml."""
-    return path.name in (ENVIRONMENT, f".{ENVIRONMENT}.partial", f".{CONFIG}.partial")
+    written_before = (ENVIRONMENT, CHAT_TEMPLATE)
+    return path.name in written_before or path.name in [
+        f".{name}.partial" for name in (*written_before, CONFIG)
+    ]
 
 
 @contextmanager
@@ -133,12 +138,16 @@ def _differing_keys(saved: dict[str, Any], config: Config) -> list[str]:
 def training_config(config: Config) -> str:
     """The configuration (YAML) without the keys that do not change what an update is, so that two runs which
     make the same updates write the same text."""
-    kept: dict[str, Any] = {}
-    for key, value in flatten(config_to_dict(config)).items():
-        if not key.startswith(FREE_KEYS):
-            section, _, name = key.partition(".")
-            kept.setdefault(section, {})[name] = value
-    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    kept = {
+        section: {
+            name: value for name, value in keys.items() if not f"{section}.{name}".startswith(FREE_KEYS)
+        }
+        for section, keys in config_to_dict(config).items()
+        if isinstance(keys, dict)
+    }
+    return yaml.safe_dump(
+        {section: keys for section, keys in kept.items() if keys}, sort_keys=False, allow_unicode=True
+    )
 
 
 def start_run(
@@ -146,17 +155,19 @@ def start_run(
     environment: dict[str, Any],
     plan: Plan,
     data: Data,
+    chat_template: str | None,
     checkpoint: Path | None,
     step: int,
     checkpoint_bytes: int,
 ) -> None:
-    """Write environment.json and config.yaml, and remove what a kill left half written.
+    """Write environment.json, the chat template and config.yaml, and remove what a kill left half written.
 
-    `checkpoint`, saved after update `step`, is what the run resumes from.
+    `chat_template` is the text of that of `data.chat_template`, None for the model's own. `checkpoint`, saved
+    after update `step`, is what the run resumes from.
 
     Raises:
-        ValueError: the run resumes, but with other rows or with updates of another size; or the disk has no
-            room for the checkpoints that the run keeps and the one being written.
+        ValueError: the run resumes, but with another chat template, other rows or updates of another size; or
+            the disk has no room for the checkpoints that the run keeps and the one being written.
     """
     folder = Path(config.output_dir)
     started_from = _started_from(folder)
@@ -168,6 +179,14 @@ def start_run(
             )
     fingerprint = fingerprint_of(data.train, data.eval)
     if (folder / CONFIG).exists():
+        if (
+            chat_template is not None
+            and (folder / CHAT_TEMPLATE).read_text(encoding="utf-8") != chat_template
+        ):
+            raise ValueError(
+                f"data.chat_template {config.data.chat_template} is not the one that the run in {folder} was "
+                f"trained with, which is {folder / CHAT_TEMPLATE}; restore it, or choose another output_dir"
+            )
         before = read_environment(folder)
         if before["data"] != fingerprint:
             raise ValueError(
@@ -193,6 +212,8 @@ def start_run(
         "started_from": None if started_from is None else str(started_from),
     }
     write_atomically(folder / ENVIRONMENT, json.dumps(environment, indent=1, ensure_ascii=False))
+    if chat_template is not None:
+        write_atomically(folder / CHAT_TEMPLATE, chat_template)
     write_atomically(folder / CONFIG, config_to_yaml(replace(config, resume="auto")))
 
 
@@ -226,8 +247,9 @@ def _with_current_names(environment: dict[str, Any]) -> dict[str, Any]:
         for choice in environment.get("settings", [])
     ]
     int8 = "dequantize" if environment["int8"] == "dequantise" else environment["int8"]
-    budget = environment.get("token_budget")  # older runs chose none
-    return {**environment, "int8": int8, "token_budget": budget, "settings": choices}
+    # Older runs chose no budget, began from no adapter, and trained no rows of added tokens.
+    later = {"token_budget": None, "model_adapter": None, "token_rows": []}
+    return {**later, **environment, "int8": int8, "settings": choices}
 
 
 def _started_from(folder: Path) -> Path | None:
