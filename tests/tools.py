@@ -28,7 +28,7 @@ def call(name: str, **arguments: Any) -> dict[str, Any]:
 
 
 def tool_rows() -> list[dict[str, Any]]:
-    """Each asks, calls a tool (every other one twice at once, and with its reasoning), hears from it, answers."""
+    """Each asks, calls a tool (some of them twice, or with their reasoning), hears, and answers."""
     rows = []
     for number, (name, argument, value) in enumerate(_WHAT):
         calls = [call(name, **{argument: value})] * (1 + number % 2)

@@ -37,8 +37,8 @@ def modelfile(
     """Return the Modelfile for the GGUF file of that name, and a description of each line it leaves out.
 
     It has a TEMPLATE if the chat template is ChatML, without its tools: Ollama writes those in a form of its
-    own. It has a SYSTEM if there is a system prompt that can be quoted: the run's, or else the chat template's
-    default. It stops where `generate` does. `context_length` is in tokens.
+    own. It has a SYSTEM if there is a system prompt that can be quoted: the run's, or else the default of the
+    chat template. It stops where `generate` does. `context_length` is in tokens.
     """
     lines, left_out = [f"FROM ./{gguf_name}"], []
     default = chatml_default(tokenizer)
@@ -53,9 +53,8 @@ def modelfile(
             "tools: Ollama writes them in a form of its own, not in that of the chat template; to use them, "
             "serve with llama.cpp or vLLM"
         )
-    lines += [
-        f'PARAMETER stop "{stop}"' for stop in tokenizer.convert_ids_to_tokens(sorted(stop_ids(tokenizer)))
-    ]
+    stops = tokenizer.convert_ids_to_tokens(sorted(stop_ids(tokenizer)))
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     lines.append(f"PARAMETER num_ctx {context_length}")
     system = system_prompt if system_prompt is not None else default
     if system and not _can_be_quoted(system):

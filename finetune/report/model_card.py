@@ -25,7 +25,7 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Keys that other parts of the card show, or that do not affect the weights.
 OMITTED_KEYS = (
     *("output_dir", "resume", "strict", "log.", "checkpoint.", "eval."),
-    *("data.path", "data.system_prompt", "model.name_or_path", "model.adapter"),
+    *("data.path", "data.chat_template", "data.system_prompt", "model.name_or_path", "model.adapter"),
 )
 
 
@@ -86,6 +86,7 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
         if rows
         else "",
         "data": environment["data"],
+        "chat_template": without_folder(config.data.chat_template or ""),
         "num_updates": record.num_steps,
         "global_batch_size": environment["global_batch_size"],
         "hardware": _hardware(environment),

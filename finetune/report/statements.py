@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from finetune.config import Config, described
+from finetune.data.rows import text_of
 from finetune.report.intervals import Interval, between, signed
 from finetune.report.records import Change, Record, rounding
 from finetune.run.summary import launch_command
@@ -161,7 +162,7 @@ def pair_answers(record: Record) -> list[Answers]:
     shown = [first, last] if len(lines) > 1 and asked[0] == asked[1] else [last]
     pairs = []
     for number, messages in enumerate(asked[1]):
-        turns = [(m["role"], m["content"]) for m in messages if m["role"] != "system"]
+        turns = [(m["role"], text_of(m)) for m in messages if m["role"] != "system"]
         texts = [(_after(line["step"]), line["answers"][number]["answer"]) for line in shown]
         pairs.append(Answers(turns, texts))
     return pairs

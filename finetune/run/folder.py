@@ -138,16 +138,12 @@ def _differing_keys(saved: dict[str, Any], config: Config) -> list[str]:
 def training_config(config: Config) -> str:
     """The configuration (YAML) without the keys that do not change what an update is, so that two runs which
     make the same updates write the same text."""
-    kept = {
-        section: {
-            name: value for name, value in keys.items() if not f"{section}.{name}".startswith(FREE_KEYS)
-        }
-        for section, keys in config_to_dict(config).items()
-        if isinstance(keys, dict)
-    }
-    return yaml.safe_dump(
-        {section: keys for section, keys in kept.items() if keys}, sort_keys=False, allow_unicode=True
-    )
+    kept: dict[str, Any] = {}
+    for section, keys in config_to_dict(config).items():
+        for name, value in keys.items() if isinstance(keys, dict) else ():
+            if not f"{section}.{name}".startswith(FREE_KEYS):
+                kept.setdefault(section, {})[name] = value
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
 
 
 def start_run(
