@@ -42,6 +42,7 @@ class MicroBatch(NamedTuple):
     target_ids [N] long: the token each of them should predict.
     limits: of a packed sequence its Boundaries; of padded ones [B, T] bool, True for tokens, not padding.
     num_tokens: how many of the B*T are not padding.
+    is_from [N, S] bool: which of S sources each target is from; None where they are not told apart.
     """
 
     input_ids: Tensor
@@ -50,6 +51,7 @@ class MicroBatch(NamedTuple):
     target_ids: Tensor
     limits: Boundaries | Tensor
     num_tokens: int
+    is_from: Tensor | None = None
 
     def example_of_target(self) -> Tensor:
         """[N] long: which example of this micro-batch each target belongs to, from 0."""
@@ -65,6 +67,7 @@ class MicroBatch(NamedTuple):
             self.target_ids.to(device, non_blocking=True),
             self.limits.to(device),
             self.num_tokens,
+            None if self.is_from is None else self.is_from.to(device, non_blocking=True),
         )
 
 
@@ -151,7 +154,9 @@ def iterate_updates(
 
     def build(step: int) -> tuple[Update, list[MicroBatch]]:
         update = plan.update(step)
-        return update, list(iterate_batches(update.micro_batches, dataset, plan.layout.packing, device))
+        sources = len(plan.source_names)
+        batches = iterate_batches(update.micro_batches, dataset, plan.layout.packing, device, sources)
+        return update, list(batches)
 
     with ThreadPoolExecutor(max_workers=1) as builder:
         ahead = builder.submit(build, first_step)
@@ -162,7 +167,14 @@ def iterate_updates(
 
 
 def iterate_batches(
-    batches: Sequence[Indices], dataset: Any, packing: bool, device: torch.device
+    batches: Sequence[Indices], dataset: Any, packing: bool, device: torch.device, num_sources: int = 0
 ) -> Iterator[MicroBatch]:
+    """The micro-batches on the device. `num_sources` > 0 tells the targets of so many sources apart."""
     for indices in batches:
-        yield collate([dataset[i] for i in indices], packing).to(device)
+        examples = [dataset[i] for i in indices]
+        batch = collate(examples, packing)
+        if num_sources > 0:
+            own = torch.tensor([example["source"] for example in examples], dtype=torch.long)
+            is_from = torch.nn.functional.one_hot(own[batch.example_of_target()], num_sources).bool()
+            batch = batch._replace(is_from=is_from)
+        yield batch.to(device)

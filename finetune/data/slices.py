@@ -10,6 +10,7 @@ import pandas as pd
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from finetune.data.by_source import source_of_each
 from finetune.data.tokenize import Examples
 
 MAX_VALUES = 12  # the most frequent values of a column; the others form one slice
@@ -35,6 +36,12 @@ def by_input(rows: Dataset, examples: Examples) -> list[Slice]:
     inputs = dict(zip(rows["row_number"], rows["input"], strict=True))
     has = np.array([bool((inputs[n] or "").strip()) for n in examples.dataset["row_number"]], dtype=bool)
     return [Slice("with input", has), Slice("without input", ~has)]
+
+
+def by_source(examples: Examples) -> list[Slice]:
+    """The examples of each source and eval set."""
+    own = source_of_each(examples)
+    return [Slice(f"source {name}", own == name) for name in examples.source_names]
 
 
 def by_leak(leaks: Mapping[int, object], examples: Examples) -> list[Slice]:

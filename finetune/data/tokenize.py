@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -45,12 +45,21 @@ class Examples:
     """Tokenized rows that fit, and what happened to the others.
 
     `dataset` has the columns input_ids, labels, row_number. Of its examples, those of the rows `truncated`
-    were cut at max_length; `dropped` are the numbers of the rows left out, by reason.
+    were cut at max_length; `dropped` are the numbers of the rows left out, by reason. `source_names` are
+    those of the sources and eval sets of all rows read, each different.
     """
 
     dataset: Dataset
     truncated: list[int]
     dropped: dict[str, list[int]]
+    source_names: list[str] = field(default_factory=lambda: ["data"])
+
+    @cached_property
+    def sources(self) -> NDArray[np.int32]:
+        """[N]: the source of each example, as its place in `source_names`."""
+        if "source" not in self.dataset.column_names:
+            return np.zeros(len(self.dataset), dtype=np.int32)
+        return np.array(self.dataset["source"], dtype=np.int32)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:

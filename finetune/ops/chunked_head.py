@@ -32,17 +32,27 @@ class ChunkedTokenSums(torch.autograd.Function):
 
     hidden [N, d], weight [V, d] of a frozen head without bias, target_ids [N]. Only the nll has a gradient,
     and only with respect to `hidden`. With p the softmax of a token's logits, the gradient with respect to
-    these logits is p - one_hot(target).
+    these logits is p - one_hot(target). `stats` [N, 3] fp32, if given, receives the values that are added up.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target_ids: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target_ids: Tensor,
+        chunk: int,
+        stats: Tensor | None = None,
+    ) -> Tensor:
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         sums = torch.zeros(3, dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = hidden[part] @ weight.t()
-            sums += operators.token_stats(logits, target_ids[part], gradient is not None).sum(0)
+            values = operators.token_stats(logits, target_ids[part], gradient is not None)
+            sums += values.sum(0)
+            if stats is not None:
+                stats[part] = values
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[part])
             del logits  # before those of the next chunk
@@ -50,10 +60,11 @@ class ChunkedTokenSums(torch.autograd.Function):
         return sums
 
     @staticmethod
-    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return (
             gradient * grad_sums[0],
+            None,
             None,
             None,
             None,

@@ -1,14 +1,16 @@
 """Evaluation: exact sums of each eval example, their token-weighted means, and the sample conversations."""
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
 
+from finetune.data.by_source import is_main, names_if_several, source_of_each
 from finetune.data.collate import iterate_batches
 from finetune.data.plan import Indices
 from finetune.data.tokenize import Examples, Message, to_messages
@@ -16,7 +18,7 @@ from finetune.model.loss import TokenLoss
 from finetune.model.precision import in_fp32
 from finetune.ops.quantized import dropout_off
 from finetune.runtime.signals import StopRequest
-from finetune.training.metrics import COUNT, Metrics, means
+from finetune.training.metrics import COUNT, Metrics, means, means_by_source
 
 
 @torch.no_grad()
@@ -58,16 +60,25 @@ def evaluate(
     return total
 
 
-def evaluation_metrics(sums: Tensor, eval_set: Examples, leaks: Container[int]) -> Metrics:
-    """The means over all examples. If some of their rows are in `leaks` (rows that are also trained on),
-    `loss_without_leaks` is the loss of the others.
+def evaluation_metrics(
+    sums: Tensor, eval_set: Examples, leaks: Container[int], eval_sets: Collection[str] = ()
+) -> Metrics:
+    """The means over the main examples, as `is_main` tells them from those of `eval_sets` (the names of
+    eval.sets); then, if the examples come from several sources or sets, those of each.
 
-    sums [E, 4] as `evaluate` returns them.
+    `loss`, by which `keep_best` and patience go, is therefore not that of an eval set unless there are no
+    other eval rows. If some of the main rows are in `leaks` (rows that are also trained on),
+    `loss_without_leaks` is the loss of the others. sums [E, 4] as `evaluate` returns them.
     """
-    metrics = means(sums.sum(0))
-    clean = torch.tensor([number not in leaks for number in eval_set.dataset["row_number"]])
-    if not clean.all() and float(sums[clean].sum(0)[COUNT]) > 0:
+    main = torch.from_numpy(is_main(source_of_each(eval_set), eval_sets))
+    metrics = means(sums[main].sum(0))
+    clean = main & torch.tensor([number not in leaks for number in eval_set.dataset["row_number"]])
+    if not clean.equal(main) and float(sums[clean].sum(0)[COUNT]) > 0:
         metrics["loss_without_leaks"] = means(sums[clean].sum(0))["loss"]
+    if names := names_if_several(eval_set):
+        of_each = torch.zeros(len(names), 4, dtype=sums.dtype)
+        of_each.index_add_(0, torch.from_numpy(eval_set.sources.astype(np.int64)), sums)
+        metrics |= means_by_source(names, of_each)
     return metrics
 
 
@@ -90,7 +101,8 @@ def is_lower(entry: Mapping[str, Any], than: Mapping[str, Any]) -> bool:
 
 
 def best_of(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The eval line with the lowest loss: a later one replaces an earlier one only if `is_lower` holds."""
+    """The eval line with the lowest `loss`, that of the main eval rows: a later one replaces an earlier one
+    only if `is_lower` holds."""
     best = evaluations[0]
     for entry in evaluations[1:]:
         if is_lower(entry, best):

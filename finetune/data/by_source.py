@@ -1,0 +1,30 @@
+"""Which source or eval set an example is from: where there are several, their losses are given apart."""
+
+from collections.abc import Collection
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.data.tokenize import Examples
+
+
+def names_if_several(examples: Examples) -> list[str]:
+    """The names of all sources, in order, if the examples come from more than one; else none."""
+    if len(examples.source_names) < 2 or len(np.unique(examples.sources)) < 2:
+        return []
+    return examples.source_names
+
+
+def source_of_each(examples: Examples) -> NDArray[np.object_]:
+    """[N]: the name of each example's source."""
+    return np.array(examples.source_names, dtype=object)[examples.sources]
+
+
+def is_main(source_of_each: NDArray[np.object_], eval_sets: Collection[str]) -> NDArray[np.bool_]:
+    """[E]: which eval examples the overall figures are of. Those of data.eval_fraction or data.eval_path are,
+    and those of eval.sets only where there are no others.
+
+    `source_of_each` [E] are the names of the examples' sources, `eval_sets` those of eval.sets.
+    """
+    main = ~np.isin(source_of_each.astype(str), list(eval_sets))
+    return main if main.any() else ~main
