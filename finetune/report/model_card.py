@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -10,14 +11,14 @@ from huggingface_hub import metadata_load
 from huggingface_hub.errors import HFValidationError
 from jinja2 import Environment, StrictUndefined
 
-from finetune.config import Config, ModelConfig, flatten
+from finetune.config import Config, ModelConfig, SourceConfig, Sources, flatten
 from finetune.config_parsing import config_to_dict
 from finetune.data.files import is_local
 from finetune.model import starter
 from finetune.model.load import hub_name
 from finetune.report.html import TEMPLATES
 from finetune.report.intervals import Interval
-from finetune.report.records import Record, changes, read_record
+from finetune.report.records import Change, Record, changes, loss_changes_by_source, read_record
 
 MADE_HERE = "<!-- Made from the record of the run. Without this line, `push` leaves the card as it is. -->"
 # The values that vLLM accepts for --max-lora-rank (docs.vllm.ai, vllm.config.lora, MaxLoRARanks).
@@ -25,7 +26,7 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Keys that other parts of the card show, or that do not affect the weights.
 OMITTED_KEYS = (
     *("output_dir", "resume", "strict", "log.", "checkpoint.", "eval."),
-    *("data.path", "data.system_prompt", "model.name_or_path"),
+    *("data.path", "data.eval_path", "data.system_prompt", "model.name_or_path"),
 )
 
 
@@ -75,10 +76,12 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
         "adapter_comment": "" if repo else "  # this folder",
         "figures": figures,
         "has_intervals": any("[" in figure.after for figure in figures),
-        "num_eval": environment["data"]["eval_examples"],
+        "figures_by_source": figures_by_source(record),
+        "num_eval": record.num_eval_examples,
         "num_target_tokens": evaluations[-1]["num_target_tokens"] if evaluations else 0,
         "without_leaks": _number(evaluations[-1].get("loss_without_leaks")) if evaluations else "",
-        "sources": ", ".join(_code(without_folder(path)) for path in _paths(config)),
+        "sources": _in_words(_paths(config.data.path)),
+        "eval_sources": _in_words(_eval_paths(config)),
         "rows": rows,
         "dropped": ", ".join(f"{count} {reason}" for reason, count in rows["dropped"].items()) or "none"
         if rows
@@ -113,16 +116,21 @@ def result_figures(record: Record) -> list[Figure]:
     found = changes(record)
     if not found:
         return []
-    was_measured_before = record.eval_lines[0]["step"] == 0
-    figures = []
-    for name, metric in (("loss, nats per target token", "loss"), ("token accuracy", "mean_token_accuracy")):
-        first, last, change = found[metric]
-        if first is None or change is None or not was_measured_before:
-            figures.append(Figure(name, "", _with_interval(last), ""))
-        else:
-            cells = _with_interval(first), _with_interval(last), _with_interval(change, sign="+")
-            figures.append(Figure(name, *cells))
-    return figures
+    names = {"loss": "loss, nats per target token", "mean_token_accuracy": "token accuracy"}
+    return [_figure(record, name, found[metric]) for metric, name in names.items()]
+
+
+def figures_by_source(record: Record) -> list[Figure]:
+    """The loss of each source and eval set, as `result_figures` gives that of the main eval rows; empty if
+    there are not several."""
+    return [_figure(record, _code(name), change) for name, change in loss_changes_by_source(record).items()]
+
+
+def _figure(record: Record, name: str, found: Change) -> Figure:
+    first, last, change = found
+    if first is None or change is None or record.eval_lines[0]["step"] > 0:
+        return Figure(name, "", _with_interval(last), "")
+    return Figure(name, _with_interval(first), _with_interval(last), _with_interval(change, sign="+"))
 
 
 def _with_interval(interval: Interval, sign: str = "") -> str:
@@ -135,7 +143,7 @@ def _number(value: float | None) -> str:
 
 
 def _metadata(config: Config, base: Base) -> dict[str, Any]:
-    datasets = [path for path in _paths(config) if not is_local(path)]
+    datasets = [path for path in _paths(config.data.path) if not is_local(path)]
     licence = _licence(config.model)
     return {
         **({"base_model": base.name, "base_model_relation": "adapter"} if base.on_hub else {}),
@@ -174,8 +182,23 @@ def _describe_base(config: ModelConfig) -> Base:
     return Base(name, on_hub is not None, is_starter, gguf, ", ".join(arguments), comment)
 
 
-def _paths(config: Config) -> list[str]:
-    return [config.data.path] if isinstance(config.data.path, str) else list(config.data.path)
+def _paths(path: Sources) -> list[str]:
+    entries = [path] if isinstance(path, str) else path
+    return [
+        path
+        for entry in entries
+        for path in (_paths(entry.path) if isinstance(entry, SourceConfig) else [entry])
+    ]
+
+
+def _eval_paths(config: Config) -> list[str]:
+    """The paths of data.eval_path and eval.sets."""
+    given = [config.data.eval_path or [], *(config.eval.sets or {}).values()]
+    return [path for paths in given for path in _paths(paths)]
+
+
+def _in_words(paths: Sequence[str]) -> str:
+    return ", ".join(_code(without_folder(path)) for path in paths)
 
 
 def _hardware(environment: dict[str, Any]) -> str:

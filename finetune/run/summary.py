@@ -92,7 +92,7 @@ def show_end(
         columns = ("eval", f"step {before['step']}", f"step {after['step']}", "change")
         table = Table(*columns, title="Before and after", title_justify="left")
         shown = [(key, *SHOWN[key]) for key in ("loss", "entropy", "mean_token_accuracy")]
-        by_source = [key for key in after if key.startswith("loss/") and key in before]
+        by_source = [key for key in after if key.startswith("loss/")]
         shown += [(key, f"loss of {key.removeprefix('loss/')}", SHOWN["loss"][1]) for key in by_source]
         for key, name, pattern in shown:
             change = f"{after[key] / before[key] - 1:+.1%}" if before[key] else ""

@@ -70,6 +70,7 @@ def evaluation_metrics(
     other eval rows. If some of the main rows are in `leaks` (rows that are also trained on),
     `loss_without_leaks` is the loss of the others. sums [E, 4] as `evaluate` returns them.
     """
+    assert set(eval_sets) <= set(eval_set.source_names), "a set is named as in the configuration"
     main = torch.from_numpy(is_main(source_of_each(eval_set), eval_sets))
     metrics = means(sums[main].sum(0))
     clean = main & torch.tensor([number not in leaks for number in eval_set.dataset["row_number"]])
