@@ -93,7 +93,7 @@ class Record:
         """Per-example sums of the first and the last evaluation of each source and eval set; empty if the run
         evaluated on one alone"""
         first, last = self._all_sums(0), self._all_sums(-1)
-        if first is None or last is None or SOURCE not in first or SOURCE not in last:
+        if first is None or last is None or SOURCE not in last or not are_same_rows(first, last):
             return {}
         return {name: (_of_source(first, name), _of_source(last, name)) for name in last[SOURCE].unique()}
 

@@ -210,7 +210,8 @@ def test_only_sums_come_out_and_they_are_single_numbers_in_fp32(packing, autocas
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         sums = token_loss(collate(random_examples(LENGTHS), packing))
     assert type(sums) is TokenSums
-    assert [field.name for field in fields(sums)] == list(NAMES)
+    assert [field.name for field in fields(sums)] == [*NAMES, "by_source"]
+    assert sums.by_source is None
     for name in NAMES:
         value = getattr(sums, name)
         assert (value.shape, value.dtype) == ((), torch.float32), name
