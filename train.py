@@ -78,7 +78,7 @@ def train(config: Config) -> int:
     plan = make_plan(config, data.train, fast_paths.packed, rank, accelerator.num_processes, budget.tokens)
 
     # The run: new, or resumed from its newest whole checkpoint.
-    window = SumWindow(device, plan.source_names)
+    window = SumWindow(device, list(plan.sources.values()))
     checkpointer = Checkpointer(config, accelerator, Trained(adapter, optimizer, loss_scale), window)
     source, remarks = folder.find_checkpoint(config)
     state = checkpointer.resume(source, base_fingerprint(config.model, model))

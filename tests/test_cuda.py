@@ -21,7 +21,7 @@ from tiny import conversation, fill_adapter, with_adapter
 from torch.nn import functional as F
 
 from finetune.config import Config, FastConfig, LoraConfig, ModelConfig, OptimConfig
-from finetune.data.collate import Boundaries, collate
+from finetune.data.collate import Boundaries, collate, iterate_batches
 from finetune.data.tokenize import IGNORE, Examples
 from finetune.model.fast_paths import choose_fast_paths
 from finetune.model.flat_adapter import FlatAdapter
@@ -122,10 +122,12 @@ def test_the_fast_paths_give_the_loss_and_gradient_of_the_plain_ones():
     assert (fast_gradient - plain_gradient).norm() < 0.1 * plain_gradient.norm()
 
 
-def test_forward_and_backward_passes_do_not_wait_for_the_device(request):
+@pytest.mark.parametrize("sources", [[], [0, 1, 2]])
+def test_forward_and_backward_passes_do_not_wait_for_the_device(request, sources):
     loss = token_loss(FastConfig(), lora_dropout=0.1)
-    batch = collate(examples(), packing=True).to(torch.device("cuda"))
-    window = SumWindow(torch.device("cuda"))
+    device, rows = torch.device("cuda"), [{**row, "source": n % 3} for n, row in enumerate(examples())]
+    (batch,) = iterate_batches([[0, 1, 2, 3]], rows, True, device, sources)
+    window = SumWindow(device, ["a", "b", "c"][: len(sources)])
     reseed(0, 0, 0)
     request.getfixturevalue("waiting_is_an_error")
     for _ in range(2):

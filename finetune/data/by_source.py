@@ -8,16 +8,18 @@ from numpy.typing import NDArray
 from finetune.data.tokenize import Examples
 
 
-def names_if_several(examples: Examples) -> list[str]:
-    """The names of all sources, in order, if the examples come from more than one; else none."""
-    if len(examples.source_names) < 2 or len(np.unique(examples.sources)) < 2:
-        return []
-    return examples.source_names
+def several_sources(examples: Examples) -> dict[int, str]:
+    """The sources that the examples come from, with their names, in order; none if there is only one."""
+    if len(examples.source_names) < 2:
+        return {}
+    sources = {int(source): examples.source_names[source] for source in np.unique(examples.sources)}
+    assert len(set(sources.values())) == len(sources), "no two sources of a split have the same name"
+    return sources if len(sources) > 1 else {}
 
 
 def source_of_each(examples: Examples) -> NDArray[np.object_]:
     """[N]: the name of each example's source."""
-    return np.array(examples.source_names, dtype=object)[examples.sources]
+    return np.array([*examples.source_names] or [""], dtype=object)[examples.sources]
 
 
 def is_main(source_of_each: NDArray[np.object_], eval_sets: Collection[str]) -> NDArray[np.bool_]:

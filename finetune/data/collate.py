@@ -154,9 +154,8 @@ def iterate_updates(
 
     def build(step: int) -> tuple[Update, list[MicroBatch]]:
         update = plan.update(step)
-        sources = len(plan.source_names)
-        batches = iterate_batches(update.micro_batches, dataset, plan.layout.packing, device, sources)
-        return update, list(batches)
+        packing, sources = plan.layout.packing, tuple(plan.sources)
+        return update, list(iterate_batches(update.micro_batches, dataset, packing, device, sources))
 
     with ThreadPoolExecutor(max_workers=1) as builder:
         ahead = builder.submit(build, first_step)
@@ -167,14 +166,18 @@ def iterate_updates(
 
 
 def iterate_batches(
-    batches: Sequence[Indices], dataset: Any, packing: bool, device: torch.device, num_sources: int = 0
+    batches: Sequence[Indices],
+    dataset: Any,
+    packing: bool,
+    device: torch.device,
+    sources: Sequence[int] = (),
 ) -> Iterator[MicroBatch]:
-    """The micro-batches on the device. `num_sources` > 0 tells the targets of so many sources apart."""
+    """The micro-batches on the device. If `sources` are given, the targets of each are told apart."""
     for indices in batches:
         examples = [dataset[i] for i in indices]
         batch = collate(examples, packing)
-        if num_sources > 0:
+        if sources:
             own = torch.tensor([example["source"] for example in examples], dtype=torch.long)
-            is_from = torch.nn.functional.one_hot(own[batch.example_of_target()], num_sources).bool()
+            is_from = own[batch.example_of_target()][:, None] == torch.tensor(sources)
             batch = batch._replace(is_from=is_from)
         yield batch.to(device)

@@ -4,8 +4,8 @@ A plan is a pure function of its fields. Update k is the same set of examples wi
 tokens, however they are packed, padded, split into micro-batches or distributed over ranks.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from heapq import heapreplace
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.config import Config
-from finetune.data.by_source import names_if_several
+from finetune.data.by_source import several_sources
 from finetune.data.tokenize import Examples
 
 Indices = list[int]
@@ -64,8 +64,8 @@ class Plan:
     num_processes: int = 1
     shared_prefix: int = 0
     """Tokens that all examples begin with: once in a packed sequence"""
-    source_names: Sequence[str] = ()
-    """If the examples come from several sources: all names, to give their losses apart; else none"""
+    sources: Mapping[int, str] = field(default_factory=dict)
+    """If the examples come from several sources: their names, to give the losses apart; else none"""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -133,7 +133,7 @@ def make_plan(
         rank=rank,
         num_processes=num_processes,
         shared_prefix=train_set.shared_prefix,
-        source_names=names_if_several(train_set),
+        sources=several_sources(train_set),
     )
 
 

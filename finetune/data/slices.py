@@ -10,7 +10,7 @@ import pandas as pd
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from finetune.data.by_source import source_of_each
+from finetune.data.by_source import several_sources
 from finetune.data.tokenize import Examples
 
 MAX_VALUES = 12  # the most frequent values of a column; the others form one slice
@@ -40,8 +40,7 @@ def by_input(rows: Dataset, examples: Examples) -> list[Slice]:
 
 def by_source(examples: Examples) -> list[Slice]:
     """The examples of each source and eval set."""
-    own = source_of_each(examples)
-    return [Slice(f"source {name}", own == name) for name in examples.source_names]
+    return [Slice(name, examples.sources == source) for source, name in several_sources(examples).items()]
 
 
 def by_leak(leaks: Mapping[int, object], examples: Examples) -> list[Slice]:

@@ -5,12 +5,11 @@ from collections.abc import Collection, Container, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
 
-from finetune.data.by_source import is_main, names_if_several, source_of_each
+from finetune.data.by_source import is_main, several_sources, source_of_each
 from finetune.data.collate import iterate_batches
 from finetune.data.plan import Indices
 from finetune.data.tokenize import Examples, Message, to_messages
@@ -76,10 +75,10 @@ def evaluation_metrics(
     clean = main & torch.tensor([number not in leaks for number in eval_set.dataset["row_number"]])
     if not clean.equal(main) and float(sums[clean].sum(0)[COUNT]) > 0:
         metrics["loss_without_leaks"] = means(sums[clean].sum(0))["loss"]
-    if names := names_if_several(eval_set):
-        of_each = torch.zeros(len(names), 4, dtype=sums.dtype)
-        of_each.index_add_(0, torch.from_numpy(eval_set.sources.astype(np.int64)), sums)
-        metrics |= means_by_source(names, of_each)
+    if sources := several_sources(eval_set):
+        own = torch.from_numpy(eval_set.sources)
+        of_each = torch.stack([sums[own == source].sum(0) for source in sources])
+        metrics |= means_by_source(sources.values(), of_each)
     return metrics
 
 

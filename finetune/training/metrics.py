@@ -1,7 +1,7 @@
 """Sums over a window of updates, kept on the device, and their means, computed once per log line."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
@@ -85,7 +85,7 @@ def means(sums: Tensor) -> Metrics:
     }
 
 
-def means_by_source(names: Sequence[str], sums: Tensor) -> Metrics:
+def means_by_source(names: Collection[str], sums: Tensor) -> Metrics:
     """`loss/NAME`, `mean_token_accuracy/NAME` and `num_target_tokens/NAME` of each source that has a target
     token, from sums [S, 4] of nll, entropy, correct and count."""
     metrics: Metrics = {}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from finetune.model.loss import TokenSums
+from finetune.model.loss import TokenSums, sums_by_source
 from finetune.training.metrics import Numbers, Stopwatch, SumWindow, check_numbers, means
 
 CPU = torch.device("cpu")
@@ -111,6 +111,55 @@ def test_an_update_that_is_not_kept_leaves_no_trace(accelerator):
     add_update(window, sums(5, 6, 7, 8))
     assert window.is_finite()
     assert window.total(accelerator)[0].tolist() == [6, 8, 10, 12]
+
+
+# By source
+
+
+def sums_of_sources(*by_source: list[float]) -> TokenSums:
+    """Of a micro-batch of several sources."""
+    rows = torch.tensor(by_source)
+    return TokenSums(*rows.sum(0), by_source=rows)
+
+
+def test_each_source_has_means_over_its_own_tokens_and_none_without_a_token(accelerator):
+    window = SumWindow(CPU, ["a", "b", "c"])
+    add_update(window, sums_of_sources([2, 1, 1, 2], [0, 0, 0, 0], [9, 9, 0, 1]))
+    add_update(window, sums_of_sources([4, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 1]))
+    assert window.reduce(accelerator) == {
+        "loss": 3,
+        "entropy": 2.2,
+        "mean_token_accuracy": 0.4,
+        "num_target_tokens": 5,
+        "loss/a": 2,
+        "mean_token_accuracy/a": pytest.approx(1 / 3),
+        "num_target_tokens/a": 3,
+        "loss/c": 4.5,
+        "mean_token_accuracy/c": 0.5,
+        "num_target_tokens/c": 2,
+    }
+    assert not window.total(accelerator).any()
+
+
+def test_a_resumed_window_finds_its_sources_by_their_names(accelerator):
+    window = SumWindow(CPU, ["new", "same"])
+    window.restore([6, 0, 0, 3], {"same": [4, 0, 0, 2], "gone": [2, 0, 0, 1]})
+    add_update(window, sums_of_sources([1, 0, 0, 1], [2, 0, 0, 1]))
+    metrics = window.reduce(accelerator)
+    assert (metrics["loss"], metrics["num_target_tokens"]) == (9 / 5, 5)
+    assert (metrics["loss/same"], metrics["num_target_tokens/same"]) == (2, 3)
+    assert (metrics["loss/new"], metrics["num_target_tokens/new"]) == (1, 1)
+
+
+def test_telling_sources_apart_does_not_wait_for_the_device():
+    # On `meta`, whoever asks for a value gets an error.
+    stats = torch.ones(5, 3, device="meta")
+    by_source = sums_by_source(stats, torch.ones(5, 2, dtype=torch.bool, device="meta"))
+    window = SumWindow(torch.device("meta"), ["a", "b"])
+    window.begin_update()
+    window.add(TokenSums(*torch.ones(4, device="meta"), by_source=by_source))
+    window.keep_update()
+    assert window._sums.shape == (3, 4)
 
 
 @pytest.mark.parametrize("nll", [1.0, float("nan"), float("inf")])
