@@ -258,3 +258,29 @@ def test_report_card_comparison_and_evaluate_give_the_loss_of_each_source(
         said = f"On {name} the loss differs by {change:+.3f}".replace("-", "\N{MINUS SIGN}")
         assert said in comparison
         assert said in Path("compare.html").read_text(encoding="utf-8")
+
+
+# Eval sets
+
+
+def test_eval_sets_have_figures_of_their_own_beside_those_of_the_main_rows(
+    run_on_sources, rows_file, tmp_path, capsys
+):
+    """The rows of the source `rest` stand here for those of an eval set of that name."""
+    sets = json.dumps({"rest": str(rows_file)})
+    run_dir = run_on_sources(**SETTINGS, eval__sets=sets, checkpoint__keep_best=True)
+    frame = read_example_sums(run_dir, 0)
+    main_rows, rest = frame[frame["source"] != "rest"], frame[frame["source"] == "rest"]
+    assert 0 < len(rest) < len(frame)
+    lines = lines_of(run_dir, "eval")
+    for part, key in ((main_rows, "loss"), (rest, "loss/rest")):
+        assert lines[0][key] == pytest.approx(part["nll"].sum() / part["num_target_tokens"].sum())
+    assert lines[0]["num_target_tokens"] == main_rows["num_target_tokens"].sum()
+    page = (run_dir / "report.html").read_text(encoding="utf-8")
+    card = (run_dir / "adapter" / "README.md").read_text(encoding="utf-8")
+    tokens = f"{lines[-1]['num_target_tokens']:,} target tokens"
+    assert f"Over {len(main_rows)} eval examples with {tokens}" in page
+    assert "The rows of eval.sets are not among them" in page
+    assert f"| {len(main_rows)} eval examples, {tokens} |" in card
+    assert f"| eval rows | `{rows_file.name}` |" in card
+    assert str(tmp_path) not in card
