@@ -56,7 +56,7 @@ def train(config: Config) -> int:
     # Data: rows -> token ids and labels.
     tokenizer = load_tokenizer(config.model)
     with accelerator.main_process_first():  # the other ranks find its tokens in the cache
-        data = load_data(config.data, tokenizer)
+        data = load_data(config, tokenizer)
 
     # Model: a frozen, quantized base with a LoRA adapter, whose weights lie in one flat tensor.
     model = load_model(config, precision.actual, device)

@@ -24,9 +24,9 @@ sys.path.insert(0, str(ROOT))
 
 from finetune.config import Config  # noqa: E402
 from finetune.config_parsing import parse_config  # noqa: E402
+from finetune.data.examples import Examples, tokenize_rows  # noqa: E402
 from finetune.data.plan import Plan, make_plan  # noqa: E402
 from finetune.data.rows import load_rows  # noqa: E402
-from finetune.data.tokenize import Examples, tokenize_rows  # noqa: E402
 from finetune.model.load import load_tokenizer  # noqa: E402
 from finetune.run.folder import METRICS, read_environment, read_lines  # noqa: E402
 from finetune.runtime.accelerator import environment  # noqa: E402

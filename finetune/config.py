@@ -47,7 +47,8 @@ class SourceConfig:
     path: str | list[str]
     """As data.path"""
     name: str | None = None
-    """Its name in metrics and reports; null takes that of its file or data set"""
+    """Its name in metrics and reports, of letters, digits, . - and _; null takes that of its first file, its
+    folder or its data set"""
     subset: str | None = None
     """Subset (configuration) of a hub data set"""
     split: str = "train"
@@ -55,13 +56,14 @@ class SourceConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub data set"""
     columns: dict[str, str] | None = None
-    """As data.columns"""
+    """As data.columns, which it replaces; {} takes the columns by their own names"""
     system_prompt: str | None = None
     """As data.system_prompt, which it replaces"""
     num_samples: int | None = None
     """Take this many of its rows at random"""
     share: float | None = None
-    """Its share of all rows taken, instead of a number"""
+    """Its share of all rows taken, instead of a number: above 0, for every source of data.path, and 1 in all.
+    data.num_samples is then how many rows are taken; null takes the most that keep to the shares"""
 
 
 Sources = str | list[str] | list[SourceConfig]
@@ -74,22 +76,26 @@ class DataConfig:
 
     path: str | list[str] | list[SourceConfig] = "data/finance_sample.csv"
     """CSV, Parquet, JSON or JSONL file (also .gz and .zst), a folder or a pattern such as data/*.jsonl, the
-    name of a hub data set, a list of these, or a list of sources: {path, name, subset, split, revision,
+    name of a hub data set, a list of files, or a list of sources: {path, name, subset, split, revision,
     columns, system_prompt, num_samples or share}"""
     columns: dict[str, str] | None = None
-    """What the columns of the rows are, such as {question: instruction, reply: output}"""
+    """What the columns of the rows are, such as {question: instruction, reply: output}; all of them must be
+    there. null finds the format by their names"""
     eval_path: str | list[str] | list[SourceConfig] | None = None
-    """Rows to evaluate on, in the forms of data.path, instead of a share of the rows"""
+    """Rows to evaluate on, in the forms of data.path, instead of a share of the rows: without eval_fraction,
+    or with 0"""
     chat_template: str | None = None
     """A Jinja file, or chatml, llama3, gemma or mistral; null takes the model's own"""
     system_prompt: str | None = None
     """System turn of every row that brings none; null leaves it to the chat template"""
     num_samples: int | None = None
-    """Take this many rows at random, as pandas.DataFrame.sample does; null takes all"""
+    """Take this many rows at random, as pandas.DataFrame.sample does; null takes all. Only where no source
+    has a number of its own"""
     sample_seed: int = 42
     """Seed of that draw"""
     eval_fraction: float = 0.2
-    """Share of the rows kept for evaluation; 0 trains on all and does not evaluate"""
+    """Share of the rows kept for evaluation; 0 trains on all. Where data.eval_path or eval.sets is given, and
+    this is not, it is 0"""
     split_seed: int = 42
     """Seed of the split, as datasets.Dataset.train_test_split uses it"""
     split_by: Literal["row", "instruction"] = "row"
@@ -181,7 +187,8 @@ class EvalConfig:
     every: Literal["epoch"] | int = "epoch"
     """At the end of each epoch, or every so many updates"""
     sets: dict[str, str | list[str]] | None = None
-    """More eval sets by name, each in a form of data.path, such as {math: data/math.jsonl}"""
+    """More eval sets by name, each a file, folder, pattern, hub data set or list of files, such as
+    {math: data/math.jsonl}"""
     precision: Literal["run", "fp32"] = "run"
     """Precision of the evaluation: that of the run, or fp32 with the same weights, which is slower and shows
     gains of less than 0.005 nats"""
@@ -231,9 +238,36 @@ class Config:
     """Stop where what would run differs from what was asked; alone, --strict means true"""
 
 
+def paths_of(path: Sources) -> list[str]:
+    """The files, folders, patterns and data sets that data.path names."""
+    if isinstance(path, str):
+        return [path]
+    return [
+        one
+        for entry in path
+        for one in (paths_of(entry.path) if isinstance(entry, SourceConfig) else [entry])
+    ]
+
+
+def described(path: Sources) -> str:
+    """data.path in words."""
+    return ", ".join(paths_of(path))
+
+
+def evaluates(config: Config) -> bool:
+    """Whether a run has anything to evaluate on."""
+    return config.data.eval_fraction > 0 or config.data.eval_path is not None or bool(config.eval.sets)
+
+
+# Keys whose value is itself a mapping, which is no section.
+MAPPINGS = ("data.columns", "eval.sets")
+
+
 def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optim": {"name": "sgd"}} becomes {"optim.name": "sgd"}."""
+    """{"optim": {"name": "sgd"}} becomes {"optim.name": "sgd"}; the value of a key in MAPPINGS stays one."""
     flat: dict[str, Any] = {}
     for key, value in section.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        name = prefix + key
+        is_section = isinstance(value, dict) and name not in MAPPINGS
+        flat |= flatten(value, f"{name}.") if is_section else {name: value}
     return flat

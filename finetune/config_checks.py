@@ -1,14 +1,34 @@
 """What must hold across the configuration: ranges, and settings that contradict each other."""
 
 import math
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from typing import Any
 
-from finetune.config import Config, flatten
+from finetune.config import Config, DataConfig, SourceConfig, described, evaluates, flatten
 
 LARGEST_FLOAT = 1e38  # about what fp32 holds, in which optimizers compute
 
 
 LARGEST_WHOLE_NUMBER = 10**9  # beyond every size and count, and far from where 64 bits overflow
+
+
+# What a column can be, by the names that data.columns maps to.
+COLUMNS = (
+    *(
+        "messages",
+        "conversations",
+        "instruction",
+        "input",
+        "output",
+        "history",
+        "prompt",
+        "completion",
+        "text",
+    ),
+    *("system", "tools", "chat_template_kwargs"),
+)
 
 
 def check_config(config: Config) -> None:
@@ -70,12 +90,13 @@ def check_config(config: Config) -> None:
     if not lora.target_modules:
         raise ValueError("lora.target_modules is an empty list: name the modules, or say all-linear")
     _check_texts(config)
+    _check_sources(config)
     by_eval_loss = {
         "checkpoint.keep_best": config.checkpoint.keep_best,
         "train.early_stopping_patience": train.early_stopping_patience,
     }
     for key, setting in by_eval_loss.items():
-        if setting and data.eval_fraction == 0:
+        if setting and not evaluates(config):
             raise ValueError(f"{key} goes by the eval loss, and data.eval_fraction 0 does not evaluate")
     if budget is not None and budget < data.max_length:
         raise ValueError(
@@ -86,6 +107,100 @@ def check_config(config: Config) -> None:
         raise ValueError("model.quantization nf4 multiplies in 16 bits: set train.mixed_precision to bf16")
 
 
+def _check_sources(config: Config) -> None:
+    """What must hold of the sources of rows, of their columns and names, and of the eval sets."""
+    data = config.data
+    if data.eval_path is not None and data.eval_fraction > 0:
+        raise ValueError(
+            f"data.eval_fraction is {data.eval_fraction}, but data.eval_path names the rows to evaluate on: "
+            "leave one of them out"
+        )
+    _check_columns("data.columns", data.columns)
+    for key, path in (("data.path", data.path), ("data.eval_path", data.eval_path)):
+        entries = [] if path is None or isinstance(path, str) else path
+        sources = [entry for entry in entries if isinstance(entry, SourceConfig)]
+        # On the command line, a source among files is read as a text.
+        if mixed := [entry for entry in entries if isinstance(entry, str) and entry.startswith("{")]:
+            raise ValueError(
+                f"{key} has files and sources in one list, such as {mixed[0]}; make all of them sources"
+            )
+        for source in sources:
+            place = f"{key} {described(source.path)}"
+            if _is_empty(source.path):
+                raise ValueError(f"{key}: a source has an empty path; name a file or a hub data set")
+            _check_columns(f"{place}: columns", source.columns)
+            if source.name is not None:
+                _check_name(f"{place}: name", source.name)
+            if source.num_samples is not None and not 1 <= source.num_samples <= LARGEST_WHOLE_NUMBER:
+                raise ValueError(f"{place}: num_samples must be at least 1, not {source.num_samples}")
+        names = [source.name for source in sources if source.name is not None]
+        if key == "data.eval_path":
+            names += config.eval.sets or ()
+            if any(source.share is not None for source in sources):
+                raise ValueError(f"{key}: an eval set has no share; num_samples takes so many of its rows")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{key}: {twice[0]} is the name of two sources")
+    _check_shares(data)
+    for name, path in (config.eval.sets or {}).items():
+        _check_name("eval.sets: a name", name)
+        if _is_empty(path):
+            raise ValueError(f"eval.sets.{name} is empty: name a file, a list of files or a hub data set")
+
+
+def _check_columns(key: str, columns: Mapping[str, str] | None) -> None:
+    for theirs, ours in (columns or {}).items():
+        if not theirs.strip():
+            raise ValueError(f"{key} has an empty name of a column; write {{theirs: ours}}")
+        if ours not in COLUMNS:
+            raise ValueError(f"{key}: {theirs} cannot be {ours!r}; it is one of {', '.join(COLUMNS)}")
+        if list((columns or {}).values()).count(ours) > 1:
+            raise ValueError(f"{key}: two columns are {ours}; one can be")
+
+
+def _check_name(key: str, name: str) -> None:
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(
+            f"{key} must be of letters, digits, dots, dashes and underscores, as it names metrics, "
+            f"not {name!r:.60}"
+        )
+
+
+def _check_shares(data: DataConfig) -> None:
+    """Either every source of data.path has a share, and these add up to 1, or none has."""
+    sources = (
+        [] if isinstance(data.path, str) else [one for one in data.path if isinstance(one, SourceConfig)]
+    )
+    numbers = [source for source in sources if source.num_samples is not None]
+    if numbers and data.num_samples is not None:
+        raise ValueError(
+            f"data.num_samples is {data.num_samples}, and {described(numbers[0].path)} has a num_samples of "
+            "its own: leave one of them out, or use share"
+        )
+    if all(source.share is None for source in sources):
+        return
+    if numbers and numbers[0].share is not None:
+        raise ValueError(
+            f"data.path: {described(numbers[0].path)} has num_samples and a share; leave one out"
+        )
+    if numbers:
+        raise ValueError(
+            f"data.path: {described(numbers[0].path)} has num_samples, where others have a share; all "
+            "sources have a share, or none has"
+        )
+    for source in sources:
+        place = f"data.path {described(source.path)}"
+        if source.share is None:
+            raise ValueError(
+                f"{place} has no share, where others have one; all sources have one, or none has"
+            )
+        if not 0 < source.share <= 1:
+            raise ValueError(f"{place}: share must be above 0 and at most 1, not {source.share}")
+    total = math.fsum(source.share or 0 for source in sources)
+    if abs(total - 1) > 1e-6:
+        listed = ", ".join(f"{described(source.path)} {source.share}" for source in sources)
+        raise ValueError(f"data.path: the shares must add up to 1, not {total:g} ({listed})")
+
+
 def _check_texts(config: Config) -> None:
     """Names must not be empty, and every text must be one that a file can hold and a system call takes."""
     empty = {
@@ -94,12 +209,32 @@ def _check_texts(config: Config) -> None:
         "model.name_or_path": "name a folder, a .gguf file or a hub model",
         "model.revision": "name a branch, tag or commit, or leave it null",
         "data.path": "name a file, a list of files or a hub data set",
+        "data.eval_path": "name a file, a list of files or a hub data set, or leave it null",
+        "data.chat_template": "name a file or a template, or leave it null",
+        "model.adapter": "name a run or a folder of an adapter, or leave it null",
         "lora.target_modules": "name the modules, or say all-linear",
     }
     for key, value in flatten(asdict(config)).items():
-        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
-        if key in empty and (value == [] or "" in texts):
+        texts = list(_texts_in(value))
+        if key in empty and _is_empty(value):
             raise ValueError(f"{key} is empty: {empty[key]}")
         for text in texts:
             if "\0" in text or text.encode(errors="replace").decode() != text:
                 raise ValueError(f"{key} holds a character that is no text: {text!r:.60}")
+
+
+def _is_empty(value: Any) -> bool:
+    return value in ("", []) or (isinstance(value, list) and "" in value)
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """Every text in a value, also in lists and mappings, and their keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from value
+        for item in value.values():
+            yield from _texts_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts_in(item)

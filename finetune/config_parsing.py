@@ -12,7 +12,7 @@ from typing import Any, cast, get_args
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
 
-from finetune.config import Config, flatten
+from finetune.config import Config, SourceConfig, described, flatten
 from finetune.config_checks import check_config
 
 DEFAULT_CONFIG_FILE = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -68,8 +68,12 @@ def _parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
             before, config = flatten(asdict(config)), _instantiate(parser, arguments)
             unused = [key for key, value in flatten(asdict(config)).items() if value != before[key]]
             if unused:
-                place = f"configs/{Path(file).name}, which is for {its_path}"
-                remarks.append(f"not used for {config.data.path}: {', '.join(unused)} of {place}")
+                place = f"configs/{Path(file).name}, which is for {described(its_path)}"
+                remarks.append(f"not used for {described(config.data.path)}: {', '.join(unused)} of {place}")
+    if config.data.eval_path is not None or config.eval.sets:
+        # Then no rows are split off, unless eval_fraction is given.
+        parser.set_defaults({"data.eval_fraction": 0.0})
+        config = _instantiate(parser, arguments)
     check_config(config)
     return config, remarks
 
@@ -196,6 +200,9 @@ def _check_file(parser: ArgumentParser, file: str) -> None:
     for section in (f.name for f in fields(Config) if is_dataclass(f.type)):
         if not isinstance(settings.get(section, {}), dict):
             raise ValueError(f"config file {file}: {section} holds no keys; give it some or leave it out")
+    for name in ("path", "eval_path"):
+        if wrong := _wrong_entry(f"data.{name}", settings.get("data", {}).get(name)):
+            raise ValueError(f"config file {file}: {wrong}")
     try:
         parser.parse_string(text)
     except Exception as error:  # as in parse_config
@@ -206,12 +213,28 @@ def _check_file(parser: ArgumentParser, file: str) -> None:
             raise ValueError(f"config file {file}: {key} must have a value, not null")
 
 
+def _wrong_entry(key: str, value: Any) -> str | None:
+    """What is wrong with an entry of a list of sources, where jsonargparse names the whole list."""
+    if not isinstance(value, list) or not any(isinstance(entry, dict) for entry in value):
+        return None
+    known = [f.name for f in fields(SourceConfig)]
+    for number, entry in enumerate(value, 1):
+        if not isinstance(entry, dict):
+            return f"{key} has files and sources in one list: write {{path: {entry}}} for entry {number}"
+        if unknown := next((name for name in entry if name not in known), None):
+            return f"{key}, entry {number}: unknown key {unknown}; there are {', '.join(known)}"
+        if entry.get("path") is None:
+            return f"{key}, entry {number}: path is missing"
+    return None
+
+
 def _one_line(error: Exception) -> str:
     """What jsonargparse says, in one line that ends with the nearest right key."""
     if not isinstance(error, ArgumentError):
         return f"a value cannot be read ({type(error).__name__}: {error!s:.200})"
     message = re.sub(r"\s+", " ", str(error)).strip()
     message = re.sub(r"<class '(\w+)'>", r"\1", message.replace("typing.", ""))
+    message = message.replace("list[finetune.config.SourceConfig]", "a list of {path: ...}")
     message = message.replace("Parser key", "key").replace("Expected a int", "Expected an int")
     message = re.sub(r"(a )?Literal\[(.*?)\]", r"one of \2", message)
     if union := re.search(

@@ -1,38 +1,17 @@
 """Rows of several sources, for tests of what is given by source."""
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
-
-import numpy as np
-import pytest
-
-import train
-from finetune.config import DataConfig
-from finetune.data.splits import Data, load_data
-from finetune.data.tokenize import Examples
+import json
+from pathlib import Path
 
 NAMES = ("most", "few", "rest")
 
 
-def source_of_row(row_number: int) -> int:
-    """Rows 3 and 4 are of the source `few`, every other row from 5 on of `rest`."""
-    return 1 if row_number in (3, 4) else 2 if row_number > 4 and row_number % 2 == 0 else 0
-
-
-def of_sources(examples: Examples, names: Sequence[str] = NAMES) -> Examples:
-    """The same examples, of several sources."""
-    sources = np.array([source_of_row(number) for number in examples.dataset["row_number"]], dtype=np.int32)
-    dataset = examples.dataset.add_column("source", sources)
-    return replace(examples, dataset=dataset, source_names=list(names))
-
-
-def load_data_of_sources(config: DataConfig, tokenizer: Any) -> Data:
-    """As `load_data`, from several sources."""
-    data = load_data(config, tokenizer)
-    return replace(data, train=of_sources(data.train), eval=of_sources(data.eval))
-
-
-def train_on_sources(patch: pytest.MonkeyPatch) -> None:
-    """From now on train.py finds its rows to be of several sources."""
-    patch.setattr(train, "load_data", load_data_of_sources)
+def in_sources(rows_file: Path) -> str:
+    """The first 8, the next 2 and the other rows of a file as a source each: a value of data.path."""
+    lines = rows_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    entries = []
+    for name, part in zip(NAMES, (lines[:8], lines[8:10], lines[10:]), strict=True):
+        path = rows_file.with_name(f"{name}.jsonl")
+        path.write_text("".join(part), encoding="utf-8")
+        entries.append({"path": str(path), "name": name})
+    return json.dumps(entries)

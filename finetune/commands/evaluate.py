@@ -8,8 +8,9 @@ from typing import Any
 
 from finetune.data import slices
 from finetune.data.by_source import is_main, source_of_each
+from finetune.data.examples import tokenize_rows
 from finetune.data.files import read_column
-from finetune.data.tokenize import tokenize_rows
+from finetune.data.sources import training_sources
 from finetune.report import evaluation
 from finetune.run.adapter import load_trained, parse_trained, trained_parser
 from finetune.runtime.cli import CommandParser
@@ -27,7 +28,7 @@ def command(argv: Sequence[str]) -> None:
     _check(arguments)
     harness = None if arguments.lm_eval is None else evaluation.import_harness()
     evaluated = evaluation.read_rows(trained, arguments.data)
-    cells = None if arguments.by is None else read_column(evaluated.data.path, arguments.by)
+    cells = None if arguments.by is None else read_column(training_sources(evaluated.data), arguments.by)
     opened = load_trained(trained)
     examples = tokenize_rows(evaluated.rows, opened.tokenizer, evaluated.data)
     if len(examples.dataset) == 0:

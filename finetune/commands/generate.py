@@ -9,8 +9,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.data.files import FILE_SUFFIXES
 from finetune.data.rows import read_questions
+from finetune.data.sources import FILE_SUFFIXES
 from finetune.model.generate import check_limits, multiply_dequantized
 from finetune.run.adapter import load_trained, parse_trained, trained_parser
 from finetune.run.answers import (

@@ -8,9 +8,9 @@ from typing import Any
 from rich.table import Table
 
 from finetune.config import Config
+from finetune.data.examples import Examples
 from finetune.data.rows import load_rows
 from finetune.data.splits import tokenize_splits
-from finetune.data.tokenize import Examples
 from finetune.export.fidelity import (
     DTYPES,
     MAX_LOSS_CHANGE,
@@ -46,7 +46,7 @@ def command(argv: Sequence[str]) -> None:
     arguments, trained = parse_trained(_parser(), argv)
     output: Path = arguments.output
     _check(arguments, trained.config)
-    rows = load_rows(trained.config.data)
+    rows = load_rows(trained.config.data, trained.config.eval.sets)
     opened = load_trained(trained)
     train_set, eval_set = tokenize_splits(rows, opened.tokenizer, trained.config.data)
     examples = _examples_to_compare_on(train_set, eval_set, arguments.rows)

@@ -14,9 +14,10 @@ from datasets import Dataset
 
 from finetune.config import Config, DataConfig
 from finetune.data.duplicates import most_similar, same_after_normalizing
+from finetune.data.examples import Examples
 from finetune.data.rows import Rows, answer_of, instruction_of, load_rows, prompt_of
 from finetune.data.splits import tokenize_splits
-from finetune.data.tokenize import IGNORE, ROLES, Examples, dissect, encode, to_messages
+from finetune.data.tokenize import IGNORE, ROLES, dissect, encode, to_messages
 
 # The texts by which rows are compared, the strictest comparison first.
 COMPARED: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -77,7 +78,7 @@ def measure(config: Config, tokenizer: Any) -> Audit:
     Raises:
         ValueError: as `load_rows` and `tokenize_splits`.
     """
-    rows = load_rows(config.data)
+    rows = load_rows(config.data, config.eval.sets)
     splits = {"train": rows.train, "eval": rows.eval}
     sets = dict(zip(splits, tokenize_splits(rows, tokenizer, config.data), strict=True))
     examples = pd.DataFrame(

@@ -1,88 +1,62 @@
 """Which rows can be trained on, and why the others are dropped."""
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset
-
-
-def clean_rows(table: Dataset) -> tuple[Dataset, dict[str, list[int]]]:
-    """The rows that can be trained on, and the numbers of the others, by reason."""
-    return sort_out(table, reason_to_drop)
-
-
-def sort_out(
-    table: Dataset, reason_to_drop: Callable[[Mapping[str, Any]], str | None]
-) -> tuple[Dataset, dict[str, list[int]]]:
-    """The rows without a reason to drop them, and the numbers of the others, by reason."""
-    kept: list[int] = []
-    dropped: dict[str, list[int]] = defaultdict(list)
-    for index, row in enumerate(table):
-        if reason := reason_to_drop(row):
-            dropped[reason].append(row["row_number"])
-        else:
-            kept.append(index)
-    return table.select(kept), dict(dropped)
+from finetune.data.conversations import SYSTEM_ROLES, Message
 
 
 def reason_to_drop(row: Mapping[str, Any]) -> str | None:
+    """Why a Row cannot be trained on; None where it can."""
     if "messages" in row:
-        return _reason_to_drop_messages(row)
+        return _reason_to_drop_messages(row["messages"])
+    if "text" in row:
+        return None if _says(row["text"]) else "without text"
     question, answer = ("instruction", "output") if "output" in row else ("prompt", "completion")
-    for column in (question, answer, "input"):
-        _require_text(row.get(column), f"row {row['row_number']}: {column}")
-    if not (row[answer] or "").strip():
+    if not _says(row[answer]):
         return f"without {answer}"
-    if not (row[question] or "").strip():
+    if not _says(row[question]):
         return f"without {question}"
     return None
 
 
-def _reason_to_drop_messages(row: Mapping[str, Any]) -> str | None:
-    place, messages = f"row {row['row_number']}: messages", row["messages"]
-    if messages is None:
-        return "without messages"
-    if not isinstance(messages, list):
-        raise ValueError(f"{place} must be a list of objects with role and content, not {messages!r:.60}")
+def _reason_to_drop_messages(messages: Sequence[Message]) -> str | None:
     if not messages:
         return "without messages"
-    for message in messages:
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
-            raise ValueError(f"{place} must be a list of objects with role and content, not {message!r:.60}")
-        _require_text(message["role"], f"{place}: role")
-        _require_text(message.get("content"), f"{place}: content")
     answers = [message for message in messages if message["role"] == "assistant"]
-    if not answers or any(not (message["content"] or "").strip() for message in answers):
+    trained = [message for message in answers if message.get("train") is not False]
+    if answers and not trained:
+        return "without a turn to train on"
+    # A turn that only calls tools, or only thinks, is something to learn too.
+    if not trained or not all(
+        _says(turn["content"]) or turn.get("tool_calls") or _says(turn.get("reasoning_content"))
+        for turn in trained
+    ):
         return "without text in an assistant turn"
     return None
 
 
 def reason_to_ask_nothing(row: Mapping[str, Any]) -> str | None:
-    """As `reason_to_drop`, ignoring the row's last answer."""
-    if "messages" not in row:
-        return reason_to_drop({**row, "output" if "output" in row else "completion": "an answer"})
-    turns = row["messages"]
-    if not turns or not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return reason_to_drop(row)
-    asked = turns_asked(turns)
-    if all(turn.get("role") == "system" for turn in asked):
+    """Why a Row holds no question that a model could be asked; its last answer does not matter."""
+    if "messages" in row:
+        if not row["messages"]:
+            return "without messages"
+        asked = [turn for turn in turns_asked(row["messages"]) if turn["role"] not in SYSTEM_ROLES]
+        return None if asked else "without a question"
+    if "text" in row:
         return "without a question"
-    return reason_to_drop({**row, "messages": [*asked, {"role": "assistant", "content": "an answer"}]})
+    question = "instruction" if "output" in row else "prompt"
+    return None if _says(row[question]) else f"without {question}"
 
 
-def turns_asked(turns: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The messages before the last answer; all of them if the last one is the user's."""
-    if not turns or turns[-1].get("role") == "user":
+def turns_asked(turns: list[Message]) -> list[Message]:
+    """The messages before the last answer, which may be calls of tools; all of them if the user or a tool has
+    the last word."""
+    if not turns or turns[-1]["role"] in ("user", "tool", "function"):
         return turns
-    last = max((i for i, turn in enumerate(turns) if turn.get("role") == "assistant"), default=len(turns))
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns))
     return turns[:last]
 
 
-def _require_text(cell: Any, place: str) -> None:
-    if not isinstance(cell, str | None):
-        raise ValueError(f"{place} must be text, not {cell!r:.60}")
-    try:
-        (cell or "").encode()
-    except UnicodeEncodeError as error:  # a JSON escape can encode half of a surrogate pair
-        raise ValueError(f"{place} holds {error.object[error.start]!r}, which is no character") from error
+def _says(text: str | None) -> bool:
+    return bool((text or "").strip())

@@ -1,14 +1,14 @@
 """Find duplicates: texts that are equal except for case, spaces and punctuation, or nearly equal."""
 
+import hashlib
 import re
 import unicodedata
-from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from datasketch import MinHash
 from numpy.typing import NDArray
 
 NEAR = 0.8  # two texts are near duplicates if they are at least this similar
@@ -16,10 +16,15 @@ SHINGLE_CHARACTERS = 5
 # Texts are candidates if all hashes of a band agree. At similarity NEAR, one in 20,000 pairs agrees in none.
 NUM_BANDS = 25
 HASHES_PER_BAND = 5
+NUM_HASHES = NUM_BANDS * HASHES_PER_BAND
 # Templated rows ("Convert 3 km", "Convert 4 km", ...) are all near each other, and have too many pairs to
 # compare. At most this many candidates are taken from a band, and the nearest by their hashes are measured.
 MAX_PER_BAND = 20
 MAX_MEASURED = 50
+BLOCK_CHARACTERS = 2**15  # hashed at a time, so that they stay in a core's cache
+# Hash k of a shingle x is _FACTORS[k] * x + _TERMS[k] modulo 2**32, which permutes the 32-bit numbers.
+_FACTORS, _TERMS = np.random.default_rng(5).integers(0, 2**32, (2, NUM_HASHES, 1), np.uint32)
+_FACTORS |= np.uint32(1)
 
 # Punctuation is removed only around words: within a word it has a meaning, as in 3.5, C++ and x-1. After a
 # digit, ! and quotes have a meaning too (5! and 5'), and brackets always have one.
@@ -27,6 +32,17 @@ _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 _QUOTES = "\"'\N{LEFT DOUBLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK}"
 _QUOTES += "\N{LEFT SINGLE QUOTATION MARK}\N{RIGHT SINGLE QUOTATION MARK}"
 _PUNCTUATION = re.compile(rf"(?:(?<!\d)[!{_QUOTES}]|[.,;:?。])+(?=\s|$)|(?<!\S)[{_QUOTES}¿¡]+")
+
+
+class Signatures(NamedTuple):
+    """What N texts are compared by.
+
+    `digests` [N] are those of the normalized texts, 0 for blank ones; `hashes` [N, NUM_HASHES] the last bytes
+    of their min-hashes: 25 bands of 5.
+    """
+
+    digests: NDArray[np.uint64]
+    hashes: NDArray[np.uint8]
 
 
 class Match(NamedTuple):
@@ -65,53 +81,140 @@ def most_similar(texts: Sequence[str], among: Sequence[str] | None = None) -> li
     5-character pieces of the normalized texts (Broder 1997). Candidates come from MinHash with
     locality-sensitive hashing, which may miss a pair just above NEAR, most of all among many similar texts.
     """
-    wanted = [normalize(text) for text in texts]
-    themselves = among is None
-    corpus = wanted if among is None else [normalize(text) for text in among]
-    places: dict[str, list[int]] = defaultdict(list)
-    for position, text in enumerate(corpus):
-        if text:
-            places[text].append(position)
-
-    unique = list(places)
-    new = [text for text in dict.fromkeys(wanted) if text and text not in places]
-    numbers = {text: number for number, text in enumerate([*unique, *new])}
-    hashes = _min_hashes(list(numbers))
-    bands = [band.tobytes() for row in hashes for band in np.split(row, NUM_BANDS)]
-    alike: dict[tuple[int, bytes], list[int]] = defaultdict(list)
-    for number in range(len(unique)):
-        for band in range(NUM_BANDS):
-            alike[band, bands[number * NUM_BANDS + band]].append(number)
-
-    near: dict[str, Match | None] = {"": None}
-    matches: list[Match | None] = []
-    for position, text in enumerate(wanted):
-        same = next((i for i in places.get(text, []) if not (themselves and i == position)), None)
-        if same is not None:
-            matches.append(Match(same, 1.0, exact=True))
-            continue
-        if text not in near:
-            number = numbers[text]
-            found: set[int] = set()
-            for band in range(NUM_BANDS):
-                others = alike.get((band, bands[number * NUM_BANDS + band]), [])
-                middle = bisect_left(others, number)
-                found.update(others[max(0, middle - MAX_PER_BAND // 2) : middle + MAX_PER_BAND // 2])
-            candidates = np.array(sorted(found - {number}), np.int64)
-            agreement = (hashes[candidates] == hashes[number]).sum(axis=1)
-            nearest = candidates[np.argsort(-agreement, kind="stable")[:MAX_MEASURED]]
-            best = _nearest(text, [unique[c] for c in nearest])
-            near[text] = Match(places[best[0]][0], best[1], exact=False) if best is not None else None
-        matches.append(near[text])
+    wanted = sign(texts)
+    corpus = wanted if among is None else sign(among)
+    others = texts if among is None else among
+    matches: list[Match | None] = [None] * len(texts)
+    for position, match in find_matches(
+        wanted, corpus, texts.__getitem__, others.__getitem__, themselves=among is None
+    ):
+        matches[position] = match
     return matches
 
 
-def _nearest(text: str, candidates: list[str]) -> tuple[str, float] | None:
-    """The most similar candidate and its similarity; None if none reaches NEAR."""
-    pieces = _shingles(text)
-    scored = [(candidate, _jaccard(pieces, _shingles(candidate))) for candidate in candidates]
-    best = max(scored, key=lambda pair: pair[1], default=None)
-    return best if best is not None and best[1] >= NEAR else None
+def sign(texts: Sequence[str]) -> Signatures:
+    """The signatures of texts, which `find_matches` compares."""
+    plain = [normalize(text) for text in texts]
+    digests = [
+        int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+        if text
+        else 0
+        for text in plain
+    ]
+    return Signatures(np.array(digests, np.uint64), _min_hashes(plain))
+
+
+def find_matches(
+    wanted: Signatures,
+    corpus: Signatures,
+    wanted_text: Callable[[int], str],
+    corpus_text: Callable[[int], str],
+    themselves: bool = False,
+) -> Iterator[tuple[int, Match]]:
+    """Yield (position in `wanted`, its most similar text in `corpus`) where there is one, as `most_similar`.
+
+    The texts are asked for by their positions, and only where signatures agree in a band. `themselves`: both
+    are the same texts, and none is its own match. Memory is a few numbers for each text.
+    """
+    # A text is represented by its first position in the corpus: `firsts` in order of their digests.
+    firsts, seconds = _first_two_positions(corpus.digests)
+    sorted_digests = corpus.digests[firsts]
+    place = np.searchsorted(sorted_digests, wanted.digests)
+    place[place == len(sorted_digests)] = 0
+    is_in = sorted_digests[place] == wanted.digests if len(firsts) else np.zeros(len(wanted.digests), bool)
+    same = np.where(is_in, firsts[place] if len(firsts) else -1, -1)
+    if themselves:
+        own = same == np.arange(len(same))
+        same = np.where(own, seconds[place] if len(firsts) else -1, same)
+    same[wanted.digests == 0] = -1
+
+    unique = np.sort(firsts[sorted_digests != 0])
+    rest = np.flatnonzero((same < 0) & (wanted.digests != 0))
+    _, representatives, inverse = np.unique(wanted.digests[rest], return_index=True, return_inverse=True)
+    asking = rest[representatives]
+    near = dict(
+        zip(
+            asking.tolist(),
+            _nearest_of_each(asking, wanted, corpus, unique, wanted_text, corpus_text, themselves),
+            strict=True,
+        )
+    )
+    found = {int(p): near[int(asking[group])] for p, group in zip(rest, inverse, strict=True)}
+    for position in range(len(wanted.digests)):
+        if same[position] >= 0:
+            yield position, Match(int(same[position]), 1.0, exact=True)
+        elif (match := found.get(position)) is not None:
+            yield position, match
+
+
+def _first_two_positions(digests: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For each digest, in ascending order, its first position, and its second one or -1."""
+    order = np.argsort(digests, kind="stable")
+    sorted_digests = digests[order]
+    starts = np.flatnonzero(np.r_[True, sorted_digests[1:] != sorted_digests[:-1]][: len(order)])
+    counts = np.diff(np.r_[starts, len(order)])
+    seconds = np.where(counts > 1, order[np.minimum(starts + 1, len(order) - 1)], -1)
+    return order[starts], seconds
+
+
+def _nearest_of_each(
+    asking: NDArray[np.int64],
+    wanted: Signatures,
+    corpus: Signatures,
+    unique: NDArray[np.int64],
+    wanted_text: Callable[[int], str],
+    corpus_text: Callable[[int], str],
+    themselves: bool,
+) -> Iterator[Match | None]:
+    """The near match of each text at the positions `asking`, among those at the positions `unique`."""
+    ranges = [_band_ranges(band, asking, wanted, corpus, unique) for band in range(NUM_BANDS)]
+    shingles = lru_cache(maxsize=4096)(lambda position: _shingles(normalize(corpus_text(position))))
+    # A text agrees with itself in all bands.
+    alike = np.any([right - left > themselves for _, left, right in ranges], axis=0)
+    for number, position in enumerate(asking.tolist()):
+        if not alike[number]:
+            yield None
+            continue
+        found: set[int] = set()
+        for order, left, right in ranges:
+            others = order[left[number] : right[number]]
+            # Of a crowd, those around its own place; a text of elsewhere has its place behind them all.
+            middle = int(np.searchsorted(others, position)) if themselves else len(others)
+            found.update(others[max(0, middle - MAX_PER_BAND // 2) : middle + MAX_PER_BAND // 2].tolist())
+        if themselves:
+            found.discard(position)
+        candidates = np.array(sorted(found), np.int64)
+        agreement = (corpus.hashes[candidates] == wanted.hashes[position]).sum(axis=1)
+        nearest = candidates[np.argsort(-agreement, kind="stable")[:MAX_MEASURED]].tolist()
+        pieces = _shingles(normalize(wanted_text(position)))
+        similarities = [_jaccard(pieces, shingles(candidate)) for candidate in nearest]
+        best = int(np.argmax(similarities))
+        matches = similarities[best] >= NEAR
+        yield Match(nearest[best], similarities[best], exact=False) if matches else None
+
+
+def _band_ranges(
+    band: int,
+    asking: NDArray[np.int64],
+    wanted: Signatures,
+    corpus: Signatures,
+    unique: NDArray[np.int64],
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    """Positions of the corpus ordered by their hashes of a band, and for each text that asks, where in them
+    those stand that agree with it: [left, right)."""
+    keys, own = (_band_keys(s.hashes, at, band) for s, at in ((corpus, unique), (wanted, asking)))
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    left, right = np.searchsorted(keys, own), np.searchsorted(keys, own, side="right")
+    return unique[order].astype(np.int32), left.astype(np.int32), right.astype(np.int32)
+
+
+def _band_keys(hashes: NDArray[np.uint8], at: NDArray[np.int64], band: int) -> NDArray[np.uint64]:
+    """[len(at)]: the hashes of a band as one number."""
+    keys = np.zeros(len(at), np.uint64)
+    for column in range(band * HASHES_PER_BAND, (band + 1) * HASHES_PER_BAND):
+        keys = keys << np.uint64(8) | hashes[at, column]
+    return keys
 
 
 def _shingles(text: str) -> set[str]:
@@ -119,12 +222,49 @@ def _shingles(text: str) -> set[str]:
     return {text[start : start + SHINGLE_CHARACTERS] for start in range(last)}
 
 
-def _min_hashes(texts: Sequence[str]) -> NDArray[np.uint64]:
-    """[len(texts), NUM_BANDS * HASHES_PER_BAND]"""
-    pieces = [[piece.encode() for piece in sorted(_shingles(text))] for text in texts]
-    num_hashes = NUM_BANDS * HASHES_PER_BAND
-    hashes = [min_hash.hashvalues for min_hash in MinHash.generator(pieces, num_perm=num_hashes)]
-    return np.array(hashes, np.uint64).reshape(len(texts), num_hashes)
+def _min_hashes(texts: Sequence[str]) -> NDArray[np.uint8]:
+    """[len(texts), NUM_HASHES]: the last byte of the least hash of each text's shingles."""
+    hashes = np.empty((len(texts), NUM_HASHES), np.uint8)
+    first = 0
+    while first < len(texts):
+        last, characters = first, 0
+        while last < len(texts) and (last == first or characters < BLOCK_CHARACTERS):
+            characters += max(SHINGLE_CHARACTERS, len(texts[last]))
+            last += 1
+        hashes[first:last] = _min_hashes_of_block(texts[first:last])
+        first = last
+    return hashes
+
+
+def _min_hashes_of_block(texts: Sequence[str]) -> NDArray[np.uint8]:
+    """[len(texts), NUM_HASHES]"""
+    padded = [text.ljust(SHINGLE_CHARACTERS, "\0") for text in texts]
+    joined = "".join(padded).encode("utf-32-le", errors="surrogatepass")
+    characters = np.frombuffer(joined, np.uint32).astype(np.uint64)
+    lengths = np.array([len(text) for text in padded])
+    counts = lengths - SHINGLE_CHARACTERS + 1
+    windows = np.zeros(len(characters) - SHINGLE_CHARACTERS + 1, np.uint64)
+    for place in range(SHINGLE_CHARACTERS):
+        windows = windows * np.uint64(0x9E3779B97F4A7C15) + characters[place : place + len(windows)]
+    # Not those that begin in one text and end in the next
+    ends = np.cumsum(lengths)
+    inside = np.ones(len(windows) + SHINGLE_CHARACTERS - 1, bool)
+    for back in range(1, SHINGLE_CHARACTERS):
+        inside[ends - back] = False
+    shingles = _mix(windows[inside[: len(windows)]])
+    starts = np.cumsum(counts) - counts
+    hashes = np.empty((len(texts), NUM_HASHES), np.uint8)
+    for k in range(NUM_HASHES):
+        hashes[:, k] = np.minimum.reduceat(_FACTORS[k] * shingles + _TERMS[k], starts).astype(np.uint8)
+    return hashes
+
+
+def _mix(numbers: NDArray[np.uint64]) -> NDArray[np.uint32]:
+    """The upper half of numbers whose every bit depends on all bits of those given (the finalizer of
+    SplitMix64, Steele et al. 2014)."""
+    numbers = (numbers ^ numbers >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ numbers >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return (numbers >> np.uint64(32)).astype(np.uint32)
 
 
 def _jaccard(first: set[str], second: set[str]) -> float:

@@ -1,209 +1,335 @@
-"""Files and hub data sets as tables of rows: read, checked, and reduced to the columns of a format."""
+"""Files and hub data sets, read in batches of rows: cheap to read in one process, to be parsed in another."""
 
-import difflib
+import codecs
+import gzip
+import io
 import json
 import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
-from datasets import Dataset, concatenate_datasets, load_dataset
+import pyarrow.parquet as pq
+from datasets import load_dataset
 
-from finetune.data.cleaning import reason_to_drop
+from finetune.data.json_array import iterate_array
+from finetune.data.sources import Source, kind_of
 
-# Required and optional columns of each format. If several match, the first is taken.
-FORMATS = {
-    "messages": (("messages",), ()),
-    "instruction": (("instruction", "output"), ("input",)),
-    "completion": (("prompt", "completion"), ()),
-}
+BOM = codecs.BOM_UTF8
+ROWS_AT_ONCE = 1000  # where one column of all rows is read
 
 
-FILE_SUFFIXES = (".csv", ".parquet", ".json", ".jsonl")
+@dataclass(frozen=True)
+class RawBatch(ABC):
+    """Rows of one file or hub data set that follow each other, not yet parsed. It can be pickled.
+
+    `where` is the file or data set, and its row `first_row`, counted from 1, is the first of `num_rows`.
+    """
+
+    where: str
+    first_row: int
+    num_rows: int
+
+    @abstractmethod
+    def objects(self) -> list[dict[str, Any]]:
+        """The rows as they are written, one dict of cells each; a missing cell is None or absent.
+
+        Raises:
+            ValueError: what is wrong with a row, with its place.
+        """
+
+    def rows(self) -> list[tuple[str, dict[str, Any]]]:
+        """Each row with its place in words, such as "data/a.jsonl, row 7".
+
+        Raises:
+            ValueError: as `objects`.
+        """
+        return [
+            (f"{self.where}, row {number}", row) for number, row in enumerate(self.objects(), self.first_row)
+        ]
 
 
-def read_rows(path: str | list[str]) -> Dataset:
-    """All rows of the files or the hub data set, with the columns of one of FORMATS and `row_number`."""
-    if isinstance(path, str) and not is_local(path):
-        table = _keep_format(_read_hub(path), path)
-    else:
-        files = [path] if isinstance(path, str) else path
-        tables = [to_table(read_file(file), file) for file in files]
-        for file, other in zip(files, tables, strict=True):
-            if other.column_names != tables[0].column_names:
-                raise ValueError(
-                    f"{file} has the columns {other.column_names}, {files[0]} has {tables[0].column_names}"
-                )
-        table = concatenate_datasets(tables)
-    return table.add_column("row_number", list(range(1, len(table) + 1)))
+def read_batches(source: Source, rows_per_batch: int) -> Iterator[RawBatch]:
+    """All rows of a source in order, at most `rows_per_batch` in a batch and one file after another.
 
-
-def read_column(path: str | list[str], column: str) -> list[str]:
-    """Any column of the files or the hub data set as text, missing cells as ""; row n is at index n - 1.
+    Memory holds one batch, however large the file is; what is wrong further on is found when it is reached.
 
     Raises:
-        ValueError: as `read_rows`, or there is no such column.
+        ValueError: a file or data set that is not there, cannot be read, or holds no row.
     """
-    if isinstance(path, str) and not is_local(path):
-        tables = {path: _read_hub(path).to_pandas()}
-    else:
-        tables = {file: read_file(file) for file in ([path] if isinstance(path, str) else path)}
-    for file, table in tables.items():
-        if column not in table.columns:
-            names = ", ".join(map(str, table.columns))
-            raise ValueError(f"{file} has no column {column!r}; there are {names}")
-    cells = pd.concat([table[column].astype(object) for table in tables.values()])
-    return ["" if cell is None or cell is pd.NA or cell != cell else str(cell).strip() for cell in cells]
+    batches = (
+        _hub_batches(source, rows_per_batch) if source.dataset else _file_batches(source, rows_per_batch)
+    )
+    yield from batches
 
 
-def to_table(frame: pd.DataFrame, file: str) -> Dataset:
-    """The frame's rows with the columns of its format; the other columns may hold anything."""
-    columns = _format_columns(list(frame.columns), file)
-    frame = frame[columns].reset_index(drop=True)
-    if "messages" in columns:
-        frame["messages"] = [_role_and_content(cell) for cell in frame["messages"]]
+def _file_batches(source: Source, rows_per_batch: int) -> Iterator[RawBatch]:
+    readers = {".csv": _csv_batches, ".parquet": _parquet_batches}
+    for file in source.files:
+        read = readers.get(kind_of(file) or "", _json_batches)
+        with _errors_of(file, source.key):
+            with Path(file).open("rb"):
+                pass  # for some formats pandas does not report a missing file
+            batches = read(file, rows_per_batch) if Path(file).stat().st_size else iter(())
+            first = next(batches, None)
+            if first is None:
+                raise ValueError(f"{file} is empty")
+            yield first
+            yield from batches
+
+
+@contextmanager
+def _errors_of(file: str, key: str) -> Iterator[None]:
+    """What reading a file can raise, as a ValueError that begins with its name, or the key's."""
     try:
-        table = Dataset.from_pandas(frame, preserve_index=False)
-    except (
-        pa.ArrowException,
-        UnicodeError,
-        OverflowError,
-    ) as error:  # a cell of another type, or invalid Unicode
-        rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
-        for number, row in enumerate(rows, 1):
-            reason_to_drop({"row_number": number, **{column: row[column] for column in columns}})
-        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
-    return _keep_format(table, file)
-
-
-def _role_and_content(messages: Any) -> Any:
-    """Messages reduced to role and content; `clean_rows` refuses what is not a list of objects."""
-    if not isinstance(messages, list | np.ndarray):
-        return messages
-    return [
-        {"role": message.get("role"), "content": message.get("content")}
-        if isinstance(message, dict)
-        else message
-        for message in messages
-    ]
-
-
-def is_local(path: str) -> bool:
-    """Whether `data.path` names a file rather than a hub data set."""
-    return Path(path).exists() or path.lower().endswith(FILE_SUFFIXES)
-
-
-def read_file(file: str) -> pd.DataFrame:
-    path = Path(file)
-    suffix = path.suffix.lower()
-    if path.is_dir():
-        raise ValueError(f"data.path {file} is a folder; name the files in it")
-    if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
-        raise ValueError(f"data.path {file} is no ordinary file")
-    if suffix not in FILE_SUFFIXES:
-        raise ValueError(f"data.path {file} is none of {', '.join(FILE_SUFFIXES)}")
-    try:
-        with path.open("rb"):
-            pass  # for some formats pandas does not report a missing file
-        if path.stat().st_size == 0:
-            raise ValueError(f"{file} is empty")
-        if suffix == ".csv":
-            # As the seeds read it: pandas treats empty cells and words such as "n/a" as missing.
-            frame = pd.read_csv(path, dtype=str)
-            if not isinstance(frame.index, pd.RangeIndex):
-                raise ValueError(f"{file} has more cells in its rows than names in its header")
-            return frame
-        if suffix == ".parquet":
-            return pd.read_parquet(path)
-        text = path.read_text(encoding="utf-8-sig")
-        objects = _json_objects(text, file)
-        if not objects:
-            raise ValueError(f"{file} is empty")
-        try:
-            return pd.DataFrame(objects)
-        except UnicodeEncodeError:  # a cell of invalid Unicode, which `to_table` finds and names
-            return pd.DataFrame(objects, dtype=object)
-    except OSError as error:
-        raise ValueError(f"data.path {file}: {error.strerror or error}") from error
+        yield
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text (byte {_first_bad_byte(path)})") from error
+        raise ValueError(f"{file} is not UTF-8 text (byte {_first_bad_byte(file)})") from error
+    except (OSError, EOFError) as error:  # EOFError: a .gz that was cut
+        raise ValueError(f"{key} {file}: {getattr(error, 'strerror', None) or error}") from error
     except ValueError as error:  # also pandas' ParserError and EmptyDataError, and pyarrow's ArrowInvalid
         message = " ".join(str(error).split())
-        raise ValueError(
-            message if message.startswith(file) else f"{file} cannot be read: {message}"
-        ) from error
+        if message.startswith(file):
+            raise ValueError(message) from error
+        raise ValueError(f"{file} cannot be read: {message}") from error
     except RecursionError as error:
         raise ValueError(f"{file} cannot be read: its brackets are nested too deep") from error
+    except pa.ArrowException as error:  # those that are no ValueError: not implemented, a key that is missing
+        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _first_bad_byte(path: Path) -> int:
-    try:
-        path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        return error.start
-    return 0
+def _open(file: str) -> io.BufferedReader:
+    """The file's bytes, decompressed."""
+    if file.lower().endswith(".gz"):
+        return io.BufferedReader(gzip.open(file, "rb"))
+    if file.lower().endswith(".zst"):
+        return io.BufferedReader(pa.input_stream(file, compression="zstd"))
+    return Path(file).open("rb")
 
 
-def _json_objects(text: str, file: str) -> list[dict[str, Any]]:
-    """The objects of a JSON array or of JSON lines, distinguished by the first character."""
-    objects: list[dict[str, Any]] = []
-    if text.lstrip().startswith("["):
-        try:
-            objects = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, line {error.lineno}: {error.msg}") from error
-        places = [f"{file}, entry {number}" for number in range(1, len(objects) + 1)]
-    else:
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        places = [f"{file}, line {number}" for number, _ in lines]
-        for (_, line), place in zip(lines, places, strict=True):
+def _first_bad_byte(file: str) -> int:
+    """The place, in the text as it was before compression, of the first byte that is not UTF-8."""
+    decoder, read = codecs.getincrementaldecoder("utf-8")(), 0
+    with _open(file) as stream:
+        while True:
+            held = len(decoder.getstate()[0])  # of a character that the last piece began
+            piece = stream.read(1 << 20)
             try:
-                objects.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place}: {error.msg} at column {error.colno}") from error
-    for entry, place in zip(objects, places, strict=True):
-        if not isinstance(entry, dict):
-            raise ValueError(
-                f"{place}: expected an object with the columns of a row, found {str(entry)[:40]!r}"
-            )
-    return objects
+                decoder.decode(piece, final=not piece)
+            except UnicodeDecodeError as error:
+                return read - held + error.start
+            if not piece:
+                return read
+            read += len(piece)
 
 
-def _read_hub(name: str) -> Dataset:
+# --- CSV ---
+
+
+@dataclass(frozen=True)
+class _Frame(RawBatch):
+    frame: pd.DataFrame
+
+    def objects(self) -> list[dict[str, Any]]:
+        cells = self.frame.astype(object).where(self.frame.notna(), None)
+        names = list(cells.columns)
+        return [dict(zip(names, row, strict=True)) for row in cells.itertuples(index=False, name=None)]
+
+
+def _csv_batches(file: str, rows_per_batch: int) -> Iterator[RawBatch]:
+    # As the seeds read it: pandas treats empty cells and words such as "n/a" as missing.
+    with _open(file) as stream, pd.read_csv(stream, dtype=str, chunksize=rows_per_batch) as frames:
+        first = 1
+        for frame in frames:
+            if not isinstance(frame.index, pd.RangeIndex):
+                raise ValueError(f"{file} has more cells in its rows than names in its header")
+            if len(frame):
+                yield _Frame(file, first, len(frame), frame)
+                first += len(frame)
+
+
+# --- Parquet and hub data sets ---
+
+
+@dataclass(frozen=True)
+class _ArrowRows(RawBatch):
+    stream: bytes
+    """An Arrow IPC stream of these rows alone: a pickled slice of a table would carry the whole table"""
+
+    def objects(self) -> list[dict[str, Any]]:
+        rows = pa.ipc.open_stream(self.stream).read_all().to_pylist()
+        return [{column: _without_nulls(cell) for column, cell in row.items()} for row in rows]
+
+
+def _without_nulls(cell: Any) -> Any:
+    """A cell without the keys of its objects that are null: Arrow gives every object the keys of all others.
+
+    What only Arrow holds, such as a date within an object, becomes text, as JSON would have it.
+    """
+    if isinstance(cell, dict):
+        return {key: _without_nulls(value) for key, value in cell.items() if value is not None}
+    if isinstance(cell, list):
+        return [_without_nulls(value) for value in cell]
+    return cell if isinstance(cell, str | int | float | bool | None) else str(cell)
+
+
+def _arrow_rows(where: str, first_row: int, table: pa.Table | pa.RecordBatch) -> RawBatch:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write(table)
+    return _ArrowRows(where, first_row, table.num_rows, sink.getvalue().to_pybytes())
+
+
+def _parquet_batches(file: str, rows_per_batch: int) -> Iterator[RawBatch]:
+    first = 1
+    with pq.ParquetFile(file) as parquet:
+        for batch in parquet.iter_batches(batch_size=rows_per_batch):
+            if batch.num_rows:
+                yield _arrow_rows(file, first, batch)
+                first += batch.num_rows
+
+
+def _hub_batches(source: Source, rows_per_batch: int) -> Iterator[RawBatch]:
+    name = cast(str, source.dataset)
+    table = _load_hub(source, name).with_format("arrow")
+    for start in range(0, len(table), rows_per_batch):
+        yield _arrow_rows(name, start + 1, table[start : start + rows_per_batch])
+    if len(table) == 0:
+        raise ValueError(f"{name} is empty")
+
+
+def hub_fingerprint(source: Source) -> str:
+    """What tells the rows of a hub data set from those of another, or of another revision of it."""
+    return str(_load_hub(source, cast(str, source.dataset))._fingerprint)
+
+
+def _load_hub(source: Source, name: str) -> Any:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise ValueError(f"data.path {name!r} is neither a file that exists nor the name of a hub data set")
+        raise ValueError(
+            f"{source.key} {name!r} is neither a file that exists nor the name of a hub data set"
+        )
+    subset = () if source.subset is None else (source.subset,)
+    revision = {} if source.revision is None else {"revision": source.revision}
     try:
-        return load_dataset(name, split="train")
+        return load_dataset(name, *subset, split=source.split, **revision)
     except Exception as error:  # the hub's client raises many kinds: no network, no such name, ...
+        if subsets := re.search(r"among the available configs: (\[.*?\])", str(error), re.DOTALL):
+            raise ValueError(
+                f"{source.key} {name!r} has subsets: set subset to one of {subsets[1]}"
+            ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"data.path {name!r} is no local file, and as a hub data set it could not be loaded: {reason}"
+            f"{source.key} {name!r} is no local file, and as a hub data set it could not be loaded: {reason}"
         ) from error
 
 
-def _keep_format(table: Dataset, source: str) -> Dataset:
-    """Only the columns of the table's format, with `input` filled in."""
-    table = table.select_columns(_format_columns(table.column_names, source))
-    if "output" in table.column_names and "input" not in table.column_names:
-        table = table.add_column("input", [None] * len(table))
-    return table
+# --- JSON: lines of objects, or one array of them ---
 
 
-def _format_columns(found: list[str], source: str) -> list[str]:
-    """The columns that make up a row of one of FORMATS."""
-    for required, optional in FORMATS.values():
-        if set(required) <= set(found):
-            return [c for c in (*required, *optional) if c in found]
-    known = [column for required, _ in FORMATS.values() for column in required]
-    near = {c: difflib.get_close_matches(c.strip().lower(), known, n=1) for c in found}
-    hints = ", ".join(f"{c!r} is near {match[0]!r}" for c, match in near.items() if match and match[0] != c)
-    raise ValueError(
-        f"{source} has the columns {found}; expected instruction and output (input optional), messages, or "
-        f"prompt and completion{'; ' + hints if hints else ''}"
-    )
+@dataclass(frozen=True)
+class _Lines(RawBatch):
+    text: bytes
+    first_line: int
+    first_byte: int
+
+    def objects(self) -> list[dict[str, Any]]:
+        objects, byte = [], self.first_byte
+        for number, line in enumerate(self.text.split(b"\n"), self.first_line):
+            if line.strip():
+                objects.append(self._parse(line, number, byte))
+            byte += len(line) + 1
+        return objects
+
+    def _parse(self, line: bytes, number: int, byte: int) -> dict[str, Any]:
+        place = f"{self.where}, line {number}"
+        try:
+            return _require_object(json.loads(line.decode()), place)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.where} is not UTF-8 text (byte {byte + error.start})") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{place}: {error.msg} at column {error.colno}") from error
+        except RecursionError as error:
+            raise ValueError(f"{place}: its brackets are nested too deep") from error
 
 
-def described(path: str | list[str]) -> str:
-    return path if isinstance(path, str) else ", ".join(path)
+@dataclass(frozen=True)
+class _Entries(RawBatch):
+    entries: list[dict[str, Any]]
+
+    def objects(self) -> list[dict[str, Any]]:
+        return self.entries
+
+
+def _require_object(entry: Any, place: str) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{place}: expected an object with the columns of a row, found {str(entry)[:40]!r}")
+    return entry
+
+
+def _json_batches(file: str, rows_per_batch: int) -> Iterator[RawBatch]:
+    """The objects of a JSON array or of JSON lines, distinguished by the first character."""
+    with _open(file) as stream:
+        blank = stream.read(len(BOM)) if stream.peek(len(BOM)).startswith(BOM) else b""
+        while stream.peek(1)[:1].isspace():
+            blank += stream.read(1)
+        lines_before = blank.count(b"\n")
+        if stream.peek(1)[:1] == b"[":
+            text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+            yield from _array_batches(file, text, lines_before, rows_per_batch)
+        else:
+            yield from _line_batches(file, stream, lines_before, len(blank), rows_per_batch)
+
+
+def _line_batches(
+    file: str, stream: io.BufferedReader, num_lines: int, num_bytes: int, rows_per_batch: int
+) -> Iterator[RawBatch]:
+    """Batches of the stream's lines, before which the file has `num_lines` lines and `num_bytes` bytes."""
+    lines: list[bytes] = []
+    row, filled = 1, 0
+    for line in stream:
+        lines.append(line)
+        filled += bool(line.strip())
+        if filled == rows_per_batch:
+            text = b"".join(lines)
+            yield _Lines(file, row, filled, text, num_lines + 1, num_bytes)
+            num_lines, num_bytes = num_lines + len(lines), num_bytes + len(text)
+            row, filled, lines = row + filled, 0, []
+    if filled:
+        yield _Lines(file, row, filled, b"".join(lines), num_lines + 1, num_bytes)
+
+
+def _array_batches(file: str, text: IO[str], lines_before: int, rows_per_batch: int) -> Iterator[RawBatch]:
+    entries: list[dict[str, Any]] = []
+    row = 1
+    for number, entry in enumerate(iterate_array(text, file, lines_before + 1), 1):
+        entries.append(_require_object(entry, f"{file}, entry {number}"))
+        if len(entries) == rows_per_batch:
+            yield _Entries(file, row, len(entries), entries)
+            row, entries = row + len(entries), []
+    if entries:
+        yield _Entries(file, row, len(entries), entries)
+
+
+def read_column(sources: Sequence[Source], column: str) -> list[str]:
+    """Any column of the sources as text, missing cells as ""; row n of all that is read is at index n - 1.
+
+    Raises:
+        ValueError: as `read_batches`, or no source has such a column.
+    """
+    cells: list[str] = []
+    found: dict[str, None] = {}
+    for source in sources:
+        for batch in read_batches(source, ROWS_AT_ONCE):
+            for row in batch.objects():
+                found |= dict.fromkeys(row)
+                cell = row.get(column)
+                cells.append("" if cell is None or cell != cell else str(cell).strip())
+    if column not in found:
+        places = ", ".join(source.name for source in sources)
+        raise ValueError(f"{places} has no column {column!r}; there are {', '.join(found)}")
+    return cells

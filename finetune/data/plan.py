@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from finetune.config import Config
 from finetune.data.by_source import several_sources
-from finetune.data.tokenize import Examples
+from finetune.data.examples import Examples
 
 Indices = list[int]
 

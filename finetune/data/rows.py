@@ -1,22 +1,40 @@
-"""Rows from files or a hub data set: cleaned, sampled, and split into train and eval.
+"""Rows from files or hub data sets: cleaned, sampled, and split into train and eval.
 
-A row has the columns of one of FORMATS, and `row_number`: its place in the data, from 1.
+A row is a Row, and `row_number` its place in the data, from 1. A table of rows has the columns row_number,
+source (an index of `Rows.source_names`) and row (as JSON text); `iterate_rows` and `row_at` read it.
 """
 
+import json
 import math
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset, disable_progress_bars
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, concatenate_datasets, disable_progress_bars
+from numpy.typing import NDArray
 
 from finetune.config import DataConfig
-from finetune.data.cleaning import clean_rows, reason_to_ask_nothing, sort_out
-from finetune.data.duplicates import Match, most_similar, normalize
-from finetune.data.files import FORMATS, described, read_file, read_rows, to_table
+from finetune.data.cleaning import reason_to_ask_nothing
+from finetune.data.conversations import Row
+from finetune.data.duplicates import Match, Signatures, find_matches, normalize, sign
+from finetune.data.prepare import make_chunks, read_chunk, unpacked, write_chunk
+from finetune.data.row_tables import (
+    ReadSources,
+    cache_folder,
+    column_of,
+    digest_of,
+    read_questions_of,
+    read_sources,
+    table_chunks,
+)
+from finetune.data.sources import Source, eval_sources, training_sources
 
 
 @dataclass(frozen=True)
@@ -24,58 +42,151 @@ class Rows:
     """The rows of a run, and what happened to those that were read.
 
     `num_read` rows were read and `dropped` (row numbers, by reason) of them left out; of the rest, `train`
-    and `eval` are the sample, split.
+    and `eval` are the sample, split, and the rows of `data.eval_path` and `eval.sets`. `formats` are those of
+    the sources; `unused` counts the rows that have a column or key that is not used. `files` are those that
+    were read, with the number of their first row, in ascending order.
     """
 
     train: Dataset
     eval: Dataset
     num_read: int
     dropped: dict[str, list[int]]
+    source_names: Sequence[str] = ()
+    formats: Sequence[str] = ()
+    unused: Counter[str] = field(default_factory=Counter)
+    files: Sequence[tuple[int, str]] = ()
 
     @property
     def num_kept(self) -> int:
         return self.num_read - sum(len(numbers) for numbers in self.dropped.values())
 
+    def place_of(self, number: int) -> str:
+        """Where a row was read, where that is not clear: its file and its row there."""
+        if len(self.files) < 2:
+            return ""
+        first, file = self.files[bisect_right(self.files, number, key=lambda entry: entry[0]) - 1]
+        return f"{file}, row {number - first + 1}"
 
-def load_rows(config: DataConfig) -> Rows:
-    """Read, clean, sample and split the rows that the configuration names.
+
+def load_rows(config: DataConfig, eval_sets: Mapping[str, str | list[str]] | None = None) -> Rows:
+    """Read, clean, sample and split the rows that the configuration and `eval.sets` name.
 
     The sample is `pandas.DataFrame.sample(n=num_samples, random_state=sample_seed)` of the clean rows and
     the split is `datasets.Dataset.train_test_split(test_size=eval_fraction, seed=split_seed)` of it: the
-    same rows in the same order as those calls give.
+    same rows in the same order as those calls give. Where sources have a number or a share of their own, the
+    sample is drawn of each, from sample_seed and the place of the source alone. All rows of data.eval_path
+    and eval.sets are eval rows, behind those of the split.
 
     Raises:
         ValueError: a file or data set that cannot be read, columns of no known format, a cell of the wrong
-            type, fewer clean rows than asked for, or none.
+            type, fewer clean rows than asked for, or a source without any.
     """
     disable_progress_bars()
-    table = read_rows(config.path)
-    clean, dropped = clean_rows(table)
-    if len(clean) == 0:
-        reasons = ", ".join(f"{len(numbers)} {reason}" for reason, numbers in dropped.items())
-        reasons = reasons or "the file is empty"
-        raise ValueError(f"{described(config.path)} has no usable row: {len(table)} read ({reasons})")
-    sample = sample_rows(clean, config.num_samples, config.sample_seed)
+    training, evaluation = training_sources(config), eval_sources(config, eval_sets)
+    sources = [*training, *evaluation]
+    read = read_sources(sources, config.system_prompt)
+    source_of = column_of(read.table, "source")
+    limits = np.searchsorted(source_of, np.arange(len(sources) + 1))
+    for place, source in enumerate(sources):
+        if limits[place] == limits[place + 1]:
+            raise ValueError(_nothing_left(read, place, source))
+    clean = read.table.select(range(limits[len(training)]))
+    if all(source.num_samples is None and source.share is None for source in training):
+        sample = sample_rows(clean, config.num_samples, config.sample_seed)
+    else:
+        counts = _counts(training, np.diff(limits)[: len(training)].tolist(), config.num_samples)
+        drawn = [_draw(limits, place, count, config.sample_seed) for place, count in enumerate(counts)]
+        sample = clean.select(np.concatenate(drawn))
     split = split_rows if config.split_by == "row" else split_rows_by_instruction
-    train, evaluation = split(sample, config.eval_fraction, config.split_seed)
-    return Rows(train=train, eval=evaluation, num_read=len(table), dropped=dropped)
+    train, held_out = split(sample, config.eval_fraction, config.split_seed)
+    if evaluation:
+        counts = _counts(evaluation, np.diff(limits)[len(training) :].tolist(), None)
+        drawn = [
+            _draw(limits, place, count, config.sample_seed)
+            for place, count in enumerate(counts, len(training))
+        ]
+        own = read.table.select(np.concatenate(drawn))
+        held_out = own if len(held_out) == 0 else concatenate_datasets([held_out, own])
+    return Rows(
+        train=train,
+        eval=held_out,
+        num_read=sum(read.num_read),
+        dropped=read.dropped,
+        source_names=[source.name for source in sources],
+        formats=read.formats,
+        unused=read.unused,
+        files=read.files,
+    )
+
+
+def _nothing_left(read: ReadSources, place: int, source: Source) -> str:
+    first = sum(read.num_read[:place])
+    last = first + read.num_read[place]
+    own = {r: sum(first < n <= last for n in numbers) for r, numbers in read.dropped.items()}
+    reasons = ", ".join(f"{count} {reason}" for reason, count in own.items() if count)
+    where = ", ".join(source.files) or source.dataset
+    return f"{where} has no usable row: {read.num_read[place]} read ({reasons})"
+
+
+def _counts(sources: Sequence[Source], usable: Sequence[int], num_samples: int | None) -> list[int | None]:
+    """How many rows are drawn of each source, of those `usable`; None takes all in their order.
+
+    Shares are of `num_samples` rows, or of as many as the sources allow.
+    """
+    if all(source.share is None for source in sources):
+        for source, count in zip(sources, usable, strict=True):
+            if source.num_samples is not None and source.num_samples > count:
+                raise ValueError(
+                    f"num_samples of {source.name} is {source.num_samples}, but only {count} rows are usable"
+                )
+        return [source.num_samples for source in sources]
+    shares = [source.share or 0.0 for source in sources]
+    if num_samples is None:
+        most = min(count / share for count, share in zip(usable, shares, strict=True))
+        counts = [math.floor(share * most + 1e-6) for share in shares]
+    else:
+        ends = [round(math.fsum(shares[: place + 1]) * num_samples) for place in range(len(shares))]
+        counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    for source, count, has in zip(sources, counts, usable, strict=True):
+        if count == 0:
+            raise ValueError(f"the share {source.share} of {source.name} is not one row of {sum(counts)}")
+        if count > has:
+            raise ValueError(
+                f"data.num_samples is {num_samples}, of which the share of {source.name} is {count}, but "
+                f"only {has} of its rows are usable"
+            )
+    return list(counts)
+
+
+def _draw(limits: NDArray[np.int64], place: int, count: int | None, seed: int) -> NDArray[np.int64]:
+    """`count` positions of a source's rows, at random; None gives all in their order."""
+    start, end = limits[place], limits[place + 1]
+    if count is None:
+        return np.arange(start, end)
+    return np.asarray(start + np.random.default_rng([seed, place]).permutation(end - start)[:count])
+
+
+def iterate_rows(table: Dataset) -> Iterator[Row]:
+    """The rows of a table, in order, each with its `row_number`."""
+    for batch in table.select_columns(["row_number", "row"]).with_format("arrow").iter(1_000):
+        for number, text in zip(batch["row_number"].to_pylist(), batch["row"].to_pylist(), strict=True):
+            yield {**json.loads(text), "row_number": number}
+
+
+def row_at(table: Dataset, index: int) -> Row:
+    """One row of a table, with its `row_number`."""
+    entry = table[index]
+    return {**json.loads(entry["row"]), "row_number": entry["row_number"]}
 
 
 def read_questions(file: str) -> tuple[Dataset, dict[str, list[int]]]:
-    """The rows of a file that contain a question, as `read_rows` returns them, and the numbers of the others,
+    """The rows of a file that contain a question, as `load_rows` returns them, and the numbers of the others,
     by reason. Answers, and their column, may be missing.
 
     Raises:
         ValueError: as `load_rows`.
     """
-    frame = read_file(file)
-    if not any(set(required) <= set(frame.columns) for required, _ in FORMATS.values()):
-        for question, answer in (("instruction", "output"), ("prompt", "completion")):
-            if question in frame.columns:
-                frame[answer] = ""
-                break
-    table = to_table(frame, file)
-    return sort_out(table.add_column("row_number", list(range(1, len(table) + 1))), reason_to_ask_nothing)
+    return read_questions_of(training_sources(DataConfig(path=file)), reason_to_ask_nothing)
 
 
 def sample_rows(table: Dataset, num_samples: int | None, seed: int) -> Dataset:
@@ -112,7 +223,7 @@ def split_rows_by_instruction(table: Dataset, eval_fraction: float, seed: int) -
     if eval_fraction == 0:
         return table, table.select([])
     rows_of: dict[str, list[int]] = defaultdict(list)
-    for index, row in enumerate(table):
+    for index, row in enumerate(iterate_rows(table)):
         rows_of[normalize(instruction_of(row))].append(index)
     groups = list(rows_of.values())
     share = math.ceil(eval_fraction * len(table))  # as train_test_split rounds
@@ -155,7 +266,59 @@ def answer_of(row: Mapping[str, Any]) -> str:
     return str(row["completion"] if "completion" in row else row["output"])
 
 
+@dataclass(frozen=True)
+class SignPrompts:
+    """The job that makes the signatures of rows' prompts."""
+
+    def __call__(self, rows: bytes) -> pa.Table:
+        prompts = [prompt_of(json.loads(text)) for text in unpacked(rows)["row"].to_pylist()]
+        signatures = sign(prompts)
+        hashes = pa.FixedSizeListArray.from_arrays(signatures.hashes.reshape(-1), signatures.hashes.shape[1])
+        return pa.table({"digest": signatures.digests, "hashes": hashes})
+
+
 def find_leaks(rows: Rows) -> dict[int, Match]:
-    """Eval rows whose prompt, exactly or nearly, is trained on: row number -> its match in rows.train."""
-    matches = most_similar([prompt_of(row) for row in rows.eval], [prompt_of(row) for row in rows.train])
-    return {number: match for number, match in zip(rows.eval["row_number"], matches, strict=True) if match}
+    """Eval rows whose prompt, exactly or nearly, is trained on: row number -> its match in rows.train.
+
+    What was found is kept in the cache of `datasets`.
+    """
+    if len(rows.train) == 0 or len(rows.eval) == 0:
+        return {}
+    digests = [digest_of(part) for part in (rows.train, rows.eval)]
+    folder = cache_folder({"leaks": digests})
+    file = folder / "leaks.arrow"
+    if not file.exists():
+        parts = zip((rows.train, rows.eval), digests, strict=True)
+        corpus, wanted = (_signatures(part, digest) for part, digest in parts)
+        asked, trained = (partial(_prompt_at, part) for part in (rows.eval, rows.train))
+        found = list(find_matches(wanted, corpus, asked, trained))
+        columns = {
+            "eval": pa.array([place for place, _ in found], pa.int64()),
+            "train": pa.array([match.position for _, match in found], pa.int64()),
+            "similarity": pa.array([match.similarity for _, match in found], pa.float64()),
+            "exact": pa.array([match.exact for _, match in found], pa.bool_()),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        write_chunk(file, pa.table(columns))
+    leaks = read_chunk(file)
+    numbers = column_of(rows.eval, "row_number")
+    matches = (leaks[column].to_pylist() for column in ("train", "similarity", "exact"))
+    return {
+        int(numbers[place]): Match(*match)
+        for place, *match in zip(leaks["eval"].to_pylist(), *matches, strict=True)
+    }
+
+
+def _prompt_at(rows: Dataset, place: int) -> str:
+    return prompt_of(row_at(rows, place))
+
+
+def _signatures(rows: Dataset, digest: str) -> Signatures:
+    """Those of the rows' prompts."""
+    folder = cache_folder({"signatures": digest})
+    paths = make_chunks(folder, table_chunks(rows), SignPrompts(), "Comparing prompts", len(rows))
+    chunks = [read_chunk(path) for path in paths]
+    hashes = [pc.list_flatten(chunk["hashes"]).to_numpy().reshape(len(chunk), -1) for chunk in chunks]
+    return Signatures(
+        np.concatenate([chunk["digest"].to_numpy() for chunk in chunks]), np.concatenate(hashes)
+    )

@@ -11,7 +11,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from finetune.data.by_source import several_sources
-from finetune.data.tokenize import Examples
+from finetune.data.examples import Examples
 
 MAX_VALUES = 12  # the most frequent values of a column; the others form one slice
 

@@ -1,13 +1,19 @@
 """The data of a run: rows, split into train and eval, and the examples they become."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.config import DataConfig
+import numpy as np
+
+from finetune.config import Config, DataConfig
 from finetune.data.duplicates import Match
+from finetune.data.encoding import RowError
+from finetune.data.examples import Examples, tokenize_rows
+from finetune.data.prepare import workers_kept
+from finetune.data.row_tables import column_of
 from finetune.data.rows import Rows, find_leaks, load_rows
-from finetune.data.tokenize import Examples, tokenize_rows
 
 
 @dataclass(frozen=True)
@@ -26,26 +32,51 @@ class Data:
             dropped.update({reason: len(numbers) for reason, numbers in source.dropped.items()})
         return dropped
 
+    def unused(self) -> Counter[str]:
+        """What is in rows and is not used, or is written otherwise by the chat template: in how many rows."""
+        return self.rows.unused + self.train.unused + self.eval.unused
+
+    def taken(self) -> Counter[str]:
+        """How many rows of each source were taken."""
+        taken: Counter[str] = Counter()
+        for table in (self.rows.train, self.rows.eval):
+            counts = np.bincount(column_of(table, "source"), minlength=len(self.rows.source_names))
+            taken.update(dict(zip(self.rows.source_names, counts.tolist(), strict=False)))
+        return taken
+
     def counts(self) -> dict[str, Any]:
         """What became of the rows that were read, for the record."""
         return {
             "read": self.rows.num_read,
             "usable": self.rows.num_kept,
+            "taken": dict(self.taken()),
+            "formats": dict(zip(self.rows.source_names, self.rows.formats, strict=True)),
             "dropped": dict(self.dropped()),
+            "unused": dict(self.unused()),
             "cut": len(self.train.truncated) + len(self.eval.truncated),
             "leaks": len(self.leaks),
         }
 
 
-def load_data(config: DataConfig, tokenizer: Any) -> Data:
+def load_data(config: Config, tokenizer: Any) -> Data:
     """Read, clean, sample, split and tokenize the rows of a configuration.
 
     Raises:
-        ValueError: as `load_rows` and `tokenize_splits`.
+        ValueError: as `load_rows` and `tokenize_splits`; or under `strict`, something in them is not used.
     """
-    rows = load_rows(config)
-    train_set, eval_set = tokenize_splits(rows, tokenizer, config)
-    return Data(rows, train_set, eval_set, find_leaks(rows))
+    with workers_kept():
+        rows = load_rows(config.data, config.eval.sets)
+        train_set, eval_set = tokenize_splits(rows, tokenizer, config.data)
+        data = Data(rows, train_set, eval_set, find_leaks(rows))
+    if config.strict and (unused := data.unused()):
+        raise ValueError(f"--strict: not used of the rows: {in_words(unused)}")
+    return data
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+    """Counts of rows with what they are of, the most frequent first."""
+    ordered = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
+    return ", ".join(f"{what} ({count:,} rows)" for what, count in ordered)
 
 
 def tokenize_splits(rows: Rows, tokenizer: Any, config: DataConfig) -> tuple[Examples, Examples]:
@@ -55,7 +86,16 @@ def tokenize_splits(rows: Rows, tokenizer: Any, config: DataConfig) -> tuple[Exa
         ValueError: as `tokenize_rows`, or a split that has rows and no example.
     """
     splits = {"train": rows.train, "eval": rows.eval}
-    sets = {name: tokenize_rows(split, tokenizer, config) for name, split in splits.items()}
+    try:
+        with workers_kept():
+            sets = {
+                name: tokenize_rows(split, tokenizer, config, rows.source_names)
+                for name, split in splits.items()
+            }
+    except RowError as error:
+        if place := rows.place_of(error.number):
+            raise ValueError(f"row {error.number} ({place}): {error.reason}") from error
+        raise
     for name, examples in sets.items():
         if len(splits[name]) > 0 and len(examples.dataset) == 0:
             reasons = ", ".join(f"{len(numbers)} {reason}" for reason, numbers in examples.dropped.items())

@@ -1,94 +1,38 @@
-"""From a row to messages, and through the model's chat template to `input_ids` and `labels`: the loss mask.
+"""From a row to messages, and through the model's chat template to token ids and labels: the loss mask."""
 
-The loss mask is found by character positions. The conversation is rendered once as it is, and once for each
-assistant turn with that turn's text replaced by a placeholder: the text before and after the placeholder is
-the template's, the text in between in the real rendering is the assistant's. The mask is therefore right for
-any template, including those whose prompt is not a prefix of the whole conversation.
-"""
-
-import hashlib
-import json
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Sequence
 from itertools import takewhile
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import datasets
-import numpy as np
-from datasets import Dataset
-from jinja2 import TemplateSyntaxError
-from numpy.typing import NDArray
-
-from finetune.config import DataConfig
+from finetune.data.chat_template import as_conversation, stop_ids, template_of
+from finetune.data.chat_template import render as render
+from finetune.data.conversations import Conversation
+from finetune.data.conversations import Message as Message
+from finetune.data.conversations import to_messages as to_messages
+from finetune.data.targets import StopTokens, Text, find_tagged, find_targets, is_trained, up_to
 
 IGNORE = -100  # the label of a token without loss, as everywhere in PyTorch
 # Whose text a token belongs to: a turn of that role, of any other role, or the template.
 ROLES = ("system", "user", "assistant", "other", "template")
 MIN_SHARED = 8  # tokens; a shorter prefix is not worth sharing
-CACHE_VERSION = 1  # incremented when the same row would yield other tokens or labels than before
-
-Message = dict[str, str]
 
 
 class Tokens(NamedTuple):
-    """One example: `labels[t]` is `input_ids[t]` where the token is a target, else IGNORE."""
+    """One example: `labels[t]` is `input_ids[t]` where the token is a target, else IGNORE.
+
+    The tokens before the first of the `branches` are the trunk: the whole conversation, as the chat template
+    renders it. A branch (start, attach) is an earlier answer as the model writes it, where the trunk renders
+    it otherwise: the tokens from `start` to the next branch or the end go on behind the first `attach`
+    tokens, and see nothing else of the trunk and of other branches.
+    """
 
     input_ids: list[int]
     labels: list[int]
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Tokenized rows that fit, and what happened to the others.
-
-    `dataset` has the columns input_ids, labels, row_number. Of its examples, those of the rows `truncated`
-    were cut at max_length; `dropped` are the numbers of the rows left out, by reason. `source_names` are
-    those of the sources and eval sets of all rows read, each different.
-    """
-
-    dataset: Dataset
-    truncated: list[int]
-    dropped: dict[str, list[int]]
-    source_names: list[str] = field(default_factory=lambda: ["data"])
-
-    @cached_property
-    def sources(self) -> NDArray[np.int32]:
-        """[N]: the source of each example, as its place in `source_names`."""
-        if "source" not in self.dataset.column_names:
-            return np.zeros(len(self.dataset), dtype=np.int32)
-        return np.array(self.dataset["source"], dtype=np.int32)
-
-    @cached_property
-    def lengths(self) -> NDArray[np.int64]:
-        """[N]: tokens of each example."""
-        return np.array([len(row) for row in self.dataset["input_ids"]], dtype=np.int64)
-
-    @cached_property
-    def target_counts(self) -> NDArray[np.int64]:
-        """[N]: target tokens of each example."""
-        counts = [sum(label != IGNORE for label in row) for row in self.dataset["labels"]]
-        return np.array(counts, dtype=np.int64)
-
-    @cached_property
-    def shared_prefix(self) -> int:
-        """Tokens that all examples begin with and that predict no target; 0 if below MIN_SHARED."""
-        if len(self.dataset) == 0:
-            return 0
-        prefix: list[int] = self.dataset[0]["input_ids"]
-        for input_ids, labels in zip(self.dataset["input_ids"], self.dataset["labels"], strict=True):
-            # The last shared token predicts the first one that is not, so that must not be a target either.
-            prefix = common_prefix(prefix, input_ids[: max(0, first_target(labels) - 1)])
-            if not prefix:
-                break
-        return len(prefix) if len(prefix) >= MIN_SHARED else 0
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of all token ids and labels, in order."""
-        return _digest(self.dataset.select_columns(["input_ids", "labels"]))
+    branches: tuple[tuple[int, int], ...] = ()
+    remarks: tuple[str, ...] = ()
+    """What the chat template did with the row, such as "reasoning_content is not written" """
+    is_text: bool = False
+    """Whether it is a plain text, of which a part is as good as the whole"""
 
 
 def common_prefix(first: list[int], second: list[int]) -> list[int]:
@@ -103,90 +47,196 @@ def first_target(labels: Sequence[int]) -> int:
     return next((position for position, label in enumerate(labels) if label != IGNORE), len(labels))
 
 
-def to_messages(row: Mapping[str, Any], system_prompt: str | None) -> list[Message]:
-    """A row of any format as chat messages.
-
-    The user turn of an Alpaca row is its instruction and, when there is an input, a second line ` Context:`
-    with it. The system prompt goes before rows that have no system turn of their own.
-    """
-    if "messages" in row:
-        messages = [{"role": m["role"], "content": m["content"] or ""} for m in row["messages"]]
-    elif "completion" in row:
-        messages = _turns(row["prompt"], row["completion"])
-    else:
-        context = row["input"] or ""
-        user = f"{row['instruction']}\n Context:{context}" if context.strip() else row["instruction"]
-        messages = _turns(user, row["output"])
-    if system_prompt is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    return messages
-
-
-def _turns(user: str, assistant: str) -> list[Message]:
-    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-
-
-def encode(tokenizer: Any, messages: list[Message], train_on: str) -> Tokens:
+def encode(tokenizer: Any, conversation: Conversation | Sequence[Message], train_on: str) -> Tokens:
     """Token ids and labels of a conversation, not yet cut to any length.
 
-    `train_on="completion"`: the text of every assistant turn and the special token that ends it are
-    targets. `train_on="all"`: every token is. The first token is never one, since nothing predicts it.
+    `train_on="completion"`: the targets are what the model has to write. With {% generation %} tags in the
+    template they are the tagged tokens, else of each assistant turn all from the end of the generation prompt
+    to the token at which generation stops. Of a turn with `train: False` nothing is. `train_on="all"`: every
+    token is a target, as of a plain text. The first token is never one, since nothing predicts it.
 
     Raises:
-        ValueError: the template fails on these messages, rewrites an answer, or ends an assistant's turn
-            with no special token (a model trained so would never stop).
+        ValueError: no template, or it fails on this conversation, drops or rewrites an answer, or ends an
+            assistant's turn with no special token (a model trained so would never stop).
     """
-    messages = _in_use(messages, train_on)
-    text = render(tokenizer, messages)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    input_ids: list[int] = encoded["input_ids"]
+    [tokens] = encode_batch(tokenizer, [conversation], train_on)
+    if isinstance(tokens, ValueError):
+        raise tokens
+    return tokens
+
+
+def encode_batch(
+    tokenizer: Any, conversations: Sequence[Conversation | Sequence[Message]], train_on: str
+) -> list[Tokens | ValueError]:
+    """`encode` of several conversations, with one call of the tokenizer; its error where it raises one."""
+    stops = StopTokens(tokenizer, stop_ids(tokenizer))
+    plans: list[_Plan | ValueError] = []
+    for conversation in map(as_conversation, conversations):
+        try:
+            plans.append(_plan(tokenizer, conversation, train_on, stops))
+        except ValueError as error:
+            plans.append(error)
+    made = [plan for plan in plans if isinstance(plan, _Plan)]
+    chats = [text.text for plan in made if plan.kind != "text" for text in plan.texts]
+    plain = [text.text for plan in made if plan.kind == "text" for text in plan.texts]
+    chat_encodings = iter(_encodings(tokenizer, chats, add_special_tokens=False))
+    plain_encodings = iter(_encodings(tokenizer, plain, add_special_tokens=True))
+    results: list[Tokens | ValueError] = []
+    for plan in plans:
+        if isinstance(plan, ValueError):
+            results.append(plan)
+        elif plan.kind == "text":
+            results.append(_plain_tokens(tokenizer, next(plain_encodings).ids))
+        else:
+            results.append(_assemble(plan, [next(chat_encodings) for _ in plan.texts], stops.special))
+    return results
+
+
+class _Plan(NamedTuple):
+    """What is to be tokenized of a conversation: its texts, the trunk's first, and their targets."""
+
+    texts: list[Text]
+    kind: Literal["found", "tagged", "all", "text"]
+    remarks: list[str]
+
+
+def _plan(tokenizer: Any, conversation: Conversation, train_on: str, stops: StopTokens) -> _Plan:
+    if conversation.text is not None:
+        return _Plan([Text(conversation.text)], "text", [])
+    template = template_of(tokenizer, conversation.tools)
     if train_on == "all":
+        return _Plan([Text(template.render(conversation))], "all", [])
+    conversation = _in_use(conversation)
+    if not any(map(is_trained, conversation.messages)):
+        return _Plan([Text(template.render(conversation))], "found", [])
+    if template.is_tagged:
+        texts, remarks = find_tagged(template, conversation)
+        return _Plan(texts, "tagged", remarks)
+    texts, remarks = find_targets(template, conversation, stops)
+    return _Plan(texts, "found", remarks)
+
+
+def _encodings(tokenizer: Any, texts: list[str], add_special_tokens: bool) -> list[Any]:
+    """The texts as `tokenizers` encodes them: ids, and which characters each token stands for."""
+    if not texts:
+        return []
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=add_special_tokens,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    encodings: list[Any] = encoded.encodings
+    return encodings
+
+
+def _plain_tokens(tokenizer: Any, input_ids: list[int]) -> Tokens:
+    """A plain text with what the tokenizer puts around it, and the EOS behind it."""
+    if tokenizer.eos_token_id is not None and input_ids[-1:] != [tokenizer.eos_token_id]:
+        input_ids = [*input_ids, tokenizer.eos_token_id]
+    return Tokens(input_ids, [IGNORE, *input_ids[1:]], is_text=True)
+
+
+def _assemble(plan: _Plan, encodings: list[Any], special: frozenset[int]) -> Tokens:
+    """One example of the encoded texts: the trunk, and the others behind it as branches."""
+    input_ids: list[int] = encodings[0].ids
+    if plan.kind == "all":
         return Tokens(input_ids, [IGNORE, *input_ids[1:]])
-    offsets: list[tuple[int, int]] = encoded["offset_mapping"]
-    labels = [IGNORE] * len(input_ids)
-    special = _special_ids(tokenizer)
-    for start, end in assistant_spans(tokenizer, messages, text):
-        inside = _tokens_inside(special, input_ids, offsets, start, end)
-        stop = _end_of_turn(special, text, input_ids, offsets, end)
-        if stop is None:
-            raise ValueError(
-                "the chat template ends an assistant's turn with no special token, so the model would not "
-                "learn to stop; use a chat template that writes an end-of-turn token, or data.train_on all"
-            )
-        for i in range(inside[0] if inside else stop, stop + 1):
-            labels[i] = input_ids[i]
-    labels[0] = IGNORE
-    return Tokens(input_ids, labels)
+    trunk, labels = input_ids, _labels(plan, 0, encodings[0], special)
+    branches = []
+    for number, encoding in enumerate(encodings[1:], 1):
+        ids, own_labels = encoding.ids, _labels(plan, number, encoding, special)
+        end = max(t for t, label in enumerate(own_labels) if label != IGNORE) + 1
+        attach = len(common_prefix(ids[: first_target(own_labels)], trunk))
+        branches.append((len(input_ids), attach))
+        input_ids, labels = input_ids + ids[attach:end], labels + own_labels[attach:end]
+    return Tokens(input_ids, labels, tuple(branches), tuple(dict.fromkeys(plan.remarks)))
 
 
-def render(tokenizer: Any, messages: list[Message], add_generation_prompt: bool = False) -> str:
-    """The conversation as the chat template renders it."""
-    try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except TemplateSyntaxError as error:
-        raise ValueError(f"the chat template is wrong in its line {error.lineno}: {error}") from error
-    except Exception as error:  # a template is a program: it can fail in every way that one can
-        roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(f"the chat template refuses the turns {roles}: {error!s:.200}") from error
-    return text
+def _labels(plan: _Plan, number: int, encoding: Any, special: frozenset[int]) -> list[int]:
+    """The labels of one text's tokens.
+
+    A token that reaches into a span belongs to it, so that no part of an answer is left untrained. The
+    exception is a special token of the template that absorbs the white space behind it.
+    """
+    ids: list[int] = encoding.ids
+    labels = [IGNORE] * len(ids)
+    for start, last in plan.texts[number].spans:
+        end = encoding.char_to_token(last)
+        inside = map(encoding.char_to_token, range(start, last + 1))
+        first = next((token for token in inside if token is not None), end)
+        if (
+            plan.kind == "found"
+            and first < end
+            and ids[first] in special
+            and encoding.token_to_chars(first)[0] < start
+        ):
+            first += 1
+        labels[first : end + 1] = ids[first : end + 1]
+    labels[:1] = [IGNORE] * len(labels[:1])
+    return labels
 
 
-def assistant_spans(tokenizer: Any, messages: list[Message], text: str) -> list[tuple[int, int]]:
-    """Where in `text`, the rendered messages, the text of each assistant turn stands: [start, end)."""
-    spans = []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        span = turn_span(tokenizer, messages, text, turn)
-        if span is None:
-            raise ValueError(
-                f"the chat template does not render the assistant's text as it is (turn {turn + 1}), "
-                "so the tokens to train on cannot be told; use another chat template or data.train_on all"
-            )
-        spans.append(span)
-    return spans
+def cut(tokens: Tokens, max_length: int) -> list[Tokens]:
+    """Examples of at most `max_length` tokens, branches included.
+
+    A plain text becomes consecutive pieces. A conversation is cut at its end; branches that have no room
+    beside the trunk become examples of their own, with the part of the trunk that they need, untrained. A
+    branch that is alone too long is cut at its end too.
+    """
+    if len(tokens.input_ids) <= max_length:
+        return [tokens]
+    if tokens.is_text:
+        return _pieces(tokens, max_length)
+    trunk_end = tokens.branches[0][0] if tokens.branches else len(tokens.input_ids)
+    ends = [start for start, _ in tokens.branches[1:]] + [len(tokens.input_ids)]
+    group: list[_Branch] = []
+    context, holds_trunk, examples = trunk_end, True, []
+    for (start, attach), end in zip(tokens.branches, ends, strict=False):
+        length = sum(branch.end - branch.start for branch in group)
+        if max(context, attach) + length + end - start > max_length:
+            examples.append(_part(tokens, context, group, holds_trunk))
+            group, context, holds_trunk = [], 0, False
+        context = max(context, attach)
+        group.append(_Branch(start, end, attach))
+    examples.append(_part(tokens, context, group, holds_trunk))
+    cut_examples = [_shortened(example, max_length) for example in examples if example.input_ids]
+    first, *others = cut_examples
+    return [first, *(other for other in others if first_target(other.labels) < len(other.labels))]
+
+
+class _Branch(NamedTuple):
+    start: int
+    end: int
+    attach: int
+
+
+def _part(tokens: Tokens, context: int, group: list[_Branch], holds_trunk: bool) -> Tokens:
+    """The first `context` tokens of the trunk, trained or not, and some of the branches."""
+    input_ids = tokens.input_ids[:context]
+    labels = tokens.labels[:context] if holds_trunk else [IGNORE] * context
+    branches = []
+    for start, end, attach in group:
+        branches.append((len(input_ids), attach))
+        input_ids, labels = input_ids + tokens.input_ids[start:end], labels + tokens.labels[start:end]
+    is_line = len(group) == 1 and not holds_trunk
+    return Tokens(input_ids, labels, () if is_line else tuple(branches), tokens.remarks)
+
+
+def _shortened(tokens: Tokens, max_length: int) -> Tokens:
+    """The first `max_length` tokens: only an example without branches is ever longer."""
+    return tokens._replace(input_ids=tokens.input_ids[:max_length], labels=tokens.labels[:max_length])
+
+
+def _pieces(tokens: Tokens, max_length: int) -> list[Tokens]:
+    """Consecutive pieces of a plain text; one token that is left over predicts nothing."""
+    pieces = []
+    for start in range(0, len(tokens.input_ids), max_length):
+        input_ids = tokens.input_ids[start : start + max_length]
+        if len(input_ids) > 1 or max_length == 1:
+            pieces.append(Tokens(input_ids, [IGNORE, *input_ids[1:]], is_text=True))
+    return pieces
 
 
 def turn_span(tokenizer: Any, messages: list[Message], text: str, turn: int) -> tuple[int, int] | None:
@@ -235,7 +285,7 @@ def dissect(tokenizer: Any, messages: list[Message], train_on: str) -> Anatomy:
     Raises:
         ValueError: the template fails on these messages.
     """
-    messages = _in_use(messages, train_on)
+    messages = messages if train_on == "all" else _in_use(Conversation(messages)).messages
     text = render(tokenizer, messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     input_ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
@@ -256,12 +306,10 @@ def dissect(tokenizer: Any, messages: list[Message], train_on: str) -> Anatomy:
     return Anatomy(text, offsets, roles, ends_of_turn)
 
 
-def _in_use(messages: list[Message], train_on: str) -> list[Message]:
-    """The messages without those after the last answer, which are never targets."""
-    if train_on == "all":
-        return messages
-    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
-    return messages[: last + 1]
+def _in_use(conversation: Conversation) -> Conversation:
+    """The conversation without the turns after the last trained answer, which are never targets."""
+    trained = [i for i, message in enumerate(conversation.messages) if is_trained(message)]
+    return up_to(conversation, trained[-1] + 1) if trained else conversation
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
@@ -298,83 +346,3 @@ def _end_of_turn(
         if text[max(first, end) : last].strip():
             break
     return None
-
-
-def tokenize_rows(rows: Dataset, tokenizer: Any, config: DataConfig) -> Examples:
-    """Encode every row, truncate or drop the overlong ones, and drop those without a target token.
-
-    The tokens are memory-mapped from the cache of `datasets`, which the first call writes.
-
-    Raises:
-        ValueError: no chat template, or a row that `encode` refuses (named by its number).
-    """
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the model's tokenizer has no chat template; take the model's instruct or chat version, or add "
-            "a chat_template.jinja to a local copy of its folder"
-        )
-    if len(rows) == 0:
-        return Examples(Dataset.from_dict({"input_ids": [], "labels": [], "row_number": []}), [], {})
-
-    def encode_row(row: dict[str, Any]) -> dict[str, Any]:
-        try:
-            tokens = encode(tokenizer, to_messages(row, config.system_prompt), config.train_on)
-        except ValueError as error:
-            raise ValueError(f"row {row['row_number']}: {error}") from error
-        cut = slice(config.max_length)
-        return {
-            "input_ids": tokens.input_ids[cut],
-            "labels": tokens.labels[cut],
-            "row_number": row["row_number"],
-            "num_tokens": len(tokens.input_ids),
-        }
-
-    key = _cache_key(rows, tokenizer, config)
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "finetune"
-    folder.mkdir(parents=True, exist_ok=True)
-    encoded = rows.map(
-        encode_row,
-        remove_columns=[column for column in rows.column_names if column != "row_number"],
-        cache_file_name=str(folder / f"{key}.arrow"),
-        new_fingerprint=key,
-    )
-    reasons = [
-        f"over {config.max_length} tokens"
-        if config.overlong == "drop" and row["num_tokens"] > config.max_length
-        else "without a target token"
-        if all(label == IGNORE for label in row["labels"])
-        else None
-        for row in encoded
-    ]
-    kept = encoded.select([i for i, reason in enumerate(reasons) if reason is None])
-    dropped: dict[str, list[int]] = defaultdict(list)
-    for number, reason in zip(encoded["row_number"], reasons, strict=True):
-        if reason is not None:
-            dropped[reason].append(number)
-    return Examples(
-        dataset=kept.remove_columns("num_tokens"),
-        truncated=[row["row_number"] for row in kept if row["num_tokens"] > config.max_length],
-        dropped=dict(dropped),
-    )
-
-
-def _cache_key(rows: Dataset, tokenizer: Any, config: DataConfig) -> str:
-    """A key of all that the tokens depend on: rows, tokenizer, chat template, settings, this code."""
-    settings = {
-        "version": CACHE_VERSION,
-        "rows": _digest(rows),
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "special_tokens": tokenizer.special_tokens_map,
-        "chat_template": tokenizer.chat_template,
-        "system_prompt": config.system_prompt,
-        "max_length": config.max_length,
-        "train_on": config.train_on,
-    }
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _digest(table: Dataset) -> str:
-    digest = hashlib.sha256()
-    for row in table:
-        digest.update(json.dumps(row, sort_keys=True).encode())
-    return digest.hexdigest()

@@ -15,10 +15,11 @@ from rich.text import Text
 from torch import Tensor
 
 from finetune.config import DataConfig
+from finetune.data.examples import Examples, tokenize_rows
 from finetune.data.plan import make_plan, plan_evaluation
 from finetune.data.rows import Rows, answer_of, find_leaks, load_rows
 from finetune.data.splits import fingerprint_of
-from finetune.data.tokenize import Examples, Message, tokenize_rows
+from finetune.data.tokenize import Message
 from finetune.model.fast_paths import choose_fast_paths
 from finetune.model.generate import Answer, generate_answers
 from finetune.model.loss import TokenLoss
@@ -84,20 +85,20 @@ def read_rows(trained: Trained, file: str | None) -> Evaluated:
     Raises:
         ValueError: there are no rows to evaluate on, or as `load_rows`.
     """
-    data = trained.config.data
+    data, sets = trained.config.data, trained.config.eval.sets
     if file is None:
         if trained.run_dir is None and not (trained.adapter / TRAINING_CONFIG).is_file():
             raise ValueError(f"{trained.adapter} does not say what it was trained on: give --data FILE")
-        rows = load_rows(data)
+        rows = load_rows(data, sets)
         if len(rows.eval) == 0:
             raise ValueError("the run has no eval rows (data.eval_fraction is 0): give --data FILE")
         return Evaluated(f"the eval rows of {data.path}", rows.eval, data, rows)
-    own = replace(data, path=file, num_samples=None, eval_fraction=0.0)
+    own = replace(data, path=file, num_samples=None, eval_path=None, eval_fraction=0.0)
     rows = load_rows(own)
     for reason, numbers in rows.dropped.items():
         say(f"{file}: {len(numbers):,} rows {reason} are left out.")
     try:
-        run_rows = load_rows(data)
+        run_rows = load_rows(data, sets)
     except ValueError as error:
         say(f"Rows that were also trained on cannot be marked: {error}")
         run_rows = None

@@ -11,9 +11,9 @@ from huggingface_hub import metadata_load
 from huggingface_hub.errors import HFValidationError
 from jinja2 import Environment, StrictUndefined
 
-from finetune.config import Config, ModelConfig, SourceConfig, Sources, flatten
+from finetune.config import Config, ModelConfig, flatten, paths_of
 from finetune.config_parsing import config_to_dict
-from finetune.data.files import is_local
+from finetune.data.sources import is_local
 from finetune.model import starter
 from finetune.model.load import hub_name
 from finetune.report.html import TEMPLATES
@@ -80,7 +80,7 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
         "num_eval": record.num_eval_examples,
         "num_target_tokens": evaluations[-1]["num_target_tokens"] if evaluations else 0,
         "without_leaks": _number(evaluations[-1].get("loss_without_leaks")) if evaluations else "",
-        "sources": _in_words(_paths(config.data.path)),
+        "sources": _in_words(paths_of(config.data.path)),
         "eval_sources": _in_words(_eval_paths(config)),
         "rows": rows,
         "dropped": ", ".join(f"{count} {reason}" for reason, count in rows["dropped"].items()) or "none"
@@ -143,7 +143,7 @@ def _number(value: float | None) -> str:
 
 
 def _metadata(config: Config, base: Base) -> dict[str, Any]:
-    datasets = [path for path in _paths(config.data.path) if not is_local(path)]
+    datasets = [path for path in paths_of(config.data.path) if not is_local(path)]
     licence = _licence(config.model)
     return {
         **({"base_model": base.name, "base_model_relation": "adapter"} if base.on_hub else {}),
@@ -182,19 +182,10 @@ def _describe_base(config: ModelConfig) -> Base:
     return Base(name, on_hub is not None, is_starter, gguf, ", ".join(arguments), comment)
 
 
-def _paths(path: Sources) -> list[str]:
-    entries = [path] if isinstance(path, str) else path
-    return [
-        path
-        for entry in entries
-        for path in (_paths(entry.path) if isinstance(entry, SourceConfig) else [entry])
-    ]
-
-
 def _eval_paths(config: Config) -> list[str]:
     """The paths of data.eval_path and eval.sets."""
     given = [config.data.eval_path or [], *(config.eval.sets or {}).values()]
-    return [path for paths in given for path in _paths(paths)]
+    return [path for paths in given for path in paths_of(paths)]
 
 
 def _in_words(paths: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune.config import Config, flatten
+from finetune.config import Config, flatten, paths_of
 from finetune.config_parsing import config_to_dict
 
 
@@ -43,7 +43,7 @@ PUBLICATIONS = [
 
 def find_published(config: Config) -> Published | None:
     """The notebook whose model, rows and split the run shares, whatever its other settings; None if none."""
-    paths = [config.data.path] if isinstance(config.data.path, str) else config.data.path
+    paths = paths_of(config.data.path)
     if len(paths) != 1 or Path(config.model.name_or_path).name != PUBLISHED_MODEL:
         return None
     data, keys = Path(paths[0]).stem.lower().replace("_", "-"), flatten(config_to_dict(config))

@@ -5,8 +5,7 @@ import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from finetune.config import Config
-from finetune.data.files import described
+from finetune.config import Config, described
 from finetune.report.intervals import Interval, between, signed
 from finetune.report.records import Change, Record, loss_changes_by_source, rounding
 from finetune.run.summary import launch_command

@@ -8,7 +8,7 @@ from typing import Any
 from finetune.config import Config
 from finetune.data.duplicates import Match
 from finetune.data.plan import Plan
-from finetune.data.splits import Data
+from finetune.data.splits import Data, in_words
 from finetune.model.fast_paths import FastPaths
 from finetune.model.load import count_parameters
 from finetune.run import folder, summary
@@ -69,22 +69,36 @@ def open_run(
 
 
 def describe(facts: RunFacts) -> list[tuple[str, str]]:
-    """The model; the rows that were read, kept and dropped; the examples they became; and the eval rows that
-    are trained on too."""
+    """The model; the rows that were read, kept and dropped, and what of them is not used; the examples they
+    became; and the eval rows that are trained on too."""
     config, model, data = facts.config, facts.model, facts.data
-    rows, dropped = data.rows, data.dropped()
+    rows, dropped, unused = data.rows, data.dropped(), data.unused()
     trainable, total = count_parameters(model)
     num_taken = len(rows.train) + len(rows.eval)
     return [
         ("device", f"{device_name(model.device)}; {facts.flop_per_second / 1e9:,.0f} GFLOP/s in matmuls"),
         ("model", f"{config.model.name_or_path}, base in {config.model.quantization}"),
         ("parameters", f"{trainable:,} trainable of {total:,} ({trainable / total:.2%})"),
-        ("rows", f"{rows.num_read:,} read, {rows.num_kept:,} usable, {num_taken:,} taken"),
+        (
+            "rows",
+            f"{rows.num_read:,} read, {rows.num_kept:,} usable, {num_taken:,} taken; "
+            f"{_sources_in_words(data)}",
+        ),
+        *([("not used", in_words(unused))] if unused else []),
         ("dropped", ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()) or "none"),
         ("cut at max_length", f"{len(data.train.truncated):,} train, {len(data.eval.truncated):,} eval"),
         ("examples", f"{len(data.train.dataset):,} train, {len(data.eval.dataset):,} eval"),
         ("leaks", _leaks_in_words(data.leaks, len(rows.eval))),
     ]
+
+
+def _sources_in_words(data: Data) -> str:
+    """The format of the rows; of several sources, the name, rows taken and format of each."""
+    names, formats = data.rows.source_names, data.rows.formats
+    if len(names) < 2:
+        return ", ".join(formats)
+    taken = data.taken()
+    return ", ".join(f"{name} {taken[name]:,} ({form})" for name, form in zip(names, formats, strict=True))
 
 
 def _leaks_in_words(leaks: Mapping[int, Match], num_eval: int) -> str:

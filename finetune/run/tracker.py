@@ -18,8 +18,9 @@ from torch.utils.tensorboard.summary import hparams
 from finetune.config import Config, flatten
 from finetune.config_parsing import config_to_dict
 from finetune.data.by_source import several_sources, source_of_each
+from finetune.data.examples import Examples
 from finetune.data.plan import Plan
-from finetune.data.tokenize import Examples, Message
+from finetune.data.tokenize import Message
 from finetune.model.generate import Answer
 from finetune.run.folder import ANSWERS, METRICS, read_lines, write_example_sums
 from finetune.run.summary import SHOWN

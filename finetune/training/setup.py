@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.config import Config
+from finetune.data.examples import Examples
 from finetune.data.rows import load_rows
 from finetune.data.splits import tokenize_splits
-from finetune.data.tokenize import Examples
 from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.load import check_vocabulary, load_model, load_tokenizer
 from finetune.model.loss import TokenLoss
@@ -37,7 +37,7 @@ def load_parts(config: Config) -> Parts:
     precision = choose_precision(config.train.mixed_precision)
     accelerator = create_accelerator(config, precision.actual)
     tokenizer = load_tokenizer(config.model)
-    train_set, eval_set = tokenize_splits(load_rows(config.data), tokenizer, config.data)
+    train_set, eval_set = tokenize_splits(load_rows(config.data, config.eval.sets), tokenizer, config.data)
     model = load_model(config, precision.actual, accelerator.device)
     check_vocabulary(model, tokenizer)
     adapter, token_loss = FlatAdapter(model), TokenLoss(model).train()

@@ -11,10 +11,9 @@ from typing import Any
 import pandas as pd
 import pytest
 from conftest import read_metrics
-from sources import of_sources, train_on_sources
+from sources import in_sources
 
 from finetune.__main__ import main
-from finetune.data.tokenize import tokenize_rows
 from finetune.run.folder import read_example_sums
 
 PRECISIONS = [
@@ -93,12 +92,8 @@ def test_a_slice_by_input_is_of_those_rows(run_dir, figures):
     )
 
 
-def test_each_source_is_a_slice(run_train, figures, monkeypatch):
-    train_on_sources(monkeypatch)
-    run_dir = run_train(**SETTINGS)
-    monkeypatch.setattr(
-        "finetune.commands.evaluate.tokenize_rows", lambda *rest: of_sources(tokenize_rows(*rest))
-    )
+def test_each_source_is_a_slice(run_train, rows_file, figures):
+    run_dir = run_train(**SETTINGS, data__path=in_sources(rows_file))
     found, _ = figures(run_dir, "--generate", 0)
     last = [line for line in read_metrics(run_dir) if line["split"] == "eval"][-1]
     by_name = {one["name"]: one for one in found["slices"]}

@@ -57,6 +57,7 @@ def test_a_token_that_reaches_into_an_answer_is_the_answers():
     """As it is trained: here a space of the template and the first word are one token."""
     tokenizer = tiny_tokenizer(
         "{% for m in messages %}{{ '[' ~ m.role ~ '] ' ~ m.content ~ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
     )
     messages = turns("What?", "The coin.")
     assert texts_by_role(tokenizer, messages)["assistant"] == " The coin."

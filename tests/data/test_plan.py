@@ -21,6 +21,7 @@ from finetune.data.collate import (
     pad,
     shared_prefix,
 )
+from finetune.data.examples import Examples
 from finetune.data.plan import (
     Layout,
     Plan,
@@ -30,7 +31,7 @@ from finetune.data.plan import (
     make_plan,
     plan_evaluation,
 )
-from finetune.data.tokenize import IGNORE, Examples
+from finetune.data.tokenize import IGNORE
 
 CPU = torch.device("cpu")
 LONGEST = 10

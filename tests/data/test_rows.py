@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.config import DataConfig
-from finetune.data.files import read_rows
 from finetune.data.rows import (
     Rows,
     answer_of,
     find_leaks,
     instruction_of,
+    iterate_rows,
     load_rows,
     prompt_of,
     sample_rows,
@@ -66,7 +66,7 @@ def numbered(rows: list[dict]) -> list[dict]:
 def load_all(path) -> tuple[list[dict], dict[str, list[int]]]:
     """All clean rows, in the file's order, and the numbers of the others."""
     rows = load_rows(DataConfig(path=path if isinstance(path, list) else str(path), eval_fraction=0))
-    return list(rows.train), rows.dropped
+    return list(iterate_rows(rows.train)), rows.dropped
 
 
 def what_is_said(path, **settings) -> str:
@@ -157,7 +157,7 @@ def test_other_columns_may_hold_anything(tmp_path):
 def test_what_else_messages_hold_may_be_anything(tmp_path):
     anything = [1, "x", None, [2], {"a": 1}]
     rows = [
-        {"messages": [{**m, "name": other} for m, other in zip(row["messages"], anything, strict=False)]}
+        {"messages": [{**m, "score": other} for m, other in zip(row["messages"], anything, strict=False)]}
         for row in MESSAGES
     ]
     read = load_all(write(tmp_path / "rows.jsonl", rows))[0]
@@ -288,7 +288,8 @@ def as_the_seeds_do(frame: pd.DataFrame, num_samples: int | None) -> tuple[list[
 
 def as_we_do(path: Path | list[str], num_samples: int | None) -> tuple[list[tuple], list[tuple]]:
     rows = load_rows(DataConfig(path=path if isinstance(path, list) else str(path), num_samples=num_samples))
-    return tuple([(row["instruction"], row["output"]) for row in part] for part in (rows.train, rows.eval))
+    parts = (iterate_rows(rows.train), iterate_rows(rows.eval))
+    return tuple([(row["instruction"], row["output"]) for row in part] for part in parts)
 
 
 @pytest.mark.parametrize("num_samples", [None, 600, 871])
@@ -366,7 +367,7 @@ def test_an_eval_fraction_of_0_trains_on_all_rows_in_the_order_of_the_sample():
     path = ROOT / "data" / "finance_sample.csv"
     rows = load_rows(DataConfig(path=str(path), num_samples=50, eval_fraction=0))
     drawn = pd.read_csv(path).sample(n=50, random_state=42)
-    assert rows.train["output"][:] == drawn["output"].tolist()
+    assert [row["output"] for row in iterate_rows(rows.train)] == drawn["output"].tolist()
     assert len(rows.eval) == 0
 
 
@@ -530,7 +531,7 @@ def test_a_column_of_numbers_is_named_by_its_first_row(tmp_path, suffix, column)
         [{"from": "human", "value": "a"}],
         [{"role": 1, "content": "a"}],
         [{"role": "user", "content": 5}],
-        [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+        [{"role": "user", "content": [{"type": "image", "text": "a"}]}],
     ],
     ids=lambda wrong: json.dumps(wrong),
 )
@@ -540,7 +541,7 @@ def test_messages_of_another_form_are_named_by_their_row(tmp_path, wrong):
 
 
 @pytest.mark.parametrize(
-    "wrong", ["text", 5, [{"role": "user", "content": [{"type": "text", "text": "a"}]}]], ids=str
+    "wrong", ["text", 5, [{"role": "user", "content": [{"type": "image_url", "text": "a"}]}]], ids=str
 )
 def test_messages_of_another_form_are_named_by_their_row_also_behind_good_ones(tmp_path, wrong):
     path = write(tmp_path / "rows.jsonl", [*MESSAGES, {"messages": wrong}])
@@ -633,19 +634,20 @@ def test_what_can_be_no_hub_name_is_not_looked_up(name, monkeypatch):
     assert f"data.path {name!r} is neither a file that exists" in what_is_said(name)
 
 
-def test_reading_needs_no_configuration_but_the_path():
-    table = read_rows(str(ROOT / "data" / "finance_sample.parquet"))
-    assert table.column_names == ["instruction", "output", "input", "row_number"]
-    assert table["row_number"][:] == list(range(1, len(table) + 1))
-
-
 # --- Instructions: split by them, and leaks ---
+
+
+def table_of(rows: list[dict]) -> Dataset:
+    """A table as load_rows makes it."""
+    return Dataset.from_list(
+        [{"row_number": row["row_number"], "source": 0, "row": json.dumps(row)} for row in rows]
+    )
 
 
 def repeated(num_rows: int, num_instructions: int) -> Dataset:
     """Rows whose instructions repeat, written in more than one way."""
     ways = (str, str.upper, " {}. ".format)
-    return Dataset.from_list(
+    return table_of(
         [
             {
                 "instruction": ways[number % 3](f"Instruction {number * 7 % num_instructions}"),
@@ -659,7 +661,7 @@ def repeated(num_rows: int, num_instructions: int) -> Dataset:
 
 
 def instructions(table: Dataset) -> set[str]:
-    return {row["instruction"].strip(" .").lower() for row in table}
+    return {row["instruction"].strip(" .").lower() for row in iterate_rows(table)}
 
 
 @settings(max_examples=40, deadline=None)
@@ -673,7 +675,7 @@ def test_split_by_instruction_leaves_none_on_both_sides_and_keeps_to_its_share(
     num_rows, num_instructions, fraction, seed
 ):
     table = repeated(num_rows, num_instructions)
-    largest = max(Counter(row["instruction"].strip(" .").lower() for row in table).values())
+    largest = max(Counter(row["instruction"].strip(" .").lower() for row in iterate_rows(table)).values())
     share = math.ceil(fraction * num_rows)
     try:
         train, evaluation = split_rows_by_instruction(table, fraction, seed)
@@ -749,7 +751,7 @@ def test_leaks_are_eval_rows_whose_prompt_is_trained_on_or_nearly():
         ],
     }
     train, evaluation = (
-        Dataset.from_list(
+        table_of(
             [
                 {"instruction": instruction, "input": text, "output": str(n), "row_number": first + n}
                 for n, (instruction, text) in enumerate(prompts[split])

@@ -21,9 +21,10 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from finetune.config import DataConfig
+from finetune.data.examples import tokenize_rows
 from finetune.data.rows import Rows, load_rows
 from finetune.data.splits import tokenize_splits
-from finetune.data.tokenize import IGNORE, encode, render, to_messages, tokenize_rows
+from finetune.data.tokenize import IGNORE, encode, render, to_messages
 
 QWEN2_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
@@ -239,11 +240,11 @@ def test_the_targets_are_right_where_the_end_of_turn_is_not_the_eos(llama3, answ
 
 
 def test_the_targets_are_right_where_a_space_stands_before_the_answer(mistral):
-    assert trained(mistral, turns("What is it?", "\nIt")) == "\nIt</s>"
+    assert trained(mistral, turns("What is it?", "\nIt")) == " \nIt</s>"
     # " The" is one token here: what reaches into the answer is trained whole.
     assert mistral.tokenize(" The") == ["ĠThe"]
     assert trained(mistral, turns("What is it?", "The coin.")) == " The coin.</s>"
-    assert trained(mistral, turns("A?", "\nB", "C?", "The\n")) == "\nB</s> The\n</s>"
+    assert trained(mistral, turns("A?", "\nB", "C?", "The\n")) == " \nB</s> The\n</s>"
 
 
 def test_the_targets_are_right_where_spaces_are_letters(sentencepiece_mistral):
@@ -272,8 +273,12 @@ def test_the_targets_are_right_where_past_turns_are_rendered_unlike_the_last():
     tokenizer = tiny_tokenizer(LAST_TURN_TEMPLATE)
     assert "</think>" in render(tokenizer, turns("a", "b"))
     assert not render(tokenizer, turns("a", "b", "c", "d")).startswith(render(tokenizer, turns("a", "b")))
-    assert trained(tokenizer, turns("What?", "One.")) == "One.<|im_end|>"
-    assert trained(tokenizer, turns("What?", "One.", "And?", "Two.")) == "One.<|im_end|>Two.<|im_end|>"
+    thought = "<think>\n\n</think>\n\n"
+    assert trained(tokenizer, turns("What?", "One.")) == f"{thought}One.<|im_end|>"
+    assert (
+        trained(tokenizer, turns("What?", "One.", "And?", "Two."))
+        == f"{thought}Two.<|im_end|>{thought}One.<|im_end|>"
+    )
 
 
 @pytest.mark.parametrize(
@@ -307,10 +312,13 @@ def test_the_start_of_the_next_turn_is_no_end_of_turn():
         encode(tokenizer, turns("What is it?", "It is a coin.", "And now?"), "completion")
 
 
-def test_a_special_token_behind_other_text_is_no_end_of_turn():
+def test_what_the_template_writes_between_the_answer_and_the_end_of_generation_is_trained():
     template = QWEN2_TEMPLATE.replace("turn.content ~ '<|im_end|>", "turn.content ~ '\nOver.<|im_end|>")
+    assert trained(tiny_tokenizer(template), turns("What?", "A coin.")) == "A coin.\nOver.<|im_end|>"
+    # A special token at which generation does not stop ends only what stands before it.
+    other = tokenizer_with(template.replace("<|im_end|>", "<|end|>"), ["<|end|>"])
     with pytest.raises(ValueError, match="ends an assistant's turn with no special token"):
-        encode(tiny_tokenizer(template), turns("What is it?", "It is a coin."), "completion")
+        encode(other, turns("What?", "A coin."), "completion")
 
 
 def test_white_space_between_the_answer_and_the_end_of_turn_is_trained():
@@ -337,6 +345,7 @@ def test_a_start_of_turn_that_swallows_the_white_space_behind_it_is_not_trained(
     """As Phi-3's tokens do."""
     tokenizer = tokenizer_with(
         "{% for m in messages %}{{ '<|' ~ m.role ~ '|>\n' ~ m.content ~ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
     )
     start = AddedToken("<|assistant|>", special=True, normalized=False, rstrip=True)
     tokenizer.add_special_tokens({"additional_special_tokens": [start]})
@@ -583,7 +592,7 @@ def test_every_row_is_encoded_in_order_and_keeps_its_number(qwen2):
     examples = tokenize_rows(rows, qwen2, config(system_prompt="Be kind."))
     assert set(examples.dataset.column_names) == {"row_number", "input_ids", "labels"}
     assert columns(examples) == [
-        (row["row_number"], *encode(qwen2, to_messages(row, "Be kind."), "completion")) for row in rows
+        (row["row_number"], *encode(qwen2, to_messages(row, "Be kind."), "completion")[:2]) for row in rows
     ]
     assert (examples.truncated, examples.dropped) == ([], {})
 

@@ -1,6 +1,7 @@
 """A run on several sources gives the loss of each, exactly; a run on one gives what it always gave."""
 
 import json
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,14 @@ from kills import (
     checkpoint_names,
     wait_for_the_next_second,
 )
-from sources import NAMES, of_sources, train_on_sources
+from sources import NAMES, in_sources
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import sums_one_by_one
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune.run.checkpoint as checkpoint_module
 from finetune.__main__ import main
-from finetune.config import DataConfig
+from finetune.config_parsing import parse_config
 from finetune.data.plan import epoch_order
 from finetune.data.splits import load_data
 from finetune.run.folder import read_example_sums
@@ -48,9 +49,9 @@ INTERRUPTED: dict[str, Any] = {
 
 
 @pytest.fixture
-def run_on_sources(run_train, monkeypatch) -> Any:
-    train_on_sources(monkeypatch)
-    return run_train
+def run_on_sources(run_train, rows_file) -> Any:
+    """`run_train` on the rows of `rows_file`, as three sources."""
+    return partial(run_train, data__path=in_sources(rows_file))
 
 
 def lines_of(run_dir: Path, split: str) -> list[dict[str, Any]]:
@@ -77,20 +78,20 @@ def expected_metrics(sums: list[dict[str, Any]], sources: list[int]) -> dict[str
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("log_every", [1, 2])
 def test_each_source_s_figures_are_those_of_its_own_tokens(
-    run_on_sources, tiny_model_dir, rows_file, packing, fast, log_every
+    run_on_sources, tiny_model_dir, packing, fast, log_every
 ):
     # The weights stay those of the base, so that each example has the same sums in every update.
     settings = {**SETTINGS, "optim__learning_rate": 1e-12, "train__packing": packing, "fast__head": fast}
     run_dir = run_on_sources(**settings, log__every_steps=log_every)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    data = load_data(DataConfig(path=str(rows_file), max_length=128), tokenizer)
+    data = load_data(parse_config(["--config", str(run_dir / "config.yaml")]), tokenizer)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
 
     def alone(examples: Any) -> tuple[list[dict[str, Any]], list[int]]:
         with torch.no_grad():
             return [sums_one_by_one(model, [row]) for row in examples.dataset], examples.sources.tolist()
 
-    sums, sources = alone(of_sources(data.train))
+    sums, sources = alone(data.train)
     order = [(epoch, example) for epoch in range(2) for example in epoch_order(42, epoch, len(sums))]
     updates = [
         [example for of, example in order if of == epoch][start : start + 6]
@@ -111,7 +112,7 @@ def test_each_source_s_figures_are_those_of_its_own_tokens(
         assert sum(counts) == line["num_target_tokens"]
     if log_every == 1:  # a source without a target has no figures
         assert any(sources_in(line) < set(NAMES) for line in lines)
-    eval_sums, eval_sources = alone(of_sources(data.eval))
+    eval_sums, eval_sources = alone(data.eval)
     for line in lines_of(run_dir, "eval"):
         by_source = {key: value for key, value in line.items() if "/" in key}
         assert by_source == pytest.approx(expected_metrics(eval_sums, eval_sources), rel=1e-4)
@@ -119,11 +120,10 @@ def test_each_source_s_figures_are_those_of_its_own_tokens(
 
 
 def test_sources_leave_the_training_and_the_figures_of_all_tokens_as_they_are(
-    run_train, tmp_path, monkeypatch
+    run_train, run_on_sources, tmp_path
 ):
     one = run_train(output_dir=tmp_path / "one", **SETTINGS)
-    train_on_sources(monkeypatch)
-    several = run_train(output_dir=tmp_path / "several", **SETTINGS)
+    several = run_on_sources(output_dir=tmp_path / "several", **SETTINGS)
     measured = {"useful_tokens_per_second", "mfu", "peak_memory_gib"}
     for line, other in zip(read_metrics(one), read_metrics(several), strict=True):
         kept = [key for key in line if key not in measured]
@@ -263,24 +263,59 @@ def test_report_card_comparison_and_evaluate_give_the_loss_of_each_source(
 # Eval sets
 
 
+@pytest.mark.parametrize("has_main", [True, False])
 def test_eval_sets_have_figures_of_their_own_beside_those_of_the_main_rows(
-    run_on_sources, rows_file, tmp_path, capsys
+    run_train, rows_file, tmp_path, has_main
 ):
-    """The rows of the source `rest` stand here for those of an eval set of that name."""
-    sets = json.dumps({"rest": str(rows_file)})
-    run_dir = run_on_sources(**SETTINGS, eval__sets=sets, checkpoint__keep_best=True)
+    lines = rows_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    sets = {"first": lines[:3], "second.one": lines[3:8]}
+    for name, part in sets.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(part), encoding="utf-8")
+    run_dir = run_train(
+        **SETTINGS,
+        data__eval_fraction=0.2 if has_main else 0,
+        eval__sets=json.dumps({name: str(tmp_path / f"{name}.jsonl") for name in sets}),
+        checkpoint__keep_best=True,
+        train__early_stopping_patience=3,
+    )
     frame = read_example_sums(run_dir, 0)
-    main_rows, rest = frame[frame["source"] != "rest"], frame[frame["source"] == "rest"]
-    assert 0 < len(rest) < len(frame)
-    lines = lines_of(run_dir, "eval")
-    for part, key in ((main_rows, "loss"), (rest, "loss/rest")):
-        assert lines[0][key] == pytest.approx(part["nll"].sum() / part["num_target_tokens"].sum())
-    assert lines[0]["num_target_tokens"] == main_rows["num_target_tokens"].sum()
+    assert frame["source"].value_counts().to_dict() == (
+        {"first": 3, "second.one": 5} | ({"rows": 4} if has_main else {})
+    )
+    main_rows = frame[frame["source"] == "rows"] if has_main else frame
+    line = lines_of(run_dir, "eval")[0]
+    for part, key in (
+        (main_rows, "loss"),
+        *((frame[frame["source"] == name], f"loss/{name}") for name in sets),
+    ):
+        assert line[key] == pytest.approx(part["nll"].sum() / part["num_target_tokens"].sum())
+    assert line["num_target_tokens"] == main_rows["num_target_tokens"].sum()
+    assert ("loss/rows" in line) == has_main
+    assert not any("/" in key for line in lines_of(run_dir, "train") for key in line)
     page = (run_dir / "report.html").read_text(encoding="utf-8")
     card = (run_dir / "adapter" / "README.md").read_text(encoding="utf-8")
-    tokens = f"{lines[-1]['num_target_tokens']:,} target tokens"
+    tokens = f"{line['num_target_tokens']:,} target tokens"
     assert f"Over {len(main_rows)} eval examples with {tokens}" in page
-    assert "The rows of eval.sets are not among them" in page
+    assert ("The rows of eval.sets are not among them" in page) == has_main
     assert f"| {len(main_rows)} eval examples, {tokens} |" in card
-    assert f"| eval rows | `{rows_file.name}` |" in card
+    assert "| eval rows | `first.jsonl`, `second.one.jsonl` |" in card
     assert str(tmp_path) not in card
+
+
+def test_the_best_checkpoint_is_that_of_the_main_rows(run_train, rows_file, tmp_path):
+    """Trained on what it says, the set's loss falls while that of rows with other answers rises."""
+    lines = [json.loads(line) for line in rows_file.read_text(encoding="utf-8").splitlines()]
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({**row, "output": "§ " * 9}) + "\n" for row in lines))
+    run_dir = run_train(
+        **{**SETTINGS, "optim__learning_rate": 0.05, "train__num_epochs": 4},
+        data__eval_fraction=0,
+        data__eval_path=str(other),
+        eval__sets=json.dumps({"same": str(rows_file)}),
+        checkpoint__keep_best=True,
+    )
+    evaluations = [line for line in lines_of(run_dir, "eval") if line["step"] > 0]
+    best = min(evaluations, key=lambda line: line["loss"])
+    assert best["step"] != min(evaluations, key=lambda line: line["loss/same"])["step"]
+    environment = json.loads((run_dir / "environment.json").read_text())
+    assert environment["adapter_step"] == best["step"]

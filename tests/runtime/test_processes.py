@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 from conftest import ROOT, read_metrics
-from sources import NAMES, train_on_sources
+from sources import NAMES, in_sources
 
 import train
 
@@ -41,15 +41,6 @@ def save_and_stop(run_dir, state, *rest):
     if state.step == 4:
         os._exit(7)
 checkpoint.save_checkpoint = save_and_stop
-sys.exit(train.main(sys.argv[1:]))
-"""
-
-# train.py, on rows of several sources.
-OF_SOURCES = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-import pytest, train
-from sources import train_on_sources
-train_on_sources(pytest.MonkeyPatch())
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -126,16 +117,11 @@ def test_two_processes_make_the_updates_of_one(
     assert {path.name for path in (tmp_path / "both").iterdir()} == {path.name for path in alone.iterdir()}
 
 
-def test_two_processes_give_the_figures_of_each_source_that_one_gives(
-    run_train, launch, tmp_path, monkeypatch
-):
-    script = tmp_path / "of_sources.py"
-    script.write_text(OF_SOURCES, encoding="utf-8")
+def test_two_processes_give_the_figures_of_each_source_that_one_gives(run_train, launch, rows_file, tmp_path):
     # The last update of an epoch is of one example, so that one process has none.
-    settings = {**SETTINGS, "log__every_steps": 1, "data__eval_fraction": 0.2}
-    result = launch(script, output_dir=tmp_path / "both", **settings, **EACH_OF_TWO)
+    settings = {**SETTINGS, "log__every_steps": 1, "data__path": in_sources(rows_file)}
+    result = launch(output_dir=tmp_path / "both", **settings, **EACH_OF_TWO)
     assert result.returncode == 0, result.stderr
-    train_on_sources(monkeypatch)
     alone = run_train(output_dir=tmp_path / "alone", **settings, **ONE)
     assert_same_metrics(tmp_path / "both", alone)
     seen = set()

@@ -23,8 +23,8 @@ from tiny import (
 )
 
 from finetune.config import Config, LoraConfig, ModelConfig
+from finetune.data.examples import Examples
 from finetune.data.plan import Plan, plan_evaluation
-from finetune.data.tokenize import Examples
 from finetune.model.load import load_model
 from finetune.model.loss import TokenLoss
 from finetune.training.evaluate import (

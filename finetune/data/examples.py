@@ -1,0 +1,222 @@
+"""Rows as tokenized examples: memory-mapped, with what is known of each."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, concatenate_datasets
+from numpy.typing import NDArray
+
+from finetune.config import DataConfig
+from finetune.data.encoding import SCHEMA, EncodeRows, first_targets, flat, lengths, target_counts
+from finetune.data.prepare import CHUNK_ROWS, counts_of, make_chunks, read_chunk
+from finetune.data.row_tables import cache_folder, digest_of, table_chunks
+from finetune.data.tokenize import MIN_SHARED
+from finetune.runtime.files import write_atomically
+
+COLUMNS = ["input_ids", "labels", "row_number", "source", "branches"]
+
+
+class Figures(NamedTuple):
+    """What preparing N examples found out about them: see the properties of Examples."""
+
+    lengths: NDArray[np.int64]
+    target_counts: NDArray[np.int64]
+    sources: NDArray[np.int64]
+    shared_prefix: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenized rows that fit, and what happened to the others.
+
+    `dataset` has the columns input_ids, labels, row_number, source (an index of `source_names`) and branches
+    (see `Tokens`). Of its examples, those of the rows `truncated` were cut at max_length; `dropped` are the
+    numbers of the rows left out, by reason. `unused` counts the rows of which the chat template left
+    something out or changed it, by what that was.
+    """
+
+    dataset: Dataset
+    truncated: list[int]
+    dropped: dict[str, list[int]]
+    source_names: Sequence[str] = ()
+    unused: Counter[str] = field(default_factory=Counter)
+    prepared: Figures | None = None
+    """None: they are measured when they are asked for"""
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """[N]: tokens of each example."""
+        if self.prepared is not None:
+            return self.prepared.lengths
+        return _concatenated([lengths(table) for table in self._tables()])
+
+    @cached_property
+    def target_counts(self) -> NDArray[np.int64]:
+        """[N]: target tokens of each example."""
+        if self.prepared is not None:
+            return self.prepared.target_counts
+        return _concatenated([target_counts(table) for table in self._tables()])
+
+    @cached_property
+    def sources(self) -> NDArray[np.int64]:
+        """[N]: the source of each example."""
+        if self.prepared is not None:
+            return self.prepared.sources
+        if "source" not in self.dataset.column_names:
+            return np.zeros(len(self.dataset), np.int64)
+        return _concatenated([table["source"].to_numpy() for table in self._tables()])
+
+    @cached_property
+    def shared_prefix(self) -> int:
+        """Tokens that all examples begin with and that predict no target; 0 if below MIN_SHARED."""
+        return self.prepared.shared_prefix if self.prepared is not None else shared_prefix(self._tables())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all token ids, labels and branches, in order."""
+        return self.prepared.fingerprint if self.prepared is not None else fingerprint(self._tables())
+
+    def _tables(self) -> Iterator[pa.Table]:
+        yield from self.dataset.with_format("arrow").iter(CHUNK_ROWS)
+
+
+def _concatenated(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
+    return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
+
+
+def shared_prefix(tables: Iterator[pa.Table]) -> int:
+    """See Examples."""
+    prefix: NDArray[np.int64] | None = None
+    for table in tables:
+        if len(table) == 0:
+            continue
+        ids, sizes = flat(table, "input_ids"), lengths(table)
+        starts = np.cumsum(sizes) - sizes
+        if prefix is None:
+            prefix = ids[: sizes[0]]
+        # The last shared token predicts the first one that is not, so that must not be a target either.
+        prefix = prefix[: max(0, int(np.minimum(sizes, first_targets(table) - 1).min()))]
+        for place in range(len(prefix)):
+            if (ids[starts + place] != prefix[place]).any():
+                prefix = prefix[:place]
+                break
+        if len(prefix) < MIN_SHARED:
+            return 0
+    return 0 if prefix is None else len(prefix)
+
+
+def fingerprint(tables: Iterator[pa.Table]) -> str:
+    """SHA-256 of the examples as JSON objects, each `{"input_ids": [...], "labels": [...]}`, with "branches"
+    before them where it has any."""
+    digest = hashlib.sha256()
+    for table in tables:
+        if len(table) == 0:
+            continue
+        lists = [table["branches"].to_pylist()] if "branches" in table.column_names else [[[]] * len(table)]
+        branches = [f'"branches": {json.dumps(pairs)}, ' if pairs else "" for pairs in lists[0]]
+        columns = [_as_json(table, column) for column in ("input_ids", "labels")]
+        parts = ("{", branches, '"input_ids": [', columns[0], '], "labels": [', columns[1], "]}")
+        arrays = [pa.scalar(part) if isinstance(part, str) else pa.array(part) for part in parts]
+        text = pc.binary_join_element_wise(*arrays, "")
+        digest.update("".join(text.to_pylist()).encode())
+    return digest.hexdigest()
+
+
+def _as_json(table: pa.Table, column: str) -> pa.Array:
+    """The numbers of each list, separated as `json.dumps` does."""
+    lists = table[column].combine_chunks()
+    offsets = np.r_[0, np.cumsum(lengths(table))].astype(np.int32)
+    texts = pc.cast(lists.flatten(), pa.string())
+    return pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets), texts), ", ")
+
+
+def tokenize_rows(
+    rows: Dataset, tokenizer: Any, config: DataConfig, source_names: Sequence[str] = ()
+) -> Examples:
+    """Encode every row of a table, truncate or drop the overlong ones, and drop those without a target token.
+
+    The tokens are memory-mapped from the cache of `datasets`, which the first call writes.
+
+    Raises:
+        RowError: a row that `encode` refuses, or there is no chat template.
+    """
+    if len(rows) == 0:
+        empty = Dataset(SCHEMA.empty_table()).select_columns(COLUMNS)
+        return Examples(empty, [], {}, source_names)
+    job = EncodeRows(tokenizer, config.system_prompt, config.train_on, config.max_length)
+    folder = cache_folder({"rows": digest_of(rows), **job.depends_on()})
+    paths = make_chunks(folder, table_chunks(rows), job, "Tokenizing", len(rows))
+    whole = concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
+    return _keep(whole, paths, config, source_names)
+
+
+def _keep(whole: Dataset, paths: Sequence[Path], config: DataConfig, source_names: Sequence[str]) -> Examples:
+    """The examples that the configuration takes of those in the files."""
+    table = whole.data.table
+    numbers, is_cut, counts = (table[c].to_numpy() for c in ("row_number", "is_cut", "target_count"))
+    overlong = is_cut if config.overlong == "drop" else np.zeros(len(is_cut), bool)
+    untrained = ~overlong & (counts == 0)
+    kept = ~overlong & ~untrained
+    dropped: dict[str, list[int]] = {}
+    for reason, left_out in (
+        (f"over {config.max_length} tokens", overlong),
+        ("without a target token", untrained),
+    ):
+        without_any = left_out & ~np.isin(numbers, numbers[kept])
+        if without_any.any():
+            dropped[reason] = _distinct(numbers[without_any])
+    derived = _derived(paths, kept, paths[0].with_name(f"{config.overlong}.json"))
+    dataset = whole.select_columns(COLUMNS)
+    return Examples(
+        dataset=dataset if kept.all() else dataset.select(np.flatnonzero(kept)),
+        truncated=_distinct(numbers[kept & is_cut]),
+        dropped=dropped,
+        source_names=source_names,
+        unused=Counter(derived["remarks"]),
+        prepared=Figures(
+            lengths=lengths(table)[kept],
+            target_counts=counts[kept].astype(np.int64),
+            sources=table["source"].to_numpy()[kept].astype(np.int64),
+            shared_prefix=derived["shared_prefix"],
+            fingerprint=derived["fingerprint"],
+        ),
+    )
+
+
+def _distinct(numbers: NDArray[np.int64]) -> list[int]:
+    return list(dict.fromkeys(numbers.tolist()))
+
+
+def _derived(paths: Sequence[Path], kept: NDArray[np.bool_], file: Path) -> dict[str, Any]:
+    """What all kept examples of the files have to be gone through for, once: it is left in `file`."""
+    if not file.exists():
+        remarks: Counter[str] = Counter()
+        for path in paths:
+            remarks.update(counts_of(read_chunk(path))["remarks"])
+        derived = {
+            "remarks": remarks,
+            "shared_prefix": shared_prefix(_kept_tables(paths, kept)),
+            "fingerprint": fingerprint(_kept_tables(paths, kept)),
+        }
+        write_atomically(file, json.dumps(derived))
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return result
+
+
+def _kept_tables(paths: Sequence[Path], kept: NDArray[np.bool_]) -> Iterator[pa.Table]:
+    """The kept examples of each file, one file in memory at a time."""
+    start = 0
+    for path in paths:
+        table = read_chunk(path)
+        yield table.filter(pa.array(kept[start : start + len(table)]))
+        start += len(table)

@@ -1,0 +1,269 @@
+"""Prepare rows in chunks, on all cores: what a job makes of each chunk lies in a file of its own, so that a
+preparation that was killed resumes at the chunks that are missing."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import chain
+from multiprocessing.connection import wait
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from finetune.runtime.console import console
+
+Job = Callable[[Any], pa.Table]
+"""What is done to the payload of a chunk. Jobs and payloads go to other processes, so they can be pickled."""
+
+CHUNK_ROWS = 2_000
+FEW_ROWS = 8_000  # are done sooner by this process than others start
+QUEUED_PER_WORKER = 4  # chunks that wait in memory
+QUIET_SECONDS = 1.0  # a shorter preparation needs no progress bar
+COUNTS = b"counts"  # of a chunk, as JSON, in the metadata of its schema
+
+
+class Chunk(NamedTuple):
+    """Rows to prepare; `payload` gives what the job is given, and is only called where that is done."""
+
+    num_rows: int
+    payload: Callable[[], Any]
+
+
+class Task(NamedTuple):
+    """A chunk, and the file for what is made of it."""
+
+    path: Path
+    chunk: Chunk
+
+
+def make_chunks(
+    folder: Path, chunks: Iterable[Chunk], job: Job, title: str, total: int | None = None
+) -> list[Path]:
+    """Files, in order, of what `job` makes of each chunk; those that exist are not made again.
+
+    A progress bar with this title shows how many rows are done, of `total` where that is known.
+
+    Raises:
+        ValueError: the first one that the chunks or `job` raise, in the order of the rows; the disk is full;
+            or a process was killed.
+    """
+    paths: list[Path] = []
+
+    def missing() -> Iterator[Task]:
+        for number, chunk in enumerate(chunks):
+            paths.append(folder / f"{number:05}.arrow")
+            if not paths[-1].exists():
+                yield Task(paths[-1], chunk)
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tasks: Iterator[Task] = missing()
+        num_rows = 0
+        first: list[Task] = []
+        for task in tasks:
+            first.append(task)
+            num_rows += task.chunk.num_rows
+            if num_rows > FEW_ROWS:
+                break
+        tasks = chain(first, tasks)
+        is_large = num_rows > FEW_ROWS and available_cpus() > 1
+        done = _run_in_others(tasks, job, folder) if is_large else _run_here(tasks, job)
+        _show_progress(done, title, total)
+        for left_over in folder.glob(".*.partial"):  # by processes that were killed
+            left_over.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"prepared rows cannot be kept in {folder} ({error.strerror or error}); make room, or set "
+            "HF_DATASETS_CACHE to another folder, and rerun the same command"
+        ) from error
+    return paths
+
+
+def with_counts(table: pa.Table, counts: Mapping[str, Any]) -> pa.Table:
+    """The table, with what was counted while it was made."""
+    return table.replace_schema_metadata({COUNTS: json.dumps(counts)})
+
+
+def counts_of(table: pa.Table) -> Any:
+    """What `with_counts` added."""
+    return json.loads(table.schema.metadata[COUNTS])
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def write_chunk(path: Path, table: pa.Table) -> None:
+    """Write a chunk so that it is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        with pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.replace(partial, path)
+    except FileNotFoundError:  # another process has finished this chunk, and removed what was left over
+        if not path.exists():
+            raise
+
+
+def read_chunk(path: Path) -> pa.Table:
+    """A chunk, read into memory."""
+    with path.open("rb") as file, pa.ipc.open_stream(file) as reader:
+        return reader.read_all()
+
+
+def packed(table: pa.Table) -> bytes:
+    """A table as bytes; pickled itself, a part of a table would take the whole one with it."""
+    sink = pa.BufferOutputStream()
+    table = table.combine_chunks()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def unpacked(table: bytes) -> pa.Table:
+    return pa.ipc.open_stream(table).read_all()
+
+
+@contextmanager
+def workers_kept() -> Iterator[None]:
+    """Within, `make_chunks` starts processes once, not for each of its calls."""
+    is_outermost, _pool.is_kept = not _pool.is_kept, True
+    try:
+        yield
+    finally:
+        if is_outermost:
+            _pool.is_kept = False
+            _pool.stop()
+
+
+class _Pool:
+    """The processes that work at present."""
+
+    def __init__(self) -> None:
+        self.executor: ProcessPoolExecutor | None = None
+        self.is_kept = False
+
+    def submit(self, *arguments: Any) -> Future[None]:
+        if self.executor is None:
+            context = multiprocessing.get_context("spawn")
+            self.executor = ProcessPoolExecutor(available_cpus(), context, initializer=_start_worker)
+        with _without_main_module():
+            return self.executor.submit(_work, *arguments)
+
+    def stop(self) -> None:
+        if self.executor is not None:
+            self.executor.shutdown(cancel_futures=True)
+            self.executor = None
+
+
+_pool = _Pool()
+
+
+def _run_here(tasks: Iterable[Task], job: Job) -> Iterator[int]:
+    """Do the job on each chunk; yields the number of its rows."""
+    for path, chunk in tasks:
+        write_chunk(path, job(chunk.payload()))
+        yield chunk.num_rows
+
+
+def _run_in_others(tasks: Iterator[Task], job: Job, folder: Path) -> Iterator[int]:
+    """The same in processes of their own, few chunks ahead of what is yielded."""
+    queue: deque[tuple[int, Future[None]]] = deque()
+    # Pickled once: a tokenizer has megabytes.
+    job_file = folder / f".job.{os.getpid()}.partial"
+    job_file.write_bytes(pickle.dumps(job))
+    is_done = False
+    try:
+        while True:
+            while len(queue) < available_cpus() * QUEUED_PER_WORKER and (task := next(tasks, None)):
+                path, chunk = task
+                queue.append((chunk.num_rows, _pool.submit(job_file, path, chunk.payload())))
+            if not queue:
+                break
+            num_rows, future = queue.popleft()
+            future.result()
+            yield num_rows
+        is_done = True
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process that prepared rows was killed, perhaps for want of memory; rerun the same command to "
+            "resume, on fewer cores (taskset -c 0) if it happens again"
+        ) from error
+    finally:
+        if not (is_done and _pool.is_kept):
+            _pool.stop()
+        job_file.unlink(missing_ok=True)
+
+
+@contextmanager
+def _without_main_module() -> Iterator[None]:
+    """Processes that start meanwhile do not import the program's own file, and with it torch and the model's
+    libraries: seconds and hundreds of MiB each."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C goes to all processes; the first one decides
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core has a process
+    pa.set_cpu_count(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent is killed would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _work(job_file: Path, path: Path, payload: Any) -> None:
+    write_chunk(path, _load(job_file)(payload))
+
+
+@lru_cache(maxsize=1)
+def _load(job_file: Path) -> Job:
+    job: Job = pickle.loads(job_file.read_bytes())
+    return job
+
+
+def _show_progress(done: Iterator[int], title: str, total: int | None) -> None:
+    """Exhaust `done`, with a progress bar on a terminal if it takes long."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True)
+    task = bar.add_task(title, total=total)
+    start, shown = time.monotonic(), False
+    try:
+        for count in done:
+            bar.advance(task, count)
+            if console.is_terminal and not shown and time.monotonic() - start > QUIET_SECONDS:
+                bar.start()
+                shown = True
+    finally:
+        if shown:
+            bar.stop()

@@ -1,0 +1,241 @@
+"""Sources become tables of rows: read in batches and memory-mapped, each row in its one form as JSON text.
+
+Text, because a table of objects would invent, for each row, the keys that others have.
+"""
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, concatenate_datasets
+from numpy.typing import NDArray
+
+from finetune.data.cleaning import reason_to_drop
+from finetune.data.conversations import Row
+from finetune.data.files import RawBatch, hub_fingerprint
+from finetune.data.formats import Format
+from finetune.data.prepare import (
+    CHUNK_ROWS,
+    Chunk,
+    counts_of,
+    make_chunks,
+    packed,
+    read_chunk,
+    with_counts,
+)
+from finetune.data.reading import read_formatted
+from finetune.data.sources import Source
+from finetune.runtime.files import file_sha256, write_atomically
+
+SCHEMA = pa.schema({"row_number": pa.int64(), "source": pa.int32(), "row": pa.string()})
+KEY = b"rows"  # in the metadata of a table's schema: what its texts depend on
+
+
+class ReadSources(NamedTuple):
+    """The rows of sources that can be trained on.
+
+    `num_read` rows of each source were read, in the format `formats`; `dropped` are the numbers of rows left
+    out, by reason; `unused` counts rows by what of them is not used; `files` are the number of the first row
+    and the name of each file or data set.
+    """
+
+    table: Dataset
+    num_read: list[int]
+    formats: list[str]
+    dropped: dict[str, list[int]]
+    unused: Counter[str]
+    files: list[tuple[int, str]]
+
+
+class Part(NamedTuple):
+    """A batch of a source's rows, the first of which has the number `first_number`."""
+
+    raw: RawBatch
+    format: Format
+    first_number: int
+    source: int
+    system_prompt: str | None
+    """Of this source, where that is not the one of all"""
+
+
+@dataclass(frozen=True)
+class ReadRows:
+    """The job that parses and converts raw rows."""
+
+    reason_to_drop: Callable[[Mapping[str, Any]], str | None]
+
+    def __call__(self, part: Part) -> pa.Table:
+        """A table with the columns of SCHEMA.
+
+        Raises:
+            ValueError: a row that cannot be read, with its place.
+        """
+        columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+        dropped: dict[str, list[int]] = defaultdict(list)
+        unused: Counter[str] = Counter()
+        for number, (place, raw) in enumerate(part.raw.rows(), part.first_number):
+            row, idle = part.format.convert(raw, place)
+            unused.update(set(idle))
+            if reason := self.reason_to_drop(row):
+                dropped[reason].append(number)
+                continue
+            if part.system_prompt is not None and "text" not in row:
+                row.setdefault("system", part.system_prompt)
+            columns["row_number"].append(number)
+            columns["source"].append(part.source)
+            columns["row"].append(as_text(row))
+        return with_counts(pa.table(columns, SCHEMA), {"dropped": dropped, "unused": unused})
+
+
+def as_text(row: Row) -> str:
+    """The row as JSON text."""
+    return json.dumps(row, ensure_ascii=False)
+
+
+def read_sources(sources: Sequence[Source], system_prompt: str | None) -> ReadSources:
+    """The rows of sources that can be trained on; `system_prompt` is that of all that have no other.
+
+    They are memory-mapped from the cache of `datasets`, which the first call for these files writes.
+
+    Raises:
+        ValueError: a source that cannot be read, or a row that cannot be converted, with its place.
+    """
+    folder = cache_folder({"sources": [_identity(source) for source in sources], "system": system_prompt})
+    record = folder / "rows.json"
+    if not record.exists():
+        _read_into(folder, record, sources, system_prompt)
+    known = json.loads(record.read_text(encoding="utf-8"))
+    tables = [Dataset.from_file(str(folder / name)) for name in known["chunks"]]
+    table = concatenate_datasets(tables) if tables else Dataset(SCHEMA.empty_table())
+    keyed = table.data.table.replace_schema_metadata({KEY: folder.name})
+    return ReadSources(
+        Dataset(keyed),
+        known["num_read"],
+        known["formats"],
+        known["dropped"],
+        Counter(known["unused"]),
+        [(first, file) for first, file in known["files"]],
+    )
+
+
+def _read_into(folder: Path, record: Path, sources: Sequence[Source], system_prompt: str | None) -> None:
+    num_read, formats = [0] * len(sources), [""] * len(sources)
+    files: list[tuple[int, str]] = []
+
+    def chunks() -> Iterator[Chunk]:
+        for place, source in enumerate(sources):
+            own = source.system_prompt if source.system_prompt != system_prompt else None
+            for raw, format_ in read_formatted(source, CHUNK_ROWS):
+                first = sum(num_read) + 1
+                if raw.first_row == 1:
+                    files.append((first, raw.where))
+                num_read[place] += raw.num_rows
+                formats[place] = format_.name
+                yield Chunk(raw.num_rows, partial(Part, raw, format_, first, place, own))
+
+    paths = make_chunks(folder, chunks(), ReadRows(reason_to_drop), "Reading")
+    dropped: dict[str, list[int]] = defaultdict(list)
+    unused: Counter[str] = Counter()
+    for path in paths:
+        counts = counts_of(read_chunk(path))
+        unused.update(counts["unused"])
+        for reason, numbers in counts["dropped"].items():
+            dropped[reason] += numbers
+    known = {
+        "chunks": [path.name for path in paths],
+        "num_read": num_read,
+        "formats": formats,
+        "dropped": dropped,
+        "unused": unused,
+        "files": files,
+    }
+    write_atomically(record, json.dumps(known))
+
+
+def read_questions_of(
+    sources: Sequence[Source], reason_to_drop: Callable[[Mapping[str, Any]], str | None]
+) -> tuple[Dataset, dict[str, list[int]]]:
+    """The rows of sources whose answers may be missing, in memory, and the numbers of those dropped.
+
+    Raises:
+        ValueError: as `read_sources`.
+    """
+    job, number = ReadRows(reason_to_drop), 1
+    tables, dropped = [SCHEMA.empty_table()], defaultdict[str, list[int]](list)
+    for place, source in enumerate(sources):
+        for raw, format_ in read_formatted(source, CHUNK_ROWS, questions_only=True):
+            tables.append(job(Part(raw, format_, number, place, None)))
+            for reason, numbers in counts_of(tables[-1])["dropped"].items():
+                dropped[reason] += numbers
+            number += raw.num_rows
+    return Dataset(pa.concat_tables(tables)), dict(dropped)
+
+
+def _identity(source: Source) -> dict[str, Any]:
+    """What the rows of a source depend on."""
+    identity = {**asdict(source), "num_samples": None, "share": None}
+    if source.dataset is not None:
+        return {**identity, "fingerprint": hub_fingerprint(source)}
+    digests = []
+    for file in source.files:
+        try:
+            digests.append(file_sha256(Path(file)))
+        except OSError as error:
+            raise ValueError(f"data.path {file}: {error.strerror or error}") from error
+    return {**identity, "sha256": digests}
+
+
+def cache_folder(depends_on: Mapping[str, Any]) -> Path:
+    """The folder for what is made of data and settings by the code of this package, which need not exist."""
+    text = json.dumps({**depends_on, "code": _code_digest()}, sort_keys=True, default=str)
+    key = hashlib.sha256(text.encode()).hexdigest()[:32]
+    return Path(datasets.config.HF_DATASETS_CACHE) / "finetune" / key
+
+
+@cache
+def _code_digest() -> str:
+    """So that no row is read from the cache of code that has changed since."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def table_chunks(table: Dataset) -> Iterator[Chunk]:
+    """A table in chunks of CHUNK_ROWS rows, each `packed`."""
+    arrow = table.with_format("arrow")
+    for start in range(0, len(table), CHUNK_ROWS):
+        end = min(len(table), start + CHUNK_ROWS)
+        yield Chunk(end - start, partial(_packed_part, arrow, start, end))
+
+
+def _packed_part(arrow: Dataset, start: int, end: int) -> bytes:
+    return packed(arrow[start:end])
+
+
+def column_of(table: Dataset, name: str) -> NDArray[Any]:
+    """A column of numbers, without its rows' other columns."""
+    column = table.data.column(name).to_numpy()
+    places = table._indices
+    return np.asarray(column if places is None else column[places.column(0).to_numpy()])
+
+
+def digest_of(rows: Dataset) -> str:
+    """SHA-256 of a table of rows: their numbers, sources and texts, in order."""
+    digest = hashlib.sha256()
+    for name in ("row_number", "source"):
+        digest.update(column_of(rows, name).astype("<i8").tobytes())
+    if key := (rows.data.schema.metadata or {}).get(KEY):  # the numbers say which texts they are
+        digest.update(key)
+    else:
+        for table in rows.with_format("arrow").iter(CHUNK_ROWS):
+            digest.update(json.dumps(table["row"].to_pylist()).encode())
+    return digest.hexdigest()
