@@ -54,7 +54,7 @@ def train(config: Config) -> int:
         return 0
 
     # Data: rows -> token ids and labels.
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config)
     with accelerator.main_process_first():  # the other ranks find its tokens in the cache
         data = load_data(config, tokenizer)
 
@@ -82,7 +82,7 @@ def train(config: Config) -> int:
     checkpointer = Checkpointer(config, accelerator, Trained(adapter, optimizer, loss_scale), window)
     source, remarks = folder.find_checkpoint(config)
     state = checkpointer.resume(source, base_fingerprint(config.model, model))
-    facts = RunFacts(config, model, data, plan, choices, fast_paths, budget, flop_per_second)
+    facts = RunFacts(config, model, tokenizer, data, plan, choices, fast_paths, budget, flop_per_second)
     on_main(accelerator, open_run, accelerator, facts, state, checkpointer, source, remarks)
     history = folder.read_evaluations(Path(config.output_dir))  # on every rank: all must stop together
 

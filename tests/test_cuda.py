@@ -256,7 +256,7 @@ def assert_near(
 
 def test_answers_are_those_of_a_cpu(tiny_model_dir):
     config = ModelConfig(name_or_path=str(tiny_model_dir), quantization="none")
-    tokenizer, answers = load_tokenizer(config), {}
+    tokenizer, answers = load_tokenizer(Config(model=config)), {}
     for device in ("cuda", "cpu"):
         AcceleratorState._reset_state(reset_partial_state=True)
         accelerator = Accelerator(mixed_precision="no", cpu=device == "cpu")

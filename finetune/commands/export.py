@@ -8,10 +8,10 @@ from pathlib import Path
 from finetune.config import Config
 from finetune.export.merge import load_merged, require_new_folder
 from finetune.export.modelfile import modelfile
-from finetune.model.load import load_architecture, load_tokenizer
+from finetune.model.load import load_architecture
 from finetune.model.starter import starter_model_dir
 from finetune.report.model_card import VLLM_RANKS
-from finetune.run.adapter import Trained, parse_trained, trained_parser
+from finetune.run.adapter import Trained, load_trained_tokenizer, parse_trained, trained_parser
 from finetune.runtime.cli import CommandParser
 from finetune.runtime.console import say
 from finetune.runtime.files import staged_folder
@@ -34,7 +34,7 @@ def command(argv: Sequence[str]) -> None:
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed: pip install {error.name}") from error
     base = trained.config.model
-    if reason := unsupported(load_architecture(base), load_tokenizer(base)):
+    if reason := unsupported(load_architecture(base), load_trained_tokenizer(trained)):
         raise ValueError(
             f"{base.name_or_path} cannot be written as GGUF here ({reason}); llama.cpp may: "
             f"python -m finetune merge {shlex.quote(str(arguments.trained))} --output merged && "

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from finetune.data.by_source import several_sources
 from finetune.data.examples import Examples
+from finetune.data.rows import iterate_rows
 
 MAX_VALUES = 12  # the most frequent values of a column; the others form one slice
 
@@ -30,11 +31,12 @@ def by_length(lengths: NDArray[np.int64]) -> list[Slice]:
 
 
 def by_input(rows: Dataset, examples: Examples) -> list[Slice]:
-    """Examples with and without an input; no slices if the rows have no such column."""
-    if "input" not in rows.column_names:
+    """Examples with and without an input; no slices if no row can have one."""
+    inputs = {row["row_number"]: row["input"] for row in iterate_rows(rows) if "input" in row}
+    if not inputs:
         return []
-    inputs = dict(zip(rows["row_number"], rows["input"], strict=True))
-    has = np.array([bool((inputs[n] or "").strip()) for n in examples.dataset["row_number"]], dtype=bool)
+    numbers = examples.dataset["row_number"]
+    has = np.array([bool((inputs.get(number) or "").strip()) for number in numbers], dtype=bool)
     return [Slice("with input", has), Slice("without input", ~has)]
 
 

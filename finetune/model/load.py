@@ -1,6 +1,7 @@
 """The tokenizer, the frozen base (bf16, int8 or nf4) and the LoRA adapter on it."""
 
 import hashlib
+import json
 import logging
 import re
 import textwrap
@@ -14,29 +15,76 @@ import peft
 import torch
 from accelerate.utils import set_seed
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from finetune.config import Config, LoraConfig, ModelConfig
+from finetune.data.chat_template import set_stop_ids
+from finetune.data.named_templates import end_of_turn, use_template
 from finetune.model.starter import HUB_NAME, starter_model_dir
 from finetune.runtime.accelerator import DTYPES
 from finetune.runtime.choice import Choice
 
 
-def load_tokenizer(config: ModelConfig) -> Any:
-    """The model's tokenizer, with a padding token (the EOS token if it has none of its own).
+def load_tokenizer(config: Config, folder: Path | None = None) -> Any:
+    """The model's tokenizer with the chat template of `data.chat_template`, and a padding token (the model's
+    EOS token if it has none of its own). With `folder`, the tokenizer that was saved there, as it is.
+
+    Its `stop_ids` are its EOS token, those of the model's generation config, and the special token that ends
+    an assistant's turn in the chat template.
 
     Raises:
-        ValueError: as `load_base`.
+        ValueError: as `load_base` and `use_template`.
     """
-    source, arguments = _locate(config)
-    tokenizer = _from_pretrained(AutoTokenizer, config, source, arguments)
+    source, arguments = _locate(config.model)
+    if folder is None:
+        tokenizer = _from_pretrained(AutoTokenizer, config.model, source, arguments)
+    else:
+        tokenizer = _saved_tokenizer(folder)
     if not tokenizer.is_fast:
         raise ValueError(
-            f"the tokenizer of {config.name_or_path} is not a fast one: it cannot locate its tokens in a text"
+            f"the tokenizer of {config.model.name_or_path} is not a fast one: it cannot locate its tokens in "
+            "a text"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    ends = {tokenizer.eos_token_id, *_generation_ends(config.model, source, arguments)}
+    if config.data.chat_template is not None and folder is None:
+        use_template(tokenizer, config.data.chat_template)
+    set_stop_ids(tokenizer, (ends | {end_of_turn(tokenizer)}) - {None})
     return tokenizer
+
+
+def _saved_tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # a broken folder can raise any error of several libraries
+        raise ValueError(f"the tokenizer in {folder} could not be loaded: {_in_one_line(error)}") from error
+
+
+def _generation_ends(config: ModelConfig, source: str, arguments: dict[str, Any]) -> list[int]:
+    """The tokens at which the model's generation config stops, or its configuration where it has none."""
+    if "gguf_file" in arguments:  # it names one, which the tokenizer has as its EOS token
+        return []
+    for name in ("generation_config.json", "config.json"):
+        file = cached_file(
+            source,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,  # offline, of a file that the model does not have
+            **arguments,
+        )
+        if file is None:
+            continue
+        try:
+            ends = json.loads(Path(file).read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"model.name_or_path {config.name_or_path}: its {name} cannot be read: {_in_one_line(error)}"
+            ) from error
+        if ends is not None:
+            return ends if isinstance(ends, list) else [ends]
+    return []
 
 
 def load_architecture(config: ModelConfig) -> Any:

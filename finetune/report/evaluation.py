@@ -17,7 +17,7 @@ from torch import Tensor
 from finetune.config import DataConfig
 from finetune.data.examples import Examples, tokenize_rows
 from finetune.data.plan import make_plan, plan_evaluation
-from finetune.data.rows import Rows, answer_of, find_leaks, load_rows
+from finetune.data.rows import Rows, answer_of, find_leaks, iterate_rows, load_rows
 from finetune.data.splits import fingerprint_of
 from finetune.data.tokenize import Message
 from finetune.model.fast_paths import choose_fast_paths
@@ -201,7 +201,7 @@ def write_answers(
     """The answers of the base and of the tuned model to the first `count` rows that ask something."""
     asked = [
         (row, conversation)
-        for row in evaluated.rows.select(range(min(len(evaluated.rows), 2 * count)))
+        for row in iterate_rows(evaluated.rows.select(range(min(len(evaluated.rows), 2 * count))))
         for conversation in pick_conversations([row], evaluated.data.system_prompt, 1)
     ][:count]
     conversations = [conversation for _, conversation in asked]
@@ -221,7 +221,7 @@ def write_answers(
     with console.status(f"writing {len(asked)} answers by the tuned model"):
         by_tuned = answers(nullcontext())
     return [
-        Written(row["row_number"], conversation, answer_of(row), base, tuned)
+        Written(row["row_number"], conversation.messages, answer_of(row), base, tuned)
         for (row, conversation), base, tuned in zip(asked, by_base, by_tuned, strict=True)
     ]
 

@@ -27,6 +27,7 @@ from finetune.run.checkpoint import checkpoints_dir, fault_of, list_checkpoints
 from finetune.runtime.files import require_room, write_atomically
 
 CONFIG, ENVIRONMENT, RESULT = "config.yaml", "environment.json", "adapter"
+CHAT_TEMPLATE = "chat_template.jinja"
 METRICS, ANSWERS, EVALUATIONS = "metrics.jsonl", "answers.jsonl", "evaluations"
 SOURCE = "source"
 EXAMPLE_SUMS = ["nll", "entropy", "correct", "num_target_tokens"]
@@ -85,7 +86,10 @@ def run_status(config: Config) -> RunStatus:
 
 def _is_leftover(path: Path) -> bool:
     """Whether this was left by a start that was killed before its last step, writing config.yaml."""
-    return path.name in (ENVIRONMENT, f".{ENVIRONMENT}.partial", f".{CONFIG}.partial")
+    written_before = (ENVIRONMENT, CHAT_TEMPLATE)
+    return path.name in written_before or path.name in [
+        f".{name}.partial" for name in (*written_before, CONFIG)
+    ]
 
 
 @contextmanager
@@ -149,17 +153,19 @@ def start_run(
     environment: dict[str, Any],
     plan: Plan,
     data: Data,
+    chat_template: str | None,
     checkpoint: Path | None,
     step: int,
     checkpoint_bytes: int,
 ) -> None:
-    """Write environment.json and config.yaml, and remove what a kill left half written.
+    """Write environment.json, the chat template and config.yaml, and remove what a kill left half written.
 
-    `checkpoint`, saved after update `step`, is what the run resumes from.
+    `chat_template` is the text of that of `data.chat_template`, None for the model's own. `checkpoint`, saved
+    after update `step`, is what the run resumes from.
 
     Raises:
-        ValueError: the run resumes, but with other rows or with updates of another size; or the disk has no
-            room for the checkpoints that the run keeps and the one being written.
+        ValueError: the run resumes, but with another chat template, other rows or updates of another size; or
+            the disk has no room for the checkpoints that the run keeps and the one being written.
     """
     folder = Path(config.output_dir)
     started_from = _started_from(folder)
@@ -171,6 +177,14 @@ def start_run(
             )
     fingerprint = fingerprint_of(data.train, data.eval)
     if (folder / CONFIG).exists():
+        if (
+            chat_template is not None
+            and (folder / CHAT_TEMPLATE).read_text(encoding="utf-8") != chat_template
+        ):
+            raise ValueError(
+                f"data.chat_template {config.data.chat_template} is not the one that the run in {folder} was "
+                f"trained with, which is {folder / CHAT_TEMPLATE}; restore it, or choose another output_dir"
+            )
         before = read_environment(folder)
         if before["data"] != fingerprint:
             raise ValueError(
@@ -196,6 +210,8 @@ def start_run(
         "started_from": None if started_from is None else str(started_from),
     }
     write_atomically(folder / ENVIRONMENT, json.dumps(environment, indent=1, ensure_ascii=False))
+    if chat_template is not None:
+        write_atomically(folder / CHAT_TEMPLATE, chat_template)
     write_atomically(folder / CONFIG, config_to_yaml(replace(config, resume="auto")))
 
 

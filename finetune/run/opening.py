@@ -7,6 +7,7 @@ from typing import Any
 
 from finetune.config import Config
 from finetune.data.duplicates import Match
+from finetune.data.named_templates import describe_template
 from finetune.data.plan import Plan
 from finetune.data.splits import Data, in_words
 from finetune.model.fast_paths import FastPaths
@@ -24,6 +25,7 @@ class RunFacts:
 
     config: Config
     model: Any
+    tokenizer: Any
     data: Data
     plan: Plan
     choices: Sequence[Choice]
@@ -60,9 +62,9 @@ def open_run(
         "settings": [asdict(choice) for choice in facts.choices],
         "rows": facts.data.counts(),
     }
-    folder.start_run(
-        facts.config, record, facts.plan, facts.data, source, state.step, checkpointer.estimate_bytes()
-    )
+    template = None if facts.config.data.chat_template is None else facts.tokenizer.chat_template
+    size = checkpointer.estimate_bytes()
+    folder.start_run(facts.config, record, facts.plan, facts.data, template, source, state.step, size)
     folder.keep_lines_until(Path(facts.config.output_dir), state.step)
     summary.show_start(facts.config, facts.choices, described)
     summary.show_checkpoint(source, remarks, state.step)
@@ -79,6 +81,7 @@ def describe(facts: RunFacts) -> list[tuple[str, str]]:
         ("device", f"{device_name(model.device)}; {facts.flop_per_second / 1e9:,.0f} GFLOP/s in matmuls"),
         ("model", f"{config.model.name_or_path}, base in {config.model.quantization}"),
         ("parameters", f"{trainable:,} trainable of {total:,} ({trainable / total:.2%})"),
+        ("chat template", describe_template(config.data.chat_template, facts.tokenizer)),
         (
             "rows",
             f"{rows.num_read:,} read, {rows.num_kept:,} usable, {num_taken:,} taken; "

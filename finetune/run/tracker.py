@@ -18,9 +18,9 @@ from torch.utils.tensorboard.summary import hparams
 from finetune.config import Config, flatten
 from finetune.config_parsing import config_to_dict
 from finetune.data.by_source import several_sources, source_of_each
+from finetune.data.conversations import Conversation
 from finetune.data.examples import Examples
 from finetune.data.plan import Plan
-from finetune.data.tokenize import Message
 from finetune.model.generate import Answer
 from finetune.run.folder import ANSWERS, METRICS, read_lines, write_example_sums
 from finetune.run.summary import SHOWN
@@ -109,13 +109,13 @@ class Tracker:
                 write_example_sums(self._run_dir, step, eval_set.dataset["row_number"], sums, sources)
 
     def log_answers(
-        self, step: int, conversations: Sequence[list[Message]], answers: Sequence[Answer]
+        self, step: int, conversations: Sequence[Conversation], answers: Sequence[Answer]
     ) -> None:
-        """Write a generated answer to each conversation, as text."""
+        """Write a generated answer to each conversation, as text: its reasoning and calls as they are."""
         if self._main:
             entries = [
-                {"messages": messages, "answer": answer.text}
-                for messages, answer in zip(conversations, answers, strict=True)
+                {"messages": conversation.messages, "answer": answer.text}
+                for conversation, answer in zip(conversations, answers, strict=True)
             ]
             with _saying_where(self._run_dir):
                 _append(self._answers_file, {"step": step, "answers": entries})
@@ -141,7 +141,7 @@ class Tracker:
 
     def _show_answers(self, step: int, entries: Sequence[dict[str, Any]]) -> None:
         for number, entry in enumerate(entries, 1):
-            question = _as_markdown(entry["messages"][-1]["content"])
+            question = _as_markdown(entry["messages"][-1]["content"] or "")
             text = f"**{question}**\n\n{_as_markdown(entry['answer'])}"
             self._accelerator.log({f"answers/{number}": text}, step=step)
 

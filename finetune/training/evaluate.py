@@ -1,8 +1,9 @@
 """Evaluation: exact sums of each eval example, their token-weighted means, and the sample conversations."""
 
 import math
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from finetune.data.by_source import is_main, several_sources, source_of_each
 from finetune.data.collate import iterate_batches
+from finetune.data.conversations import SYSTEM_ROLES, Conversation, Row, to_conversation
 from finetune.data.examples import Examples
 from finetune.data.plan import Indices
-from finetune.data.tokenize import Message, to_messages
+from finetune.data.targets import is_trained
 from finetune.model.loss import TokenLoss
 from finetune.model.precision import in_fp32
 from finetune.ops.quantized import dropout_off
@@ -122,17 +124,20 @@ def is_out_of_patience(evaluations: Sequence[dict[str, Any]], patience: int | No
     return len(evaluations) - evaluations.index(best_of(evaluations)) > patience
 
 
-def pick_conversations(rows: Dataset, system_prompt: str | None, count: int = 10) -> list[list[Message]]:
-    """The first eval rows up to their last assistant turn, which the model answers before and after training.
+def pick_conversations(rows: Iterable[Row], system_prompt: str | None, count: int = 10) -> list[Conversation]:
+    """The first eval rows up to the last assistant turn that is trained on, with the tools and the template's
+    arguments: what the model answers before and after training.
 
-    Rows without a message before the assistant's turn are skipped: templates may refuse to open such a turn.
+    Rows without a message before that turn are skipped: templates may refuse to open such a turn.
     """
-    conversations: list[list[Message]] = []
+    conversations: list[Conversation] = []
     for row in rows:
         if len(conversations) == count:
             break
-        messages = to_messages(row, system_prompt)
-        last = max(turn for turn, message in enumerate(messages) if message["role"] == "assistant")
-        if any(message["role"] != "system" for message in messages[:last]):
-            conversations.append(messages[:last])
+        conversation = to_conversation(row, system_prompt)
+        messages = conversation.messages
+        trained = [turn for turn, message in enumerate(messages) if is_trained(message)]
+        last = max(trained, default=0)
+        if any(message["role"] not in SYSTEM_ROLES for message in messages[:last]):
+            conversations.append(replace(conversation, messages=messages[:last]))
     return conversations

@@ -36,7 +36,7 @@ def load_parts(config: Config) -> Parts:
     """
     precision = choose_precision(config.train.mixed_precision)
     accelerator = create_accelerator(config, precision.actual)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config)
     train_set, eval_set = tokenize_splits(load_rows(config.data, config.eval.sets), tokenizer, config.data)
     model = load_model(config, precision.actual, accelerator.device)
     check_vocabulary(model, tokenizer)

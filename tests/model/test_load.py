@@ -253,7 +253,7 @@ def test_loading_training_and_evaluating_say_nothing(quantization, tiny_model_di
             for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
                 warnings.simplefilter("ignore", category)
             config = config_for(tiny_model_dir, quantization, gradient_checkpointing=True)
-            load_tokenizer(config.model)
+            load_tokenizer(config)
             model = load_model(config, "bf16", CPU)
             forward_and_backward(model, autocast=True)
             with torch.no_grad(), dropout_off(model), torch.autocast("cpu", torch.bfloat16):
@@ -270,7 +270,7 @@ def test_loading_training_and_evaluating_say_nothing(quantization, tiny_model_di
 
 
 def test_the_tokenizer_of_a_folder_is_its_own(tiny_model_dir):
-    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(tiny_model_dir)))
+    tokenizer = load_tokenizer(Config(model=ModelConfig(name_or_path=str(tiny_model_dir))))
     expected = tiny_tokenizer()
     text = "<|im_start|>user\nWhat is a bond?<|im_end|>\n"
     assert tokenizer(text)["input_ids"] == expected(text)["input_ids"]
@@ -282,7 +282,7 @@ def test_a_tokenizer_without_padding_token_pads_with_its_eos(tmp_path):
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
     tiny_model(800).save_pretrained(tmp_path)
-    loaded = load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))
+    loaded = load_tokenizer(Config(model=ModelConfig(name_or_path=str(tmp_path))))
     assert loaded.pad_token == loaded.eos_token == "<|im_end|>"
 
 
@@ -291,11 +291,11 @@ def test_a_padding_token_of_its_own_is_kept(tmp_path):
     tokenizer.pad_token = "<|endoftext|>"
     tokenizer.save_pretrained(tmp_path)
     tiny_model(800).save_pretrained(tmp_path)
-    assert load_tokenizer(ModelConfig(name_or_path=str(tmp_path))).pad_token == "<|endoftext|>"
+    assert load_tokenizer(Config(model=ModelConfig(name_or_path=str(tmp_path)))).pad_token == "<|endoftext|>"
 
 
 def test_starter_is_the_name_of_the_starter_model(starter_dir):
-    tokenizer = load_tokenizer(ModelConfig(name_or_path="starter"))
+    tokenizer = load_tokenizer(Config(model=ModelConfig(name_or_path="starter")))
     assert tokenizer.chat_template == (starter_dir / "chat_template.jinja").read_text(encoding="utf-8")
 
 
@@ -339,7 +339,7 @@ def gguf_file(tmp_path: Path) -> Path:
 
 def test_a_gguf_file_gives_the_model_the_tokenizer_and_a_trainable_adapter(gguf_file):
     config = config_for(gguf_file)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config)
     text = "<|im_start|>user\nWhat is a bond?<|im_end|>\n"
     assert tokenizer(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
     assert tokenizer.chat_template == QWEN2_TEMPLATE
@@ -367,7 +367,7 @@ def assert_refused(name: str | Path, *loads: str) -> None:
     config = ModelConfig(name_or_path=str(name), quantization="none")
     for load in loads or ("tokenizer", "base"):
         with pytest.raises(ValueError, match=r"model\.name_or_path") as error:
-            load_tokenizer(config) if load == "tokenizer" else load_base(config, "no", CPU)
+            load_tokenizer(Config(model=config)) if load == "tokenizer" else load_base(config, "no", CPU)
         message = str(error.value)
         assert str(name) in message
         assert "\n" not in message

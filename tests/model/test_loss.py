@@ -115,7 +115,7 @@ def test_sums_and_gradients_are_the_plain_ones_on_the_starter_model(starter_dir,
     source = ModelConfig(name_or_path=str(starter_dir), quantization="none")
     config = Config(model=source, lora=LoraConfig(lora_dropout=0.0))
     model = fill_adapter(load_model(config, "no", CPU))
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config)
     examples = []
     for text in (
         "The capital of France is Paris.",

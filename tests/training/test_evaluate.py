@@ -23,6 +23,7 @@ from tiny import (
 )
 
 from finetune.config import Config, LoraConfig, ModelConfig
+from finetune.data.conversations import Conversation
 from finetune.data.examples import Examples
 from finetune.data.plan import Plan, plan_evaluation
 from finetune.model.load import load_model
@@ -247,6 +248,10 @@ def test_a_failing_evaluation_leaves_the_mode_as_it_was(accelerator):
 # Conversations
 
 
+def asked_of(*arguments: Any, **settings: Any) -> list[list[dict[str, Any]]]:
+    return [asked.messages for asked in pick_conversations(*arguments, **settings)]
+
+
 def test_the_first_rows_are_asked_without_their_answer():
     rows = Dataset.from_list(
         [
@@ -255,31 +260,49 @@ def test_the_first_rows_are_asked_without_their_answer():
             {"instruction": "Not asked.", "input": None, "output": "No."},
         ]
     )
-    assert pick_conversations(rows, "Be brief.", count=2) == [
+    assert asked_of(rows, "Be brief.", count=2) == [
         [
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": "Add.\n Context:1 and 2"},
         ],
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say hi."}],
     ]
-    assert pick_conversations(rows, None, count=1) == [
-        [{"role": "user", "content": "Add.\n Context:1 and 2"}]
-    ]
+    assert asked_of(rows, None, count=1) == [[{"role": "user", "content": "Add.\n Context:1 and 2"}]]
 
 
 def test_a_longer_conversation_is_asked_up_to_its_last_answer():
     turns = conversation("One?", "1", "Two?", "2", "Thanks.")
     rows = Dataset.from_list([{"messages": turns}])
-    assert pick_conversations(rows, None) == [turns[:3]]
+    assert asked_of(rows, None) == [turns[:3]]
 
 
 def test_a_row_that_opens_with_its_only_answer_is_nothing_to_be_asked():
     opening = [{"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "Hello."}]
     asked = conversation("One?", "1")
     rows = Dataset.from_list([{"messages": turns} for turns in (opening, opening[1:], asked, opening)])
-    assert pick_conversations(rows, "Be kind.", count=1) == [
-        [{"role": "system", "content": "Be kind."}, asked[0]]
+    assert asked_of(rows, "Be kind.", count=1) == [[{"role": "system", "content": "Be kind."}, asked[0]]]
+
+
+def test_a_row_with_tools_is_asked_with_them_up_to_the_last_turn_that_is_trained_on():
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+    turns = [
+        {"role": "user", "content": "Add."},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "1"},
+        {"role": "assistant", "content": "It is 2."},
+        {"role": "user", "content": "Thanks."},
+        {"role": "assistant", "content": "Not at all.", "train": False},
     ]
+    row = {
+        "messages": turns,
+        "tools": [{"type": "function"}],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    (asked,) = pick_conversations([row], "Be brief.")
+    assert asked == Conversation(
+        [{"role": "system", "content": "Be brief."}, *turns[:3]], row["tools"], row["chat_template_kwargs"]
+    )
+    assert pick_conversations([{"text": "Once upon a time"}], None) == []
 
 
 def test_few_rows_or_none_give_as_many_conversations():
