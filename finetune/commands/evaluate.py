@@ -30,7 +30,7 @@ def command(argv: Sequence[str]) -> None:
     evaluated = evaluation.read_rows(trained, arguments.data)
     cells = None if arguments.by is None else read_column(training_sources(evaluated.data), arguments.by)
     opened = load_trained(trained)
-    examples = tokenize_rows(evaluated.rows, opened.tokenizer, evaluated.data)
+    examples = tokenize_rows(evaluated.rows, opened.tokenizer, evaluated.data, evaluated.source_names)
     if len(examples.dataset) == 0:
         raise ValueError(f"{evaluated.source}: no example is left; raise data.max_length")
     base, tuned = evaluation.evaluate_both(trained, opened, evaluated, examples)

@@ -19,7 +19,8 @@ def several_sources(examples: Examples) -> dict[int, str]:
 
 def source_of_each(examples: Examples) -> NDArray[np.object_]:
     """[N]: the name of each example's source."""
-    return np.array([*examples.source_names] or [""], dtype=object)[examples.sources]
+    names = [*examples.source_names] or [""] * (int(examples.sources.max(initial=0)) + 1)
+    return np.array(names, dtype=object)[examples.sources]
 
 
 def is_main(source_of_each: NDArray[np.object_], eval_sets: Collection[str]) -> NDArray[np.bool_]:
