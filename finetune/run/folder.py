@@ -248,7 +248,7 @@ def _with_current_names(environment: dict[str, Any]) -> dict[str, Any]:
     ]
     int8 = "dequantize" if environment["int8"] == "dequantise" else environment["int8"]
     # Older runs chose no budget, began from no adapter, and trained no rows of added tokens.
-    later = {"token_budget": None, "model_adapter": None, "token_rows": []}
+    later: dict[str, Any] = {"token_budget": None, "model_adapter": None, "token_rows": []}
     return {**later, **environment, "int8": int8, "settings": choices}
 
 
