@@ -117,7 +117,7 @@ def read_sources(sources: Sequence[Source], system_prompt: str | None) -> ReadSo
     table = concatenate_datasets(tables) if tables else Dataset(SCHEMA.empty_table())
     keyed = table.data.table.replace_schema_metadata({KEY: folder.name})
     return ReadSources(
-        Dataset(keyed),
+        Dataset(keyed, fingerprint=folder.name),  # else all texts would be pickled for one
         known["num_read"],
         known["formats"],
         known["dropped"],
