@@ -15,11 +15,11 @@ from rich.text import Text
 from torch import Tensor
 
 from finetune.config import DataConfig
+from finetune.data.conversations import Message
 from finetune.data.examples import Examples, tokenize_rows
 from finetune.data.plan import make_plan, plan_evaluation
 from finetune.data.rows import Rows, answer_of, find_leaks, iterate_rows, load_rows
 from finetune.data.splits import fingerprint_of
-from finetune.data.tokenize import Message
 from finetune.model.fast_paths import choose_fast_paths
 from finetune.model.generate import Answer, generate_answers
 from finetune.model.loss import TokenLoss

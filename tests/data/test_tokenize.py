@@ -24,7 +24,9 @@ from finetune.config import DataConfig
 from finetune.data.examples import tokenize_rows
 from finetune.data.rows import Rows, load_rows
 from finetune.data.splits import tokenize_splits
-from finetune.data.tokenize import IGNORE, encode, render, to_messages
+from finetune.data.chat_template import render
+from finetune.data.conversations import to_messages
+from finetune.data.tokenize import IGNORE, encode
 
 QWEN2_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
