@@ -266,8 +266,8 @@ def altered(message: dict[str, Any]) -> dict[str, Any]:
 def less_prompt(
     tokenizer: Any, conversation: Conversation, i: int, targets: list[int], before: str = ""
 ) -> list[int]:
-    """The targets of turn `i` without what the generation prompt gives of it or, where it gives nothing behind
-    a tool's turn, of others; `before` is the text before the targets."""
+    """The targets of turn `i` without what the generation prompt gives of it or, where it gives nothing
+    behind a tool's turn, of others; `before` is the text before the targets."""
     template = template_of(tokenizer, conversation.tools)
     without = template.render(part_of(conversation, i))
     given = template.render(part_of(conversation, i), add_generation_prompt=True)

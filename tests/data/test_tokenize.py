@@ -21,11 +21,11 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from finetune.config import DataConfig
+from finetune.data.chat_template import render
+from finetune.data.conversations import to_messages
 from finetune.data.examples import tokenize_rows
 from finetune.data.rows import Rows, load_rows
 from finetune.data.splits import tokenize_splits
-from finetune.data.chat_template import render
-from finetune.data.conversations import to_messages
 from finetune.data.tokenize import IGNORE, encode
 
 QWEN2_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
