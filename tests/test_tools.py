@@ -1,11 +1,13 @@
 """What is trained with a chat template, tools and reasoning is asked for in the same way afterwards."""
 
+import html
 import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -14,6 +16,7 @@ from tools import tool_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.__main__ import main
+from finetune.commands.push import files_to_upload
 from finetune.data.chat_template import render, stop_ids
 from finetune.data.conversations import Conversation
 from finetune.model.generate import generate_answers
@@ -35,6 +38,7 @@ MEMORISE = {
     "checkpoint__every_steps": 1000,
     "log__every_steps": 20,
 }
+WITH_TOOLS = {"data__chat_template": "chatml", "data__max_length": 1024}
 SHORT = {"train__max_steps": 2, "eval__at_start": False}
 
 
@@ -157,6 +161,60 @@ def test_an_adapter_is_asked_alike_wherever_it_lies(memorised, tmp_path):
     assert answers[0].text == written(tokenizer, row, 1)
 
 
+def test_evaluate_compares_calls_as_they_are_written(memorised, tmp_path):
+    start_anew()
+    rows = [{**row, "messages": row["messages"][:2]} for row in tool_rows()]
+    data, output = write_rows(tmp_path / "calls.jsonl", rows), tmp_path / "figures.json"
+    options = ["--data", str(data), "--output", str(output), "--generate", "8", "--max_new_tokens", "200"]
+    assert main(["evaluate", str(memorised), *options]) == 0
+    answers = json.loads(output.read_text())["answers"]
+    tokenizer = load_trained_tokenizer(find_trained(memorised))
+    expected = [written(tokenizer, row, 1) for row in rows]
+    assert [row["reference"] for row in answers["rows"]] == expected
+    assert [row["tuned"]["text"] for row in answers["rows"]] == expected
+    assert [row["base"]["text"] for row in answers["rows"]] != expected
+    assert answers["chrf"]["tuned"]["value"] == 100
+
+
+def test_a_run_shows_its_answers_to_rows_with_tools(run_train, tmp_path):
+    rows = write_rows(tmp_path / "tools.jsonl", tool_rows())
+    run_dir = run_train(data__path=rows, data__eval_fraction=0.5, train__max_steps=1, **WITH_TOOLS)
+    lines = [json.loads(line) for line in (run_dir / "answers.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert len(line["answers"]) == 4
+        for entry in line["answers"]:
+            assert [turn["role"] for turn in entry["messages"][:3]] == ["user", "assistant", "tool"]
+    page = html.unescape((run_dir / "report.html").read_text())
+    called = lines[0]["answers"][0]["messages"][1]["tool_calls"][0]["function"]
+    assert f"{called['name']}({json.dumps(called['arguments'], ensure_ascii=False)})" in page
+
+
+def test_export_serves_with_the_template_and_the_tokens_that_were_trained(memorised, tmp_path, capsys):
+    start_anew()
+    capsys.readouterr()
+    assert main(["export", str(memorised), "--output", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    modelfile = (tmp_path / "out" / "Modelfile").read_text()
+    trained = find_trained(memorised)
+    tokenizer = load_trained_tokenizer(trained)
+    assert "<|im_start|>{{ .Role }}" in modelfile
+    stops = tokenizer.convert_ids_to_tokens(sorted(stop_ids(tokenizer)))
+    assert [line for line in modelfile.splitlines() if line.startswith("PARAMETER")] == [
+        *(f'PARAMETER stop "{stop}"' for stop in stops),
+        "PARAMETER num_ctx 1024",  # the model has no more positions
+    ]
+    assert "without tools: Ollama writes them in a form of its own" in shown
+    if "<|im_end|>" in AutoTokenizer.from_pretrained(trained.config.model.name_or_path).get_vocab():
+        adapter = memorised / "adapter"
+        assert f"--tokenizer {adapter} --chat-template {adapter}/chat_template.jinja\n" in shown
+    else:
+        assert "vllm serve MERGED" in shown  # the rows of its tokens are not vLLM's to load
+    file = next((tmp_path / "out").glob("*.gguf"))
+    fields = {key: field.contents() for key, field in gguf.GGUFReader(file).fields.items()}
+    assert fields["tokenizer.chat_template"] == tokenizer.chat_template
+    assert fields["tokenizer.ggml.tokens"][fields["tokenizer.ggml.eos_token_id"]] == "<|im_end|>"
+
+
 # Templates from a file
 
 MINE = (
@@ -185,6 +243,24 @@ def test_a_template_file_is_kept_by_the_run_and_may_vanish(run_train, template_f
         assert tokenizer.chat_template == MINE
         assert tokenizer.eos_token == "<|end|>"
         assert tokenizer.convert_tokens_to_ids("<|end|>") in stop_ids(tokenizer)
+
+
+def test_what_is_pushed_has_the_template_and_no_folder_of_this_machine(run_train, template_file, tmp_path):
+    run_dir = run_train(data__chat_template=template_file, **SHORT)
+    folder = tmp_path / "pushed"
+    folder.mkdir()
+    for name, content in files_to_upload(find_trained(run_dir), "me/it").items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        assert str(tmp_path).encode() not in (folder / name).read_bytes(), name
+    base = find_trained(run_dir).config.model.name_or_path
+    template_file.unlink()
+    pushed = find_trained(folder, ["--model.name_or_path", base])
+    assert pushed.config.data.chat_template == "mine.jinja"
+    tokenizer = load_trained_tokenizer(pushed)
+    assert (tokenizer.chat_template, tokenizer.eos_token) == (MINE, "<|end|>")
+    card = (folder / "README.md").read_text()
+    assert "| chat template | `mine.jinja`, which is `chat_template.jinja` beside this card |" in card
+    assert "max_new_tokens=200, eos_token_id=tokenizer.eos_token_id)" in card
 
 
 def test_a_run_is_not_resumed_with_another_template(run_train, template_file, capsys):

@@ -9,7 +9,6 @@ from finetune.data.conversations import Conversation, Message
 from finetune.data.targets import StopTokens, Text, find_tagged, find_targets, is_trained, up_to
 
 IGNORE = -100  # the label of a token without loss, as everywhere in PyTorch
-MIN_SHARED = 8  # tokens; a shorter prefix is not worth sharing
 
 
 class Tokens(NamedTuple):

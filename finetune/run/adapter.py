@@ -110,7 +110,8 @@ def find_trained(path: Path, settings: Sequence[str] = ()) -> Trained:
     if recorded.is_file():
         # The files beside an adapter may be anybody's: only the user decides whose code to run.
         fixed = [] if run_dir else ["--model.trust_remote_code", "false"]
-        if run_dir is not None and (run_dir / CHAT_TEMPLATE).is_file():  # the file it named may have changed
+        if run_dir and not own_tokenizer and (run_dir / CHAT_TEMPLATE).is_file():
+            # The file that the configuration names may have changed.
             fixed += ["--data.chat_template", str(run_dir / CHAT_TEMPLATE)]
         config = parse_config(["--config", str(recorded), *fixed, *settings])
         return Trained(adapter, config, run_dir, own_tokenizer)
