@@ -25,9 +25,9 @@ import train
 from finetune.config import Config
 from finetune.config_parsing import parse_config
 from finetune.data.collate import MicroBatch, iterate_batches
+from finetune.data.conversations import to_messages
 from finetune.data.plan import epoch_order, make_plan, requested_budget
 from finetune.data.rows import load_rows
-from finetune.data.tokenize import to_messages
 from finetune.model.fast_paths import choose_fast_paths
 from finetune.model.load import load_base, load_tokenizer
 from finetune.run.folder import METRICS, read_lines

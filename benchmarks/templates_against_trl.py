@@ -97,22 +97,36 @@ CONVERSATIONS: dict[str, Conversation] = {
             user("And now?"),
             answer("A note.\n\n1. Ten"),
             user("Why?"),
+            answer("Because."),
         ]
-        + [answer("Because.")]
     ),
     "repeated": Conversation(
-        [user("What is it?"), answer("What is it?"), user("What is it?"), answer("What is it?"), user("?")]
-        + [answer("What is it?")]
+        [
+            user("What is it?"),
+            answer("What is it?"),
+            user("What is it?"),
+            answer("What is it?"),
+            user("?"),
+            answer("What is it?"),
+        ]
     ),
     "reasoning": Conversation([user("2 + 2?"), answer("It is 4.", reasoning_content="Two and two.\nFour.")]),
     "reasoning in turns": Conversation(
-        [user("2 + 2?"), answer("It is 4.", reasoning_content="Two and two."), user("And 3 + 3?")]
-        + [answer("It is 6.", reasoning_content="Three and three.")]
+        [
+            user("2 + 2?"),
+            answer("It is 4.", reasoning_content="Two and two."),
+            user("And 3 + 3?"),
+            answer("It is 6.", reasoning_content="Three and three."),
+        ]
     ),
     "tool call": Conversation([user("Weather?"), answer(None, tool_calls=[WEATHER])], TOOLS),
     "tool result": Conversation(
-        [user("Weather?"), answer(None, tool_calls=[WEATHER]), result(1, "get_weather", '{"sun": true}')]
-        + [answer("It is sunny.")],
+        [
+            user("Weather?"),
+            answer(None, tool_calls=[WEATHER]),
+            result(1, "get_weather", '{"sun": true}'),
+            answer("It is sunny."),
+        ],
         TOOLS,
     ),
     "parallel calls": Conversation(
@@ -120,20 +134,34 @@ CONVERSATIONS: dict[str, Conversation] = {
             user("Weather and time?"),
             answer(None, tool_calls=[WEATHER, TIME]),
             result(1, "get_weather", "sunny"),
-        ]
-        + [result(2, "get_time", "noon"), answer("Sunny, at noon.")],
+            result(2, "get_time", "noon"),
+            answer("Sunny, at noon."),
+        ],
         TOOLS,
     ),
     "content and call": Conversation(
-        [user("Weather?"), answer("I shall look.", tool_calls=[WEATHER]), result(1, "get_weather", "sunny")]
-        + [answer("It is sunny."), user("Thanks."), answer("At your service.")],
+        [
+            user("Weather?"),
+            answer("I shall look.", tool_calls=[WEATHER]),
+            result(1, "get_weather", "sunny"),
+            answer("It is sunny."),
+            user("Thanks."),
+            answer("At your service."),
+        ],
         TOOLS,
     ),
     "reasoning and calls": Conversation(
-        [SYSTEM, user("Weather?"), answer(None, reasoning_content="I must look.", tool_calls=[WEATHER])]
-        + [result(1, "get_weather", "sunny"), answer("It is sunny.", reasoning_content="It said so.")]
-        + [user("Time?"), answer(None, reasoning_content="Look again.", tool_calls=[TIME])]
-        + [result(2, "get_time", "noon"), answer("Noon.", reasoning_content="It said noon.")],
+        [
+            SYSTEM,
+            user("Weather?"),
+            answer(None, reasoning_content="I must look.", tool_calls=[WEATHER]),
+            result(1, "get_weather", "sunny"),
+            answer("It is sunny.", reasoning_content="It said so."),
+            user("Time?"),
+            answer(None, reasoning_content="Look again.", tool_calls=[TIME]),
+            result(2, "get_time", "noon"),
+            answer("Noon.", reasoning_content="It said noon."),
+        ],
         TOOLS,
     ),
 }
@@ -205,7 +233,7 @@ def part_of(conversation: Conversation, end: int) -> Conversation:
 
 
 def expected_targets(tagged: Any, conversation: Conversation) -> Iterator[list[int]]:
-    """What the tags mark of each assistant's turn when it is the last, less what the prompt gives before it."""
+    """What the tags mark of each assistant's turn when it is the last, less what the prompt gives of it."""
     template = template_of(tagged, conversation.tools)
     for i, message in enumerate(conversation.messages):
         if message["role"] != "assistant":
@@ -238,8 +266,8 @@ def altered(message: dict[str, Any]) -> dict[str, Any]:
 def less_prompt(
     tokenizer: Any, conversation: Conversation, i: int, targets: list[int], before: str = ""
 ) -> list[int]:
-    """The targets of turn `i` without what the generation prompt gives before it or, where it gives nothing
-    behind a tool's turn, before others; `before` is the text before the targets."""
+    """The targets of turn `i` without what the generation prompt gives of it or, where it gives nothing
+    behind a tool's turn, of others; `before` is the text before the targets."""
     template = template_of(tokenizer, conversation.tools)
     without = template.render(part_of(conversation, i))
     given = template.render(part_of(conversation, i), add_generation_prompt=True)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from finetune.data.chat_template import set_stop_ids
 
 Message = dict[str, Any]
-# Of the last message and those before it; None where the template leaves out what the model would have to say.
+# Of the last message and those before it; None where the template leaves out a part of it.
 WrittenBy = Callable[[Message, list[Message]], str | None]
 
 
@@ -79,7 +79,8 @@ def concatenating(message: Message, before: list[Message]) -> str:
 
 HERMES_TOOLS = (
     "{% if tools %}{{ '<|im_start|>system\n' }}{% if messages and messages[0].role == 'system' %}"
-    "{{ messages[0].content ~ '\n\n' }}{% endif %}{{ '# Tools\n' }}{% for t in tools %}{{ t | tojson ~ '\n' }}"
+    "{{ messages[0].content ~ '\n\n' }}{% endif %}{{ '# Tools\n' }}"
+    "{% for t in tools %}{{ t | tojson ~ '\n' }}"
     "{% endfor %}{{ '<|im_end|>\n' }}{% elif messages and messages[0].role == 'system' %}"
     "{{ '<|im_start|>system\n' ~ messages[0].content ~ '<|im_end|>\n' }}{% endif %}"
 )
@@ -178,7 +179,8 @@ REASONING = (
     "{% if m.reasoning is string %}{{ '<think>' ~ m.reasoning ~ '</think>' }}{% endif %}"
     "{{ m.content }}{% for c in m.tool_calls or [] %}{{ '\n<function=' ~ c.function.name ~ '>\n' }}"
     "{% for k, v in c.function.arguments.items() %}{{ '<parameter=' ~ k ~ '>\n' }}"
-    "{{ v if v is string else v | tojson }}{{ '\n</parameter>\n' }}{% endfor %}{{ '</function>' }}{% endfor %}"
+    "{{ v if v is string else v | tojson }}{{ '\n</parameter>\n' }}{% endfor %}"
+    "{{ '</function>' }}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endfor %}" + ASKING
 )
 
@@ -199,9 +201,11 @@ def reasoning(message: Message, before: list[Message]) -> str:
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}"
     "{{ '<|start_header_id|>' ~ ('ipython' if m.role == 'tool' else m.role) ~ '<|end_header_id|>\n\n' }}"
-    "{% if m.tool_calls %}{% if m.tool_calls | length != 1 %}{{ raise_exception('one call at once') }}{% endif %}"
+    "{% if m.tool_calls %}"
+    "{% if m.tool_calls | length != 1 %}{{ raise_exception('one call at once') }}{% endif %}"
     '{% set f = m.tool_calls[0].function %}{{ \'{"name": "\' ~ f.name ~ \'", "parameters": \' }}'
-    "{{ f.arguments | tojson ~ '}' }}{% else %}{{ m.content | trim }}{% endif %}{{ '<|eot_id|>' }}{% endfor %}"
+    "{{ f.arguments | tojson ~ '}' }}{% else %}{{ m.content | trim }}{% endif %}"
+    "{{ '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 
@@ -257,7 +261,8 @@ def phi(message: Message, before: list[Message]) -> str | None:
 DEEPSEEK = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ '<Assistant>' }}"
     "{% if m['content'] is none %}{% for c in m.tool_calls %}"
-    "{{ '<call>' + c.type + '<sep>' + c.function.name + '\n```json\n' + c.function.arguments + '\n```</call>' }}"
+    "{{ '<call>' + c.type + '<sep>' + c.function.name }}"
+    "{{ '\n```json\n' + c.function.arguments + '\n```</call>' }}"
     "{% endfor %}{% else %}{{ m['content'] }}{% endif %}{{ '<end>' }}"
     "{% else %}{{ '<' ~ m.role ~ '>' ~ m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<Assistant>' }}{% endif %}"
@@ -313,7 +318,7 @@ def gptoss(message: Message, before: list[Message]) -> str | None:
 # No token ends a turn: generation stops where the next one would begin.
 GLM = (
     "{% for m in messages %}"
-    "{{ {'user': '<|user|>', 'tool': '<|observation|>', 'assistant': '<|assistant|>'}.get(m.role, '<|system|>') }}"
+    "{{ '<|observation|>' if m.role == 'tool' else '<|' ~ m.role ~ '|>' }}"
     "{{ '\n' ~ (m.content or '') }}{% for c in m.tool_calls or [] %}{{ '\n<tool_call>' ~ c.function.name }}"
     "{{ c.function.arguments | tojson ~ '</tool_call>' }}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"

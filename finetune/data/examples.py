@@ -20,6 +20,7 @@ from finetune.data.encoding import SCHEMA, EncodeRows, first_targets, flat, leng
 from finetune.data.prepare import CHUNK_ROWS, counts_of, make_chunks, read_chunk
 from finetune.data.row_tables import cache_folder, digest_of, table_chunks
 from finetune.data.segments import MIN_SHARED, SequenceSizes, sequence_sizes
+from finetune.data.written import is_left_out
 from finetune.runtime.files import write_atomically
 
 COLUMNS = ["input_ids", "labels", "row_number", "source", "branches"]
@@ -203,7 +204,7 @@ def _keep(whole: Dataset, paths: Sequence[Path], config: DataConfig, source_name
         truncated=_distinct(numbers[kept & is_cut]),
         dropped=dropped,
         source_names=source_names,
-        unused=Counter(derived["remarks"]),
+        unused=Counter({remark: n for remark, n in derived["remarks"].items() if is_left_out(remark)}),
         prepared=Figures(
             lengths=lengths(table)[kept],
             target_counts=counts[kept].astype(np.int64),

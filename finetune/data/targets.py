@@ -8,7 +8,7 @@ conversation, and gets a text of its own, which ends with it.
 
 import json
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -114,9 +114,14 @@ def is_trained(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("train") is not False
 
 
+def with_messages(conversation: Conversation, messages: list[Message]) -> Conversation:
+    """The conversation with these messages instead of its own."""
+    return Conversation(messages, conversation.tools, conversation.template_kwargs)
+
+
 def up_to(conversation: Conversation, end: int) -> Conversation:
     """The first `end` messages of a conversation."""
-    return replace(conversation, messages=conversation.messages[:end])
+    return with_messages(conversation, conversation.messages[:end])
 
 
 def _find_turn(
@@ -187,7 +192,7 @@ class _Turn:
         if self.has_calls:
             function = {"name": _ARGUMENT, "arguments": {_ARGUMENT: _ARGUMENT}}
             message["tool_calls"] = [{**call, "function": function} for call in message["tool_calls"]]
-        return self.template.render(replace(self.conversation, messages=[*self.before, message]))
+        return self.template.render(with_messages(self.conversation, [*self.before, message]))
 
     @property
     def own_start(self) -> int:
@@ -229,7 +234,7 @@ class _Turn:
 
     @property
     def _history(self) -> Conversation:
-        return replace(self.conversation, messages=self.before)
+        return with_messages(self.conversation, self.before)
 
     def _behind_prompt(self) -> tuple[str, int]:
         """A text with the turn as the model writes it, and where in it the model begins to write.
@@ -250,15 +255,16 @@ class _Turn:
         for asked in (prompt[history_end:], asking, kept):
             place = text.rfind(asked, 0, self.own_start)
             start = place + len(asked)
-            is_own = not self.before or not says_anything_of(self.before[-1], text[start : self.own_start])
+            lead = text[start : self.own_start]
+            is_own = not (self.before and says_anything_of(self.before[-1], lead))
             if asked and place >= 0 and is_own:
                 given = prompt.removesuffix(asking.removeprefix(kept)) if asked == kept else prompt
                 return given + text[start:], len(given)
         if parting >= self.own_start:  # the turn goes on behind the one before, and nothing begins it
             return text, self.own_start
         raise ValueError(
-            f"the chat template renders the turns before turn {len(self.before) + 1} in another way once that "
-            "is written, and what the model writes of it cannot be told; use another chat template or "
+            f"the chat template renders the turns before turn {len(self.before) + 1} in another way once "
+            "that is written, and what the model writes of it cannot be told; use another chat template or "
             "data.train_on all"
         )
 

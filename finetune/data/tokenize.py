@@ -1,19 +1,14 @@
-"""From a row to messages, and through the model's chat template to token ids and labels: the loss mask."""
+"""From a conversation, through the model's chat template, to token ids and labels: the loss mask."""
 
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 from finetune.data.chat_template import as_conversation, stop_ids, template_of
-from finetune.data.chat_template import render as render
-from finetune.data.conversations import Conversation
-from finetune.data.conversations import Message as Message
-from finetune.data.conversations import to_messages as to_messages
+from finetune.data.conversations import Conversation, Message
 from finetune.data.targets import StopTokens, Text, find_tagged, find_targets, is_trained, up_to
 
 IGNORE = -100  # the label of a token without loss, as everywhere in PyTorch
-# Whose text a token belongs to: a turn of that role, of any other role, or the template.
-ROLES = ("system", "user", "assistant", "other", "template")
 
 
 class Tokens(NamedTuple):
@@ -113,6 +108,12 @@ def _plan(tokenizer: Any, conversation: Conversation, train_on: str, stops: Stop
         return _Plan(texts, "tagged", remarks)
     texts, remarks = find_targets(template, conversation, stops)
     return _Plan(texts, "found", remarks)
+
+
+def _in_use(conversation: Conversation) -> Conversation:
+    """The conversation without the turns after the last trained answer, which are never targets."""
+    trained = [i for i, message in enumerate(conversation.messages) if is_trained(message)]
+    return up_to(conversation, trained[-1] + 1) if trained else conversation
 
 
 def _encodings(tokenizer: Any, texts: list[str], add_special_tokens: bool) -> list[Any]:
@@ -236,112 +237,3 @@ def _pieces(tokens: Tokens, max_length: int) -> list[Tokens]:
         if len(input_ids) > 1 or max_length == 1:
             pieces.append(Tokens(input_ids, [IGNORE, *input_ids[1:]], is_text=True))
     return pieces
-
-
-def turn_span(tokenizer: Any, messages: list[Message], text: str, turn: int) -> tuple[int, int] | None:
-    """Where in `text`, the rendered messages, the text of one turn stands: [start, end).
-
-    None where the template does not write it once and as it is, but for white space around it.
-    """
-    placeholder = "placeholder"
-    while placeholder in text:
-        placeholder += "-"
-    message = messages[turn]
-    probe = [*messages[:turn], {**message, "content": placeholder}, *messages[turn + 1 :]]
-    before, found, after = render(tokenizer, probe).partition(placeholder)
-    start, end = len(before), len(text) - len(after)
-    if (
-        not found
-        or placeholder in after
-        or start > end
-        or not (text.startswith(before) and text.endswith(after))
-        or text[start:end].strip() != message["content"].strip()
-    ):
-        return None
-    return start, end
-
-
-class Anatomy(NamedTuple):
-    """What the T tokens of a conversation are, not yet cut to any length: those that `encode` gives.
-
-    `text` is the conversation as the template writes it, `offsets` [T] where in it each token stands
-    ([start, end)), `roles` [T] whose text it is: a role of ROLES. `ends_of_turn` has for each assistant turn
-    the index of the special token that ends it, None where none does.
-    """
-
-    text: str
-    offsets: list[tuple[int, int]]
-    roles: list[str]
-    ends_of_turn: list[int | None]
-
-
-def dissect(tokenizer: Any, messages: list[Message], train_on: str) -> Anatomy:
-    """Classify the tokens of a conversation by the role of the turn they belong to.
-
-    The text of a turn that the template rewrites counts as the template's. A token that overlaps two turns
-    is the assistant's if one of them is, as in `encode`.
-
-    Raises:
-        ValueError: the template fails on these messages.
-    """
-    messages = messages if train_on == "all" else _in_use(Conversation(messages)).messages
-    text = render(tokenizer, messages)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    input_ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    special = _special_ids(tokenizer)
-    roles = ["template"] * len(input_ids)
-    ends_of_turn: list[int | None] = []
-    for turn in sorted(range(len(messages)), key=lambda turn: messages[turn]["role"] == "assistant"):
-        role = messages[turn]["role"]
-        try:
-            span = turn_span(tokenizer, messages, text, turn)
-        except ValueError:  # a template that inspects a turn and rejects the placeholder
-            span = None
-        if span is not None:
-            for i in _tokens_inside(special, input_ids, offsets, *span):
-                roles[i] = role if role in ROLES else "other"
-        if role == "assistant":
-            ends_of_turn.append(span and _end_of_turn(special, text, input_ids, offsets, span[1]))
-    return Anatomy(text, offsets, roles, ends_of_turn)
-
-
-def _in_use(conversation: Conversation) -> Conversation:
-    """The conversation without the turns after the last trained answer, which are never targets."""
-    trained = [i for i, message in enumerate(conversation.messages) if is_trained(message)]
-    return up_to(conversation, trained[-1] + 1) if trained else conversation
-
-
-def _special_ids(tokenizer: Any) -> set[int]:
-    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-
-def _tokens_inside(
-    special: set[int], input_ids: list[int], offsets: list[tuple[int, int]], start: int, end: int
-) -> list[int]:
-    """Indices of the tokens of the text [start, end).
-
-    A token that overlaps it belongs to it, so that no part of an answer is left untrained. The exception is
-    a special token of the template that absorbs white space (lstrip or rstrip).
-    """
-    return [
-        i
-        for i, (first, last) in enumerate(offsets)
-        if first < end and last > start and not (first < start and input_ids[i] in special)
-    ]
-
-
-def _end_of_turn(
-    special: set[int], text: str, input_ids: list[int], offsets: list[tuple[int, int]], end: int
-) -> int | None:
-    """Index of the special token that ends the turn whose text ends at `end`; None if there is none.
-
-    Only white space may stand before it.
-    """
-    for i, (first, last) in enumerate(offsets):
-        if last <= end:
-            continue
-        if input_ids[i] in special:
-            return i
-        if text[max(first, end) : last].strip():
-            break
-    return None

@@ -84,6 +84,11 @@ def remarks_on_prompt(conversation: Conversation, text: str) -> Iterator[str]:
             yield f"the text of a {message['role']} turn is not written as it is"
 
 
+def is_left_out(remark: str) -> bool:
+    """Whether a remark is on what the template left out, rather than on what it added."""
+    return "not written" in remark
+
+
 def function_of_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     """The name, description and parameters of a tool."""
     function: Mapping[str, Any] = tool.get("function") or tool

@@ -1,4 +1,4 @@
-"""Real conversations with tools and reasoning: every answer, thought and call is trained, and nothing else."""
+"""Real conversations with tools and reasoning: each answer, thought and call is trained, nothing else."""
 
 import json
 import re

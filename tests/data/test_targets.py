@@ -85,7 +85,7 @@ def random_conversation(rng: random.Random) -> Conversation:
 def expected(
     tokenizer: Any, template: SmallTemplate, conversation: Conversation
 ) -> list[tuple[str, str]] | None:
-    """What the model sees and what it writes, for each trained turn; None where the template does not write it.
+    """What the model sees and what it writes, for each trained turn; None where it is not written whole.
 
     What it sees is asked of transformers itself.
     """
