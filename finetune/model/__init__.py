@@ -4,7 +4,8 @@ A configuration comes in; a PEFT model and sums over target tokens come out. Rea
 (tokenizer, quantized base, LoRA adapter), then `flat_adapter` (the adapter's weights and gradients as
 two flat tensors), then `loss` (the sums that an update needs), then `fast_paths` (which fast paths run,
 each compared with its reference path). `starter` fetches the default model. `generate` generates
-answers. `precision` makes the model compute in fp32 temporarily.
+answers. `given_adapter` is the adapter that a run may begin from, and `added_tokens` the trained rows of
+special tokens. `precision` makes the model compute in fp32 temporarily.
 
 May import: ops, data, runtime, the configuration.
 """
