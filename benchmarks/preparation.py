@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 from common import provenance, write_result
 
-from finetune.config import Config, DataConfig, ModelConfig
+from finetune.config import Config, DataConfig
 from finetune.data.conversations import to_messages
 from finetune.data.splits import fingerprint_of, load_data
 from finetune.model.load import load_tokenizer
@@ -46,7 +46,7 @@ def write_rows(source: Path, count: int, out: Path) -> None:
 
 
 def prepare_ours(rows: Path) -> dict[str, Any]:
-    tokenizer = load_tokenizer(ModelConfig())
+    tokenizer = load_tokenizer(Config())
     start = time.perf_counter()
     config = Config(data=DataConfig(path=str(rows), max_length=MAX_LENGTH))
     data = load_data(config, tokenizer)
@@ -76,7 +76,7 @@ def prepare_trl(rows: Path, processes: int) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(starter_model_dir())
     config.num_hidden_layers, config.layer_types = 1, None
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    tokenizer = load_tokenizer(ModelConfig())
+    tokenizer = load_tokenizer(Config())
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
             output_dir=folder,
