@@ -115,7 +115,7 @@ def read_sources(sources: Sequence[Source], system_prompt: str | None) -> ReadSo
     known = json.loads(record.read_text(encoding="utf-8"))
     tables = [Dataset.from_file(str(folder / name)) for name in known["chunks"]]
     table = concatenate_datasets(tables) if tables else Dataset(SCHEMA.empty_table())
-    # Else all texts would be pickled for a fingerprint, and parts of the table would have to be hashed.
+    # Without a fingerprint all texts would be pickled for one, and without the key hashed for `digest_of`.
     info = datasets.DatasetInfo(description=KEYED + folder.name)
     return ReadSources(
         Dataset(table.data.table, info=info, fingerprint=folder.name),
