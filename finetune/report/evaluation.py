@@ -118,9 +118,8 @@ def evaluate_both(
         environment = read_environment(trained.run_dir)
         int8, max_tokens = str(environment["int8"]), environment["token_budget"]
         if is_own and environment["data"] != fingerprint_of(train_set, examples):
-            say(
-                f"These are NOT the rows of the run: {described(config.data.path)} or the settings have changed since."
-            )
+            rows = described(config.data.path)
+            say(f"These are NOT the rows of the run: {rows} or the settings have changed since.")
     token_loss = TokenLoss(opened.model)
     fast_paths = choose_fast_paths(config, opened.accelerator, token_loss, train_set, int8)
     packing = fast_paths.packed

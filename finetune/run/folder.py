@@ -188,8 +188,8 @@ def start_run(
         before = read_environment(folder)
         if before["data"] != fingerprint:
             raise ValueError(
-                f"the rows of {described(config.data.path)} are not those that the run in {folder} was trained on; "
-                "restore them, or choose another output_dir"
+                f"the rows of {described(config.data.path)} are not those that the run in {folder} was "
+                "trained on; restore them, or choose another output_dir"
             )
         if before["global_batch_size"] != plan.global_batch_size:
             raise ValueError(
