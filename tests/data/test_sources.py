@@ -157,11 +157,11 @@ def test_sources_without_a_name_get_one_that_no_other_has(paths, names, tmp_path
 
 def test_eval_sets_are_eval_path_and_then_the_named_sets(folder):
     data = DataConfig(eval_path="rows/a.csv", system_prompt="Be kind.")
-    found = eval_sources(data, {"math": "rows/b.jsonl", "a": ["rows/c.json.gz", "rows/d.jsonl.zst"]})
+    found = eval_sources(data, {"math": "rows/b.jsonl", "c": ["rows/c.json.gz", "rows/d.jsonl.zst"]})
     assert [(source.name, source.files) for source in found] == [
         ("a", ("rows/a.csv",)),
         ("math", ("rows/b.jsonl",)),
-        ("a-2", ("rows/c.json.gz", "rows/d.jsonl.zst")),
+        ("c", ("rows/c.json.gz", "rows/d.jsonl.zst")),
     ]
     assert {source.system_prompt for source in found} == {"Be kind."}
     assert eval_sources(DataConfig(), None) == []
@@ -170,6 +170,17 @@ def test_eval_sets_are_eval_path_and_then_the_named_sets(folder):
     (missing,) = eval_sources(DataConfig(), {"math": "nowhere.jsonl"})
     with pytest.raises(ValueError, match=r"eval.sets.math nowhere.jsonl: No such file"):
         list(read_batches(missing, 10))
+
+
+def test_an_eval_set_has_the_name_it_was_given_or_none(folder):
+    sets = {"a": "rows/b.jsonl"}
+    with pytest.raises(ValueError, match=r"eval.sets.a: a source of data.eval_path is called a too"):
+        eval_sources(DataConfig(eval_path="rows/a.csv"), sets)
+    with pytest.raises(ValueError, match=r"eval.sets.a: a source of data.path is called a too"):
+        eval_sources(DataConfig(path="rows/a.csv"), sets)
+    # Rows that are not evaluated have no figures to be confused with.
+    (only,) = eval_sources(DataConfig(path="rows/a.csv", eval_fraction=0), sets)
+    assert only.name == "a"
 
 
 # --- Batches ---
