@@ -80,7 +80,7 @@ def train(config: Config) -> int:
     plan = make_plan(config, data.train, fast_paths.packed, rank, accelerator.num_processes, budget.tokens)
 
     # The run: new, or resumed from its newest whole checkpoint.
-    window = SumWindow(device)
+    window = SumWindow(device, list(plan.sources.values()))
     checkpointer = Checkpointer(config, accelerator, Trained(adapter, optimizer, loss_scale), window)
     state = checkpointer.resume(source, base_fingerprint(config.model, model))
     facts = RunFacts(config, model, tokenizer, data, plan, choices, fast_paths, budget, flop_per_second)

@@ -507,7 +507,7 @@ def adapter(name: str, change: Callable[[Path], object], *says: str, **settings:
 
     return case(
         f"adapter: {name}",
-        "model.adapter before",
+        "before",
         *says,
         settings={"model.adapter": "before", **settings},
         setup=setup,
@@ -693,7 +693,7 @@ NEW_CASES = [
     key("model.adapter=nowhere", "model.adapter nowhere"),
     key("model.adapter=rows.jsonl", "model.adapter rows.jsonl"),
     key("model.adapter=.", "model.adapter .", "adapter_config.json"),
-    adapter("another rank", lambda _: None, "r", "4", "8", **{"lora.r": "8"}),
+    adapter("another rank", lambda _: None, "lora.r is 16", "has 4", **{"lora.r": "16"}),
     adapter("other modules", lambda _: None, "q_proj", **{"lora.target_modules": "[q_proj]"}),
     adapter("no LoRA", change_adapter_config(peft_type="IA3"), "IA3"),
     adapter("a broken configuration", replace_text("adapter_config.json", "{"), "adapter_config.json"),

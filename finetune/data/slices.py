@@ -10,6 +10,7 @@ import pandas as pd
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from finetune.data.by_source import several_sources
 from finetune.data.examples import Examples
 from finetune.data.rows import iterate_rows
 
@@ -37,6 +38,11 @@ def by_input(rows: Dataset, examples: Examples) -> list[Slice]:
     numbers = examples.dataset["row_number"]
     has = np.array([bool((inputs.get(number) or "").strip()) for number in numbers], dtype=bool)
     return [Slice("with input", has), Slice("without input", ~has)]
+
+
+def by_source(examples: Examples) -> list[Slice]:
+    """The examples of each source and eval set."""
+    return [Slice(name, examples.sources == source) for source, name in several_sources(examples).items()]
 
 
 def by_leak(leaks: Mapping[int, object], examples: Examples) -> list[Slice]:

@@ -95,6 +95,7 @@ def use_reference_paths(token_loss: TokenLoss) -> None:
 class _Trial:
     """The longest example as a padded sequence by itself, and after another example in a packed sequence.
 
+    If examples have branches, its second half is a branch there, behind other tokens that it does not see.
     Both have the same targets, at most TOKENS_COMPARED: the first token behind what the examples share, the
     last one, and others evenly between them.
     """
@@ -110,6 +111,8 @@ class _Trial:
         labels = [token if place in chosen else IGNORE for place, token in enumerate(tokens)]
         second = {"input_ids": tokens, "labels": labels}
         self.alone = pad([second]).to(accelerator.device)
+        if train_set.sequence_sizes is not None:
+            second = _as_branch(second, before, max(shared + 1, len(tokens) // 2))
         self.packed = pack([first, second]).to(accelerator.device)
         self._accelerator, self._token_loss = accelerator, token_loss
         self.device = accelerator.device
@@ -143,6 +146,20 @@ class _Trial:
         # By token, because a convolution would leak into the first tokens of an example only.
         difference = ((logits - expected).square().mean(-1) / expected.var(-1)).sqrt().max()
         return None if float(difference) < MAX_ROUNDING else "different results"
+
+
+def _as_branch(example: dict[str, Any], unseen: list[int], attach: int) -> dict[str, Any]:
+    """The example with all behind its first `attach` tokens as a branch, and the tokens `unseen` between."""
+
+    def around(column: str, between: list[int]) -> list[int]:
+        values: list[int] = example[column]
+        return values[:attach] + between + values[attach:]
+
+    return {
+        "input_ids": around("input_ids", unseen),
+        "labels": around("labels", [IGNORE] * len(unseen)),
+        "branches": [(attach + len(unseen), attach)],
+    }
 
 
 def _choose_kernels(config: Config, device: torch.device) -> Choice:

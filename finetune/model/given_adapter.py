@@ -12,6 +12,7 @@ from typing import Any
 
 import peft
 import torch
+import yaml
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -42,6 +43,10 @@ CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to make an adapter's first weights that take something away from the weights of the base"""
 
 
+OWN_KEYS = ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora")
+"""The keys of our section `lora` that an adapter decides"""
+
+
 def parse_training_config(argv: Sequence[str]) -> Config:
     """As `parse_config`, with the settings of the adapter that the run begins from.
 
@@ -54,7 +59,8 @@ def parse_training_config(argv: Sequence[str]) -> Config:
 def with_adapter_settings(config: Config) -> Config:
     """The configuration with the section `lora` as `model.adapter` has it; without one, as it is.
 
-    A key may have the adapter's value or the default, which then gives way; `lora_dropout` is free.
+    A key may have the adapter's value or the default, which then gives way; `lora_dropout` is free. A run
+    that has begun has them in its record: its adapter need not be there any more.
 
     Raises:
         ValueError: there is no such adapter, it cannot be trained on, or a key has another value than it.
@@ -62,10 +68,7 @@ def with_adapter_settings(config: Config) -> Config:
     name = config.model.adapter
     if name is None:
         return config
-    has_begun = all((Path(config.output_dir) / file).is_file() for file in RUN_FILES)
-    if has_begun and not Path(name).expanduser().is_dir():
-        return config  # it goes on from a checkpoint of its own, and has these settings already
-    own = _own_keys(read_settings(find_adapter(name)))
+    own = _settings_of_run(config) or _own_keys(read_settings(find_adapter(name)))
     for key, value in own.items():
         given = getattr(config.lora, key)
         if _comparable(given) not in (_comparable(value), _comparable(getattr(LoraConfig(), key))):
@@ -76,16 +79,22 @@ def with_adapter_settings(config: Config) -> Config:
     return replace(config, lora=replace(config.lora, **own))
 
 
+def _settings_of_run(config: Config) -> dict[str, Any] | None:
+    """What the run in `output_dir`, if it began from the same adapter, took from it."""
+    try:
+        saved = yaml.safe_load((Path(config.output_dir) / RUN_FILES[0]).read_text(encoding="utf-8"))
+        if saved["model"]["adapter"] != config.model.adapter:
+            return None
+        return {key: saved["lora"][key] for key in OWN_KEYS}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        return None  # no run, or one that cannot be resumed: what is wrong with it is said where it is opened
+
+
 def _own_keys(settings: peft.LoraConfig) -> dict[str, Any]:
-    """The keys of our section `lora` that an adapter decides."""
     targets = settings.target_modules
-    return {
-        "r": settings.r,
-        "lora_alpha": float(settings.lora_alpha),
-        "target_modules": targets if isinstance(targets, str) else sorted(targets),
-        "use_rslora": settings.use_rslora,
-        "use_dora": settings.use_dora,
-    }
+    own = {key: getattr(settings, key) for key in OWN_KEYS}
+    own["lora_alpha"] = float(settings.lora_alpha)
+    return {**own, "target_modules": targets if isinstance(targets, str) else sorted(targets)}
 
 
 def _comparable(value: Any) -> Any:

@@ -36,7 +36,7 @@ class ChunkedTokenSums(torch.autograd.Function):
     hidden [N, d], weight [V, d] of a frozen head without bias, target_ids [N]. `rows` [k, d] fp32, if given,
     are what the rows `row_ids` [k] of the head are instead. Only the nll has a gradient, with respect to
     `hidden` and `rows`. With p the softmax of a token's logits, the gradient with respect to these logits is
-    p - one_hot(target).
+    p - one_hot(target). `stats` [N, 3] fp32, if given, receives the values that are added up.
     """
 
     @staticmethod
@@ -48,6 +48,7 @@ class ChunkedTokenSums(torch.autograd.Function):
         chunk: int,
         rows: Tensor | None = None,
         row_ids: Tensor | None = None,
+        stats: Tensor | None = None,
     ) -> Tensor:
         gradient = torch.empty_like(hidden) if any(ctx.needs_input_grad) else None
         trained = None if rows is None or row_ids is None else TokenRows(row_ids, rows.to(hidden.dtype))
@@ -56,7 +57,10 @@ class ChunkedTokenSums(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = _logits(hidden[part], weight, trained)
-            sums += operators.token_stats(logits, target_ids[part], gradient is not None).sum(0)
+            values = operators.token_stats(logits, target_ids[part], gradient is not None)
+            sums += values.sum(0)
+            if stats is not None:
+                stats[part] = values
             if gradient is not None:
                 at_rows = None if trained is None else logits[:, trained.ids]
                 if trained is not None:
@@ -74,7 +78,8 @@ class ChunkedTokenSums(torch.autograd.Function):
     def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
         gradient, of_rows = ctx.saved_tensors
         factor = grad_sums[0]  # fp32: rounding it would bias the whole gradient
-        return gradient * factor, None, None, None, None if of_rows is None else of_rows * factor, None
+        of_rows = None if of_rows is None else of_rows * factor
+        return gradient * factor, None, None, None, of_rows, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, rows: TokenRows | None) -> Tensor:

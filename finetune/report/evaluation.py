@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from finetune.config import DataConfig
+from finetune.config import DataConfig, described
 from finetune.data.conversations import Conversation, Message, Row, to_conversation
 from finetune.data.examples import Examples, tokenize_rows
 from finetune.data.plan import make_plan, plan_evaluation
@@ -73,6 +73,7 @@ class Evaluated:
     source: str
     rows: Dataset
     data: DataConfig
+    source_names: Sequence[str]
     run_rows: Rows | None
 
     def leaks(self) -> dict[int, Any]:
@@ -93,7 +94,7 @@ def read_rows(trained: Trained, file: str | None) -> Evaluated:
         rows = load_rows(data, sets)
         if len(rows.eval) == 0:
             raise ValueError("the run has no eval rows (data.eval_fraction is 0): give --data FILE")
-        return Evaluated(f"the eval rows of {data.path}", rows.eval, data, rows)
+        return Evaluated(f"the eval rows of {described(data.path)}", rows.eval, data, rows.source_names, rows)
     own = replace(data, path=file, num_samples=None, eval_path=None, eval_fraction=0.0)
     rows = load_rows(own)
     for reason, numbers in rows.dropped.items():
@@ -103,7 +104,7 @@ def read_rows(trained: Trained, file: str | None) -> Evaluated:
     except ValueError as error:
         say(f"Rows that were also trained on cannot be marked: {error}")
         run_rows = None
-    return Evaluated(file, rows.train, own, run_rows)
+    return Evaluated(file, rows.train, own, rows.source_names, run_rows)
 
 
 def evaluate_both(
@@ -118,7 +119,8 @@ def evaluate_both(
         environment = read_environment(trained.run_dir)
         int8, max_tokens = str(environment["int8"]), environment["token_budget"]
         if is_own and environment["data"] != fingerprint_of(train_set, examples):
-            say(f"These are NOT the rows of the run: {config.data.path} or the settings have changed since.")
+            rows = described(config.data.path)
+            say(f"These are NOT the rows of the run: {rows} or the settings have changed since.")
     token_loss = TokenLoss(opened.model)
     fast_paths = choose_fast_paths(config, opened.accelerator, token_loss, train_set, int8)
     packing = fast_paths.packed

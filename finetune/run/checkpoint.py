@@ -53,6 +53,8 @@ class TrainState:
     """Updates made"""
     window_sums: list[float] = field(default_factory=lambda: [0.0] * 4)
     """TokenSums since the last log line, over all ranks"""
+    window_sums_by_source: dict[str, list[float]] = field(default_factory=dict)
+    """Those of each source, where there are several"""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Checkpointer:
             return TrainState(base)
         state = load_checkpoint(source, base, self.trained)
         if self._accelerator.is_main_process:  # sums over all ranks: they must count once
-            self._window.restore(state.window_sums)
+            self._window.restore(state.window_sums, state.window_sums_by_source)
         return state
 
     def save(self, state: TrainState, history: History) -> None:
@@ -99,7 +101,8 @@ class Checkpointer:
 
         With `keep_best`, `history` says which checkpoint to keep besides the newest.
         """
-        state.window_sums = self._window.total(self._accelerator).tolist()
+        state.window_sums, *by_source = self._window.total(self._accelerator).tolist()
+        state.window_sums_by_source = dict(zip(self._window.source_names, by_source, strict=True))
         if state.step > 0:
             on_main(
                 self._accelerator,
@@ -188,7 +191,7 @@ def write_checkpoint(folder: Path, state: TrainState, trained: Trained) -> None:
         save_adapter(trained.model, staging)
         save_file(tensors, staging / OPTIMIZER)
         record = {
-            **asdict(state),
+            **{key: value for key, value in asdict(state).items() if value != {}},
             "loss_scaler": trained.loss_scale.state_dict(),
             "optimizer_kind": kind_of(trained.optimizer),
             "optimizer": values,
@@ -282,7 +285,7 @@ def load_checkpoint(folder: Path, base: str, trained: Trained) -> TrainState:
         raise ValueError(f"checkpoint {folder} was saved with {saved_kind}, not with {kind}")
     load_state(trained.optimizer, trained.adapter, load_file(folder / OPTIMIZER), state["optimizer"])
     trained.loss_scale.load_state_dict(state["loss_scaler"])
-    return TrainState(base, state["step"], state["window_sums"])
+    return TrainState(base, state["step"], state["window_sums"], state.get("window_sums_by_source", {}))
 
 
 def load_adapter(folder: Path, model: PeftModel) -> None:

@@ -75,7 +75,7 @@ class Evaluator:
         sums = self._sums(self._batches, self._config.eval.precision)
         if sums is None:  # stopped midway: it is made when the run resumes
             return
-        metrics = evaluation_metrics(sums, self._eval_set, self._leaks)
+        metrics = evaluation_metrics(sums, self._eval_set, self._leaks, self._config.eval.sets or ())
         if self._rounds:
             exact = self._sums(self._probe, "fp32")
             if exact is None:

@@ -12,12 +12,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 from torch import Tensor
 
-from finetune.config import Config, flatten
+from finetune.config import Config, described, flatten
 from finetune.config_parsing import config_to_dict, config_to_yaml, with_current_values
 from finetune.data.plan import Plan
 from finetune.data.splits import Data, fingerprint_of
@@ -28,6 +30,7 @@ from finetune.runtime.files import require_room, write_atomically
 CONFIG, ENVIRONMENT = given_adapter.RUN_FILES
 RESULT, CHAT_TEMPLATE = given_adapter.RESULT, "chat_template.jinja"
 METRICS, ANSWERS, EVALUATIONS = "metrics.jsonl", "answers.jsonl", "evaluations"
+SOURCE = "source"
 EXAMPLE_SUMS = ["nll", "entropy", "correct", "num_target_tokens"]
 RECORDED = {"base", "int8", "data", "global_batch_size", "num_processes", "started_from"}
 # Keys that change what is shown and kept, or how an update is laid out, not what it is.
@@ -186,8 +189,8 @@ def start_run(
         before = read_environment(folder)
         if before["data"] != fingerprint:
             raise ValueError(
-                f"the rows of {config.data.path} are not those that the run in {folder} was trained on; "
-                "restore them, or choose another output_dir"
+                f"the rows of {described(config.data.path)} are not those that the run in {folder} was "
+                "trained on; restore them, or choose another output_dir"
             )
         if before["global_batch_size"] != plan.global_batch_size:
             raise ValueError(
@@ -243,8 +246,8 @@ def _with_current_names(environment: dict[str, Any]) -> dict[str, Any]:
         for choice in environment.get("settings", [])
     ]
     int8 = "dequantize" if environment["int8"] == "dequantise" else environment["int8"]
-    # Older runs chose no budget, and began from no adapter.
-    later = {"token_budget": None, "model_adapter": None}
+    # Older runs chose no budget, began from no adapter, and trained no rows of added tokens.
+    later: dict[str, Any] = {"token_budget": None, "model_adapter": None, "token_rows": []}
     return {**later, **environment, "int8": int8, "settings": choices}
 
 
@@ -335,31 +338,41 @@ def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
     return [entry for entry in read_lines(run_dir / METRICS) if entry["split"] == "eval"]
 
 
-def write_example_sums(run_dir: Path, step: int, row_numbers: Sequence[int], sums: Tensor) -> None:
+def write_example_sums(
+    run_dir: Path,
+    step: int,
+    row_numbers: Sequence[int],
+    sums: Tensor,
+    sources: NDArray[np.object_] | None = None,
+) -> None:
     """Write the sums of each eval example, one line each, as `evaluate` returns them.
 
-    sums [E, 4] float64: nll and entropy in nats, correct, number of target tokens.
+    sums [E, 4] float64: nll and entropy in nats, correct, number of target tokens. `sources` [E]: the name
+    of each example's source, where there are several.
     """
     frame = pd.DataFrame(sums.numpy(), columns=EXAMPLE_SUMS)
     frame = frame.astype({"correct": int, "num_target_tokens": int})
     frame.insert(0, "row_number", row_numbers)
+    if sources is not None:
+        frame[SOURCE] = sources
     path = example_sums_file(run_dir, step)
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, frame.to_csv(index=False))
 
 
 def read_example_sums(run_dir: Path, step: int) -> pd.DataFrame:
-    """What `write_example_sums` wrote after `step` updates.
+    """What `write_example_sums` wrote after `step` updates; the column `source` is there if it was given.
 
     Raises:
         ValueError: it is not there, or cannot be read.
     """
     path = example_sums_file(run_dir, step)
     try:
-        frame = pd.read_csv(path, float_precision="round_trip")
+        # A source may be called 1, or NA: its name is text.
+        frame = pd.read_csv(path, float_precision="round_trip", dtype={SOURCE: str}, keep_default_na=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if list(frame.columns) != ["row_number", *EXAMPLE_SUMS]:
+    if [column for column in frame.columns if column != SOURCE] != ["row_number", *EXAMPLE_SUMS]:
         raise ValueError(f"{path} is not the record of an evaluation")
     return frame
 

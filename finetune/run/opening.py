@@ -55,11 +55,13 @@ def open_run(
         ValueError: as `folder.start_run` and `origin_record`.
     """
     origin = origin_record(facts.config, facts.model, state.base, state.step)
-    described = [*describe(facts), *describe_origin(origin), *batch_arithmetic(facts.config, facts.plan)]
+    began = describe_origin(origin, facts.config.lora)
+    described = [*describe(facts), *began, *batch_arithmetic(facts.config, facts.plan)]
     record = {
         **environment(accelerator),
         "base": state.base,
         "model_adapter": origin,
+        "token_rows": token_ids_of(facts.model.peft_config["default"].trainable_token_indices),
         "int8": facts.fast_paths.int8.actual,
         "token_budget": facts.token_budget.to_record,
         "described": described,

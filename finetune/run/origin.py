@@ -6,7 +6,7 @@ from typing import Any
 
 import peft
 
-from finetune.config import Config
+from finetune.config import Config, LoraConfig
 from finetune.model.given_adapter import (
     ADAPTER_WEIGHTS,
     find_adapter,
@@ -71,13 +71,17 @@ def _is_same_path(named: str | None, own: str) -> bool:
     return named is not None and (named == own or Path(named).resolve() == Path(own).resolve())
 
 
-def describe_origin(record: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """Lines of the start table that say what the run began from."""
+def describe_origin(record: dict[str, Any] | None, lora: LoraConfig) -> list[tuple[str, str]]:
+    """Lines of the start table that say what the run began from; `lora` is what the adapter made of it."""
     if record is None:
         return []
     of_run = "" if record["run"] is None else f", of the run {record['run']}"
     of_run += "" if record["step"] is None else f" after update {record['step']:,}"
     lines = [("begins from", f"{record['path']}{of_run}; sha256 {record['sha256'][:16]}")]
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    variants = [name for name, used in (("rsLoRA", lora.use_rslora), ("DoRA", lora.use_dora)) if used]
+    shape = ", ".join([f"r {lora.r}", f"alpha {lora.lora_alpha:g}", *variants])
+    lines.append(("its LoRA", f"{shape}, on {targets}"))
     if record["other_base"] is not None:
         remark = f"the adapter names {record['other_base']}; all its weights fit this base"
         lines.append(("trained on another base", remark))

@@ -91,10 +91,12 @@ def show_end(
         before, after = evaluations[0], of_adapter[-1]
         columns = ("eval", f"step {before['step']}", f"step {after['step']}", "change")
         table = Table(*columns, title="Before and after", title_justify="left")
-        for key in ("loss", "entropy", "mean_token_accuracy"):
-            name, pattern = SHOWN[key]
+        shown = [(key, *SHOWN[key]) for key in ("loss", "entropy", "mean_token_accuracy")]
+        by_source = [key for key in after if key.startswith("loss/")]
+        shown += [(key, f"loss of {key.removeprefix('loss/')}", SHOWN["loss"][1]) for key in by_source]
+        for key, name, pattern in shown:
             change = f"{after[key] / before[key] - 1:+.1%}" if before[key] else ""
-            table.add_row(name, pattern.format(before[key]), pattern.format(after[key]), change)
+            table.add_row(Text(name), pattern.format(before[key]), pattern.format(after[key]), change)
         console.print(table)
     if len(evaluations) > 1 and evaluations[0]["step"] == 0 and best_of(evaluations) is evaluations[0]:
         first = evaluations[0]

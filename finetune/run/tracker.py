@@ -17,6 +17,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from finetune.config import Config, flatten
 from finetune.config_parsing import config_to_dict
+from finetune.data.by_source import several_sources, source_of_each
 from finetune.data.conversations import Conversation
 from finetune.data.examples import Examples
 from finetune.data.plan import Plan
@@ -105,7 +106,8 @@ class Tracker:
         """Write the sums of each example as `evaluate` returns them: intervals are computed from these."""
         if self._main:
             with _saying_where(self._run_dir):
-                write_example_sums(self._run_dir, step, eval_set.dataset["row_number"], sums)
+                sources = source_of_each(eval_set) if several_sources(eval_set) else None
+                write_example_sums(self._run_dir, step, eval_set.dataset["row_number"], sums, sources)
 
     def log_answers(
         self, step: int, conversations: Sequence[Conversation], answers: Sequence[Answer]

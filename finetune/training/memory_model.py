@@ -202,7 +202,10 @@ def measure_evaluation(parts: Parts, plan: Plan, eval_set: Examples) -> Measured
     if len(eval_set.dataset) == 0:
         return None
     batches = plan_evaluation(plan, eval_set)
-    sizes = [count_tokens(batch, eval_set.lengths, plan.layout, eval_set.shared_prefix) for batch in batches]
+    sizes = [
+        count_tokens(batch, eval_set.lengths, plan.layout, eval_set.shared_prefix, eval_set.sequence_sizes)
+        for batch in batches
+    ]
     num_tokens = max(sizes)
     indices = batches[sizes.index(num_tokens)]
     device = parts.accelerator.device

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import peft
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from finetune.__main__ import main
+from finetune.ops.quantized import dequantized
 from finetune.run.adapter import find_trained, load_trained
 from finetune.run.tracker import Tracker
 
@@ -118,13 +120,63 @@ def test_the_rows_are_trained_saved_loaded_and_merged(run_chatml, base, tied, tm
     assert main(["evaluate", str(run), "--generate", "1", "--max_new_tokens", "4"]) == 0
     assert main(["export", str(run), "--output", str(tmp_path / "gguf"), "--format", "f16"]) == 0
     assert "--enable-lora" not in capfd.readouterr().out  # vLLM takes no adapter with rows
+    (path,) = (tmp_path / "gguf").glob("*.gguf")
+    file = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in file.fields.items() if name.startswith("tokenizer")}
+    assert fields["tokenizer.ggml.tokens"][500:] == ["<|im_start|>", "<|im_end|>"]
+    assert fields["tokenizer.ggml.token_type"][500:] == [gguf.TokenType.CONTROL] * 2
+    tensors = {tensor.name: torch.tensor(tensor.data).float() for tensor in file.tensors}
+    torch.testing.assert_close(
+        tensors["token_embd.weight"], merged.model.embed_tokens.weight.detach(), rtol=1e-3, atol=1e-3
+    )
+    assert ("output.weight" in tensors) == (not tied)
 
 
 @TIED
-@pytest.mark.parametrize("quantization", ["none", "int8"])
-def test_a_stopped_run_ends_as_if_it_had_not_stopped(run_chatml, tied, quantization, tmp_path, monkeypatch):
+def test_the_code_on_the_card_loads_the_rows(run_chatml, tied, monkeypatch):
+    run = run_chatml(train__max_steps=2)
+    card = (run / "adapter" / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0]
+    assert "vllm serve" not in card
+    model_line = next(line for line in code.splitlines() if line.startswith("base = "))
+    folder = find_trained(run).config.model.name_or_path
+    code = code.replace(model_line, f"base = AutoModelForCausalLM.from_pretrained({folder!r})")
+    monkeypatch.chdir(run / "adapter")
+    variables: dict[str, Any] = {}
+    exec(code.replace("max_new_tokens=200", "max_new_tokens=2"), variables)
+    tokens = torch.tensor([[500, 5, 6, 501]])
+    expected = logits(load_trained(find_trained(run)).model.eval(), tokens)
+    torch.testing.assert_close(logits(variables["model"].eval(), tokens), expected, rtol=0, atol=1e-5)
+
+
+@TIED
+def test_the_dequantized_base_is_merged_with_the_rows(run_chatml, tied, tmp_path):
+    run = run_chatml(model__quantization="int8", train__num_epochs=2)
+    output = tmp_path / "merged"
+    arguments = ["--output", str(output), "--which", "dequantized", "--dtype", "fp32"]
+    assert main(["merge", str(run), *arguments]) == 0
+    tokens = torch.tensor([[500, 5, 6, 200, 501, 500, 7]])
+    trained = load_trained(find_trained(run)).model.eval()
+    with dequantized(trained):
+        expected = logits(trained, tokens)
+    merged = AutoModelForCausalLM.from_pretrained(output)
+    torch.testing.assert_close(logits(merged, tokens), expected, rtol=0, atol=1e-3)
+
+
+@TIED
+@pytest.mark.parametrize(
+    "varied",
+    [
+        {"model__quantization": "none"},
+        {"model__quantization": "int8"},
+        {"model__quantization": "nf4", "train__gradient_checkpointing": True},
+        {"model__quantization": "none", "lora__use_dora": True, "fast__head": False},
+    ],
+    ids=lambda varied: ", ".join(map(str, varied.values())),
+)
+def test_a_stopped_run_ends_as_if_it_had_not_stopped(run_chatml, tied, varied, tmp_path, monkeypatch):
     settings = {
-        "model__quantization": quantization,
+        **varied,
         "train__mixed_precision": "bf16",
         "optim__name": "adamw_8bit",
         "lora__lora_dropout": 0.1,

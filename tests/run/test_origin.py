@@ -18,6 +18,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from finetune.__main__ import main
 from finetune.config_parsing import parse_config
 from finetune.report.model_card import model_card
+from finetune.run.sweep import make_trial
 from finetune.run.tracker import Tracker
 from finetune.runtime.files import file_sha256
 
@@ -108,6 +109,12 @@ def test_it_is_evaluated_as_it_was_trained_further_and_loads_with_plain_peft(
     assert all(torch.equal(after[name], before[name]) for name in before)
     torch.testing.assert_close(logits(tiny_model_dir, still / "adapter"), logits(tiny_model_dir, adapter))
     assert eval_loss(run, 0) == pytest.approx(eval_loss(still, 2), rel=1e-6)
+    # PEFT's own layers in the model's own computation, one padded example after another.
+    plain = {f"fast__{name}": False for name in ("attention", "head", "lora", "elementwise", "kernels")}
+    reference = run_train(
+        output_dir=tmp_path / "plain", model__adapter=adapter, train__packing=False, **plain, **SHORT
+    )
+    assert eval_loss(run, 0) == pytest.approx(eval_loss(reference, 0), rel=1e-5)
     trained = load_file(run / "adapter" / WEIGHTS)
     assert trained.keys() == before.keys()
     assert any(not torch.equal(trained[name], before[name]) for name in before)
@@ -287,17 +294,7 @@ def test_a_stopped_run_resumes_without_the_adapter(made, run_train, tmp_path, mo
             run_train(output_dir=tmp_path / "stopped", **settings)
     shutil.rmtree(adapter)
     stopped = tmp_path / "stopped"
-    saved = {
-        key: value
-        for section, keys in yaml.safe_load((stopped / "config.yaml").read_text()).items()
-        if section == "lora"
-        for key, value in keys.items()
-    }
-    lora = {
-        f"lora__{key}": json.dumps(value) if isinstance(value, list) else value
-        for key, value in saved.items()
-    }
-    run_train(output_dir=stopped, **settings, **lora)
+    run_train(output_dir=stopped, **settings)
     assert_ended_alike(whole, stopped)
     assert json.loads((stopped / "environment.json").read_text())["model_adapter"]["path"] == str(adapter)
 
@@ -339,6 +336,35 @@ def test_other_commands_take_the_key(made, rows_file, tiny_model_dir, tmp_path, 
     assert main(["plan", *keys]) == 0
     assert main(["verify", *keys, "--lora.r", "3"]) == 2
     assert "lora.r is 3, and the adapter" in capfd.readouterr().err
+
+
+def test_a_sweep_takes_each_adapters_own_settings(made, rows_file, tiny_model_dir, tmp_path):
+    adapters = [made(name="four", r=4), made(name="nine", r=9)]
+    (tmp_path / "empty.yaml").write_text("{}\n")
+    settings = ["--config", str(tmp_path / "empty.yaml"), "--model.name_or_path", str(tiny_model_dir)]
+    trials = [make_trial({"model.adapter": str(each)}, settings, tmp_path / "sweep") for each in adapters]
+    assert [trial.config.lora.r for trial in trials] == [4, 9]
+    assert trials[0].run_dir != trials[1].run_dir
+    with pytest.raises(ValueError, match=r"lora\.r is 5, and the adapter"):
+        make_trial({"lora.r": "5"}, [*settings, "--model.adapter", str(adapters[0])], tmp_path / "sweep")
+
+
+def test_an_update_that_diverged_is_replayed_without_the_adapter(made, run_train, capfd):
+    adapter = made(rank_pattern={"v_proj": 7})
+    diverging = {"optim__name": "sgd", "optim__learning_rate": 1e30, "optim__max_grad_norm": 0}
+    run = run_train(expect=1, model__adapter=adapter, checkpoint__every_steps=1, **diverging)
+    shutil.rmtree(adapter)
+    assert main(["replay", str(run)]) == 0
+    assert "The same numbers as in the run." in capfd.readouterr().out
+
+
+def test_a_run_that_has_begun_keeps_its_settings_when_the_adapter_changes(made, run_train, capfd):
+    adapter = made(r=9)
+    run = run_train(model__adapter=adapter, **SHORT)
+    made(r=5)
+    capfd.readouterr()
+    assert run_train(model__adapter=adapter, **SHORT) == run
+    assert "is finished" in capfd.readouterr().out
 
 
 def test_the_result_is_evaluated_without_the_adapter_it_began_from(made, run_train, capfd):

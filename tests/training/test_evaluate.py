@@ -121,6 +121,52 @@ def test_where_all_examples_are_trained_on_too_there_is_no_loss_without_them(acc
     assert evaluation_metrics(sums, eval_set, {1, 2}) == evaluation_metrics(sums, eval_set, set())
 
 
+# By source and eval set: five examples of 1, 2, 4, 8 and 16 nats.
+
+NATS = torch.tensor([[1.0, 0, 0, 1], [2, 0, 0, 1], [4, 0, 1, 1], [8, 0, 0, 2], [16, 0, 0, 4]]).double()
+
+
+def eval_set_from(sources: list[int], names: list[str]) -> Examples:
+    columns = {"row_number": [1, 2, 3, 4, 5], "source": sources}
+    return Examples(Dataset.from_dict(columns), truncated=[], dropped={}, source_names=names)
+
+
+def test_the_loss_is_that_of_the_main_rows_and_each_set_has_its_own():
+    eval_set = eval_set_from([0, 0, 1, 1, 2], ["rows", "math", "code"])
+    metrics = evaluation_metrics(NATS, eval_set, {}, {"math": "math.jsonl", "code": "code.jsonl"})
+    assert (metrics["loss"], metrics["num_target_tokens"]) == (1.5, 2)
+    assert [metrics[f"loss/{name}"] for name in eval_set.source_names] == [1.5, 4, 4]
+    assert [metrics[f"num_target_tokens/{name}"] for name in eval_set.source_names] == [2, 3, 4]
+    assert metrics["mean_token_accuracy/math"] == pytest.approx(1 / 3)
+
+
+def test_without_main_rows_the_loss_is_that_of_all_sets_together():
+    eval_set = eval_set_from([1, 1, 2, 2, 2], ["trained on", "math", "code"])
+    metrics = evaluation_metrics(NATS, eval_set, {}, ["math", "code"])
+    assert (metrics["loss"], metrics["num_target_tokens"]) == (31 / 9, 9)
+    assert metrics["loss/math"] == 1.5
+    assert "loss/trained on" not in metrics
+
+
+def test_sources_that_are_no_sets_count_together():
+    metrics = evaluation_metrics(NATS, eval_set_from([0, 0, 1, 1, 1], ["a", "b"]), {})
+    assert (metrics["loss"], metrics["loss/a"], metrics["loss/b"]) == (31 / 9, 1.5, 4)
+
+
+@pytest.mark.parametrize("names", [["rows"], ["trained on alone", "rows"]])
+def test_of_one_source_alone_no_figures_are_given_apart(names):
+    metrics = evaluation_metrics(NATS, eval_set_from([len(names) - 1] * 5, names), {})
+    assert set(metrics) == {*NAMES, "num_target_tokens"}
+
+
+@pytest.mark.parametrize(("leaks", "without"), [({1}, 2), ({1, 5}, 2), ({4, 5}, None), ({1, 2}, None)])
+def test_the_loss_without_leaks_is_that_of_the_main_rows(leaks, without):
+    eval_set = eval_set_from([0, 0, 1, 1, 1], ["rows", "math"])
+    metrics = evaluation_metrics(NATS, eval_set, leaks, ["math"])
+    assert metrics["loss"] == 1.5
+    assert metrics.get("loss_without_leaks") == without
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("head_mib", [None, 1])
 def test_each_example_has_its_own_sums(accelerator, layout, head_mib):
