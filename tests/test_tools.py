@@ -122,12 +122,19 @@ def test_chat_is_given_the_tools_and_shows_the_calls(memorised, tmp_path, monkey
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{}", "holds no list of tools"), ("[1]", "holds no list of tools"), ("[", "cannot be read as JSON")],
+    [
+        ("{}", "tools must be a list"),
+        ("[1]", "tool 1 must be a function"),
+        ("[", "JSON"),
+        ("[]", "holds no tool"),
+    ],
 )
 def test_tools_that_chat_cannot_read_are_refused(tmp_path, capsys, text, words):
     (tmp_path / "tools.json").write_text(text)
     assert main(["chat", str(tmp_path), "--tools", str(tmp_path / "tools.json")]) == 2
-    assert words in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert words in error
+    assert f"--tools {tmp_path}/tools.json" in error
 
 
 def test_the_merged_model_calls_by_itself_and_ends_its_turn(memorised, tmp_path):

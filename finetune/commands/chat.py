@@ -4,7 +4,6 @@ If standard input is not a terminal, each of its lines is a separate question, a
 printed.
 """
 
-import json
 import re
 import secrets
 import sys
@@ -22,6 +21,7 @@ from transformers import TextStreamer
 
 from finetune.data.chat_template import stop_ids
 from finetune.data.conversations import Conversation, Message
+from finetune.data.messages import read_tools
 from finetune.model.generate import Answer, check_limits, multiply_dequantized
 from finetune.report.html import visible
 from finetune.run.adapter import Trained, TrainedModel, find_trained, load_trained, trained_parser
@@ -150,14 +150,14 @@ def _read_tools(path: Path) -> list[dict[str, Any]]:
     """The tools of a file.
 
     Raises:
-        ValueError: the file cannot be read, or is no JSON list of objects.
+        ValueError: the file cannot be read, or holds no tools as rows have them.
     """
     try:
-        tools = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--tools {path} cannot be read as JSON: {error}") from error
-    if not (isinstance(tools, list) and tools and all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError(f"--tools {path} holds no list of tools: name a JSON file such as a row's tools")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--tools {path} cannot be read: {error}") from error
+    if not (tools := read_tools(text, f"--tools {path}")):
+        raise ValueError(f"--tools {path} holds no tool")
     return tools
 
 

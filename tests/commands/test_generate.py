@@ -146,7 +146,8 @@ def test_a_csv_file_holds_the_same_answers(ask):
 
 def test_a_csv_cell_holds_whatever_a_model_may_say(tmp_path):
     said = ["a\rb", 'quoted "c", d', "two\nlines\r\n", "=1+1", ""]
-    rows = Dataset.from_dict({"prompt": ["x"] * len(said), "row_number": list(range(1, len(said) + 1))})
+    row = json.dumps({"prompt": "x", "completion": ""})
+    rows = Dataset.from_dict({"row": [row] * len(said), "row_number": list(range(1, len(said) + 1))})
     records = {
         n: {"row_number": n, "answer": text, "num_tokens": 1, "ended": True} for n, text in enumerate(said, 1)
     }

@@ -14,6 +14,7 @@ from tiny import conversation, fill_adapter, with_adapter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from finetune.config import Config, LoraConfig, ModelConfig
+from finetune.data.chat_template import set_stop_ids
 from finetune.model.generate import (
     Answer,
     Sampler,
@@ -69,19 +70,21 @@ def test_an_answer_is_the_likeliest_next_token_again_and_again(accelerator):
     assert not model.training
 
 
-def test_an_answer_ends_at_the_end_of_its_turn_and_shows_no_special_token(accelerator, monkeypatch):
+def test_an_answer_ends_at_the_end_of_its_turn_and_shows_every_token_before_it(accelerator, monkeypatch):
     tokenizer = tiny_tokenizer()
     model = with_adapter(tiny_model(len(tokenizer)))
     word = tokenizer(" money", add_special_tokens=False)["input_ids"]
+    marker, stop = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|endoftext|>"])
+    set_stop_ids(tokenizer, [stop])  # beside EOS
 
     def say_a_word_and_stop(**arguments: Any) -> torch.Tensor:
         prompts = arguments["input_ids"]
-        answer = torch.tensor([*word, tokenizer.eos_token_id, tokenizer.pad_token_id])
+        answer = torch.tensor([*word, marker, *word, stop, tokenizer.pad_token_id])
         return torch.cat([prompts, answer.expand(len(prompts), -1)], dim=1)
 
     monkeypatch.setattr(model, "generate", say_a_word_and_stop)
     answers = generate_answers(accelerator, model, tokenizer, CONVERSATIONS)
-    assert answers == [Answer("money", len(word) + 1, ended=True)] * len(CONVERSATIONS)
+    assert answers == [Answer("money<|im_start|> money", 2 * len(word) + 2, ended=True)] * len(CONVERSATIONS)
 
 
 def sample_conversations(count: int) -> list[Any]:
