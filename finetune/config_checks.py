@@ -121,11 +121,9 @@ def _check_sources(config: Config) -> None:
     for key, path in (("data.path", data.path), ("data.eval_path", data.eval_path)):
         entries = [] if path is None or isinstance(path, str) else path
         sources = [entry for entry in entries if isinstance(entry, SourceConfig)]
-        # On the command line, a source among files is read as a text.
-        if mixed := [entry for entry in entries if isinstance(entry, str) and entry.startswith("{")]:
-            raise ValueError(
-                f"{key} has files and sources in one list, such as {mixed[0]}; make all of them sources"
-            )
+        # On the command line, what is no list of either kind is read as a text.
+        if isinstance(path, str) and path.startswith(("[", "{")) and "path:" in path:
+            raise ValueError(f"{key} must be a list of files or of sources {{path: ...}}, not {path}")
         for source in sources:
             place = f"{key} {described(source.path)}"
             if _is_empty(source.path):
@@ -133,8 +131,9 @@ def _check_sources(config: Config) -> None:
             _check_columns(f"{place}: columns", source.columns)
             if source.name is not None:
                 _check_name(f"{place}: name", source.name)
-            if source.num_samples is not None and not 1 <= source.num_samples <= LARGEST_WHOLE_NUMBER:
-                raise ValueError(f"{place}: num_samples must be at least 1, not {source.num_samples}")
+            if (number := source.num_samples) is not None and not 1 <= number <= LARGEST_WHOLE_NUMBER:
+                bound = "at least 1" if number < 1 else f"at most {LARGEST_WHOLE_NUMBER}"
+                raise ValueError(f"{place}: num_samples must be {bound}, not {number}")
         names = [source.name for source in sources if source.name is not None]
         if key == "data.eval_path":
             names += config.eval.sets or ()

@@ -25,6 +25,7 @@ from finetune.config import (
     LoraConfig,
     ModelConfig,
     OptimConfig,
+    SourceConfig,
     TrainConfig,
     flatten,
 )
@@ -36,7 +37,11 @@ CONFIG_FILES = sorted((ROOT / "configs").glob("*.yaml"))
 # Every key at another value than its default.
 OTHER_VALUES = Config(
     model=ModelConfig(
-        name_or_path="Qwen/Qwen2-0.5B-Instruct", revision="123", quantization="nf4", trust_remote_code=True
+        name_or_path="Qwen/Qwen2-0.5B-Instruct",
+        revision="123",
+        adapter="runs/before",
+        quantization="nf4",
+        trust_remote_code=True,
     ),
     lora=LoraConfig(
         r=4,
@@ -47,11 +52,17 @@ OTHER_VALUES = Config(
         use_dora=True,
     ),
     data=DataConfig(
-        path=["a.csv", "b c.jsonl"],
+        path=[
+            SourceConfig(path=["a.csv", "b c.jsonl"], name="a", columns={"q: 1": "instruction"}, share=0.25),
+            SourceConfig(path="someone/rows", subset="no", split="test", revision="123", share=0.75),
+        ],
+        columns={"вопрос": "instruction", "no": "output"},
+        eval_path=["d.csv"],
+        chat_template="chatml",
         system_prompt="Zwei Zeilen: ja, 100 %\n  - “и” 是 # kein Kommentar",
         num_samples=6000,
         sample_seed=1,
-        eval_fraction=0.1,
+        eval_fraction=0.0,
         split_seed=2,
         split_by="instruction",
         max_length=64,
@@ -89,7 +100,7 @@ OTHER_VALUES = Config(
         schedule="cosine",
         warmup_ratio=0.03,
     ),
-    eval=EvalConfig(at_start=False, every=7, precision="fp32"),
+    eval=EvalConfig(at_start=False, every=7, sets={"math": ["e.csv"]}, precision="fp32"),
     checkpoint=CheckpointConfig(every_steps=5, keep=1, keep_best=True),
     log=LogConfig(every_steps=1, progress=False),
     output_dir="runs/мой прогон",
