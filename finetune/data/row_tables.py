@@ -36,7 +36,7 @@ from finetune.data.sources import Source
 from finetune.runtime.files import file_sha256, write_atomically
 
 SCHEMA = pa.schema({"row_number": pa.int64(), "source": pa.int32(), "row": pa.string()})
-KEY = b"rows"  # in the metadata of a table's schema: what its texts depend on
+KEYED = "rows of "  # and a key: the description of a table whose texts depend on that and their numbers alone
 
 
 class ReadSources(NamedTuple):
@@ -115,9 +115,10 @@ def read_sources(sources: Sequence[Source], system_prompt: str | None) -> ReadSo
     known = json.loads(record.read_text(encoding="utf-8"))
     tables = [Dataset.from_file(str(folder / name)) for name in known["chunks"]]
     table = concatenate_datasets(tables) if tables else Dataset(SCHEMA.empty_table())
-    keyed = table.data.table.replace_schema_metadata({KEY: folder.name})
+    # Without a fingerprint all texts would be pickled for one, and without the key hashed for `digest_of`.
+    info = datasets.DatasetInfo(description=KEYED + folder.name)
     return ReadSources(
-        Dataset(keyed),
+        Dataset(table.data.table, info=info, fingerprint=folder.name),
         known["num_read"],
         known["formats"],
         known["dropped"],
@@ -233,8 +234,8 @@ def digest_of(rows: Dataset) -> str:
     digest = hashlib.sha256()
     for name in ("row_number", "source"):
         digest.update(column_of(rows, name).astype("<i8").tobytes())
-    if key := (rows.data.schema.metadata or {}).get(KEY):  # the numbers say which texts they are
-        digest.update(key)
+    if rows.info.description.startswith(KEYED):
+        digest.update(rows.info.description.encode())
     else:
         for table in rows.with_format("arrow").iter(CHUNK_ROWS):
             digest.update(json.dumps(table["row"].to_pylist()).encode())

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, concatenate_datasets, disable_progress_bars
+from datasets import Dataset, disable_progress_bars
 from numpy.typing import NDArray
 
 from finetune.config import DataConfig
@@ -105,8 +105,8 @@ def load_rows(config: DataConfig, eval_sets: Mapping[str, str | list[str]] | Non
             _draw(limits, place, count, config.sample_seed)
             for place, count in enumerate(counts, len(training))
         ]
-        own = read.table.select(np.concatenate(drawn))
-        held_out = own if len(held_out) == 0 else concatenate_datasets([held_out, own])
+        places = np.searchsorted(column_of(read.table, "row_number"), column_of(held_out, "row_number"))
+        held_out = read.table.select(np.concatenate([places, *drawn]))
     return Rows(
         train=train,
         eval=held_out,
