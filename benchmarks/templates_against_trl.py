@@ -32,12 +32,12 @@ from finetune.data.tokenize import IGNORE, Tokens, common_prefix, encode  # noqa
 TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # What may be a token of its own in a template or in what it writes.
 SPECIAL = re.compile(
-    r"<\|[^|<>\s]+\|>|<｜[^｜<>\s]+｜>|<\|[a-z_]+>|<[a-z_]+\|>|</?s>|<(?:start|end)_of_\w+>|\[/?INST\]"
+    r"<\|[^|<>\s]+\|>|<\uff5c[^\uff5c<>\s]+\uff5c>|<\|[a-z_]+>|<[a-z_]+\|>|</?s>|<(?:start|end)_of_\w+>|\[/?INST\]"
 )
 # By the beginning of a template's name: BOS, EOS, and the other tokens of the model's generation config.
 FAMILIES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "cohere": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>", ()),
-    "deepseek": ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", ()),
+    "deepseek": ("<\uff5cbegin▁of▁sentence\uff5c>", "<\uff5cend▁of▁sentence\uff5c>", ()),
     "diffusion_gemma": ("<bos>", "<eos>", ("<turn|>", "<|tool_response>")),
     "gemma4": ("<bos>", "<eos>", ("<turn|>", "<|tool_response>")),
     "gemma": ("<bos>", "<eos>", ("<end_of_turn>",)),

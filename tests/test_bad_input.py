@@ -309,7 +309,7 @@ CASES = [
     model("an adapter", model_with(turn_into_adapter), "model.name_or_path model holds an adapter"),
     model("Bert", model_with(turn_into_bert), "model.name_or_path model", "causal"),
     key("lora.target_modules=[q_proj,nope]", "lora.target_modules", "the model has no nope"),
-    model("no chat template", with_template(None), "no chat template", "chat_template.jinja"),
+    model("no chat template", with_template(None), "no chat template", "data.chat_template", "chatml"),
     model("no end of turn", with_template(NO_END_OF_TURN), "end-of-turn token", "data.train_on all"),
     case(
         "model: a template that refuses",
@@ -507,7 +507,7 @@ def adapter(name: str, change: Callable[[Path], object], *says: str, **settings:
 
     return case(
         f"adapter: {name}",
-        "model.adapter before",
+        "before",
         *says,
         settings={"model.adapter": "before", **settings},
         setup=setup,
@@ -693,7 +693,7 @@ NEW_CASES = [
     key("model.adapter=nowhere", "model.adapter nowhere"),
     key("model.adapter=rows.jsonl", "model.adapter rows.jsonl"),
     key("model.adapter=.", "model.adapter .", "adapter_config.json"),
-    adapter("another rank", lambda _: None, "r", "4", "8", **{"lora.r": "8"}),
+    adapter("another rank", lambda _: None, "lora.r is 16", "has 4", **{"lora.r": "16"}),
     adapter("other modules", lambda _: None, "q_proj", **{"lora.target_modules": "[q_proj]"}),
     adapter("no LoRA", change_adapter_config(peft_type="IA3"), "IA3"),
     adapter("a broken configuration", replace_text("adapter_config.json", "{"), "adapter_config.json"),

@@ -123,10 +123,40 @@ def test_the_fast_paths_give_the_loss_and_gradient_of_the_plain_ones():
     assert (fast_gradient - plain_gradient).norm() < 0.1 * plain_gradient.norm()
 
 
+def branching() -> list[dict[str, Any]]:
+    """The examples, the first with branches; three targets are predicted by its token 29."""
+    first, *others = examples()
+    branches = [(70, 30), (80, 30), (85, 12)]
+    ids = first["input_ids"] + others[1]["input_ids"][:30]
+    return [{"input_ids": ids, "labels": [IGNORE, *ids[1:]], "branches": branches}, *others]
+
+
+def test_branches_give_the_loss_and_gradient_of_the_plain_layout_and_the_same_bits_again():
+    def outcome(loss: TokenLoss, packing: bool) -> tuple[float, torch.Tensor]:
+        loss.zero_grad()
+        batch = collate(branching(), packing).to(torch.device("cuda"))
+        with torch.autocast("cuda", torch.bfloat16):
+            sums = loss(batch)
+        (sums.nll / len(batch.target_ids)).backward()
+        return float(sums.nll), torch.cat([p.grad.flatten() for p in loss.parameters() if p.grad is not None])
+
+    off = FastConfig(attention=False, head=False, lora=False, elementwise=False)
+    plain, plain_gradient = outcome(token_loss(off), packing=False)
+    loss = token_loss(FastConfig())
+    nll, gradient = outcome(loss, packing=True)
+    assert nll == pytest.approx(plain, rel=1e-2)
+    assert (gradient - plain_gradient).norm() < 0.1 * plain_gradient.norm()
+    again = outcome(loss, packing=True)
+    assert again[0] == nll
+    assert torch.equal(again[1], gradient)
+
+
+@pytest.mark.parametrize("make_examples", [examples, branching])
 @pytest.mark.parametrize("sources", [[], [0, 1, 2]])
-def test_forward_and_backward_passes_do_not_wait_for_the_device(request, sources):
+def test_forward_and_backward_passes_do_not_wait_for_the_device(request, make_examples, sources):
     loss = token_loss(FastConfig(), lora_dropout=0.1)
-    device, rows = torch.device("cuda"), [{**row, "source": n % 3} for n, row in enumerate(examples())]
+    device = torch.device("cuda")
+    rows = [{**row, "source": n % 3} for n, row in enumerate(make_examples())]
     (batch,) = iterate_batches([[0, 1, 2, 3]], rows, True, device, sources)
     window = SumWindow(device, ["a", "b", "c"][: len(sources)])
     reseed(0, 0, 0)

@@ -171,23 +171,23 @@ class Kept(NamedTuple):
     """What max_length leaves of the T tokens of a row.
 
     `in_example` [T] are those of which an example holds one, `trained` [T] those that are targets there.
-    `examples` are the positions of the tokens of each example.
+    `examples` are those of the row, with positions among its tokens instead of token ids.
     """
 
     in_example: list[bool]
     trained: list[bool]
-    examples: list[list[int]]
+    examples: list[Tokens]
 
 
 def keep(tokens: Tokens, max_length: int) -> Kept:
     """What `cut` leaves of a row, without the examples that have no target."""
     positions = tokens._replace(input_ids=list(range(len(tokens.input_ids))))
     in_example, trained = ([False] * len(tokens.input_ids) for _ in range(2))
-    examples: list[list[int]] = []
+    examples: list[Tokens] = []
     for piece in cut(positions, max_length):
         if all(label == IGNORE for label in piece.labels):
             continue
-        examples.append(piece.input_ids)
+        examples.append(piece)
         for position, label in zip(piece.input_ids, piece.labels, strict=True):
             in_example[position] = True
             trained[position] = trained[position] or label != IGNORE

@@ -25,6 +25,7 @@ from finetune.data.reading import read_formatted
 from finetune.data.rows import Rows, answer_of, instruction_of, iterate_rows, load_rows, prompt_of
 from finetune.data.sources import eval_sources, training_sources
 from finetune.data.splits import tokenize_splits
+from finetune.data.tokenize import IGNORE, Tokens
 
 # The texts by which rows are compared, the strictest comparison first.
 COMPARED: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -126,13 +127,17 @@ def measure_rows(
         row, source = next(pair for pair in rows if pair[0]["row_number"] == number)
         anatomy = dissect(tokenizer, to_conversation(row, config.system_prompt), config.train_on)
         kept = keep(anatomy.tokens, config.max_length)
-        # What is measured is what is trained on.
-        for place, positions in zip(own, kept.examples, strict=True):
-            expected = [anatomy.tokens.input_ids[position] for position in positions]
-            assert examples.dataset[place]["input_ids"] == expected
+        for place, measured in zip(own, kept.examples, strict=True):
+            _require_same(examples.dataset[place], measured, anatomy.tokens.input_ids)
         for remark in anatomy.tokens.remarks:
             remarks[remark].append(number)
         yield {"row_number": number, "split": split, "source": source, **_measured(anatomy, kept)}
+
+
+def _require_same(example: Mapping[str, Any], measured: Tokens, input_ids: list[int]) -> None:
+    """What is measured is what is trained on. `measured` has positions among `input_ids`."""
+    assert example["input_ids"] == [input_ids[position] for position in measured.input_ids]
+    assert [label != IGNORE for label in example["labels"]] == [label != IGNORE for label in measured.labels]
 
 
 def _measured(anatomy: Anatomy, kept: Kept) -> dict[str, Any]:

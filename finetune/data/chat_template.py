@@ -90,13 +90,13 @@ class ChatTemplate:
 
     @cached_property
     def examples_of_next_turn(self) -> tuple[tuple[str, str], tuple[str, str]]:
-        """An answer, and it with a question behind; a tool call, and it with its result behind. Empty where it
-        fails."""
+        """An answer, and it with a question behind; a tool call, and it with its result behind. Empty where
+        the template fails."""
         question, answer, calling, result = self.prepare(
             [_USER, {"role": "assistant", "content": self.ANSWER}, _calling(False, None), _RESULT]
         )
         turns = [[question, answer, question], [question, calling, result]]
-        plain, called = (((self._try(t[:2]) or ""), (self._try(t) or "")) for t in turns)
+        plain, called = ((self._try(some[:2]) or "", self._try(some) or "") for some in turns)
         return plain, called
 
     def prepare(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -155,7 +155,8 @@ class ChatTemplate:
             add_generation_prompt=add_generation_prompt,
             **{**self._special_tokens, **(template_kwargs or {})},
         )
-        return texts[0], list(spans[0]) if tagged else []
+        text: str = texts[0]
+        return text, list(spans[0]) if tagged else []
 
     def _try(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str | None:
         """What the template writes of prepared messages; None where it fails."""
@@ -179,11 +180,10 @@ class ChatTemplate:
 
     def _habit_of_reasoning(self, no_content: Any, as_text: bool) -> str:
         answer = {"role": "assistant", "content": "quince"}
-        for name, turn in product(
-            ("reasoning_content", "reasoning", "thinking"), (answer, _calling(as_text, no_content))
-        ):
-            if "medlar" in (self._try([_USER, {**turn, name: "medlar"}]) or ""):
-                return name
+        for name in ("reasoning_content", "reasoning", "thinking"):
+            for turn in (answer, _calling(as_text, no_content)):
+                if "medlar" in (self._try([_USER, {**turn, name: "medlar"}]) or ""):
+                    return name
         return "reasoning_content"
 
     def _wants_parts(self, role: str, turns: list[dict[str, Any]]) -> bool:

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from finetune.data.plan import Indices, Plan, Update
-from finetune.data.tokenize import IGNORE, MIN_SHARED, common_prefix, first_target
+from finetune.data.segments import (
+    MIN_SHARED,
+    Branch,
+    Segment,
+    branches_of,
+    keys_of,
+    segments_of,
+    shareable,
+)
+from finetune.data.tokenize import IGNORE, common_prefix, first_target
 
 
 class Boundaries(NamedTuple):
@@ -21,25 +30,39 @@ class Boundaries(NamedTuple):
     """[E + 1] int32: where each example continues behind the prefix, and the end of the last"""
     prefix: int = 0
     """Length of the shared prefix: every example attends to it, and it attends to none of them"""
+    branches: tuple[tuple[Branch, ...], ...] = ()
+    """Of each example, as places in the whole example; empty if none has any"""
 
     def to(self, device: torch.device) -> "Boundaries":
         return self._replace(starts=self.starts.to(device, non_blocking=True))
 
+    def segments(self) -> tuple[Segment, ...]:
+        """The runs of tokens that attend to the same ones before them, in order."""
+        return segments_of(self.lengths, self.prefix, self.branches)
+
     def mask(self) -> Tensor:
-        """[1, 1, T, T] bool: True where a query may attend to a key: one of its own example or of the shared
-        prefix, and not later."""
-        places = torch.arange(self.prefix + sum(self.lengths), device=self.starts.device)
-        example_of_token = torch.searchsorted(self.starts, places, right=True)  # from 1; 0 is the prefix
-        sees = (example_of_token[:, None] == example_of_token) | (example_of_token == 0)
-        return sees.tril()[None, None]
+        """[1, 1, T, T] bool: True where a query may attend to a key: one of its own segment or of that
+        segment's context, and not later."""
+        segments = self.segments()
+        sees = torch.zeros(len(segments), sum(segment.length for segment in segments), dtype=torch.bool)
+        for row, keys in zip(sees, keys_of(segments), strict=True):
+            row[torch.from_numpy(keys)] = True
+        numbers = [number for number, segment in enumerate(segments) for _ in range(segment.length)]
+        sees, segment_of_token = (
+            x.to(self.starts.device, non_blocking=True) for x in (sees, torch.tensor(numbers))
+        )
+        return sees[segment_of_token].tril()[None, None]
 
 
 class MicroBatch(NamedTuple):
-    """The tensors of one forward pass: B sequences of T tokens, N targets.
+    """The tensors of one forward pass: B sequences of T tokens, E examples, N targets.
 
     input_ids, position_ids [B, T] long.
-    target_positions [N] long: positions in the B*T flattened tokens that predict a target token.
+    target_positions [N] long: positions in the B*T flattened tokens that predict a target token, in the order
+        of the targets. A token that branches continue may predict several.
     target_ids [N] long: the token each of them should predict.
+    example_starts [E + 1] long: where each example begins in the B*T flattened tokens, behind a shared
+        prefix, and the end of the last.
     limits: of a packed sequence its Boundaries; of padded ones [B, T] bool, True for tokens, not padding.
     num_tokens: how many of the B*T are not padding.
     is_from [N, S] bool: which of S sources each target is from; None where they are not told apart.
@@ -49,15 +72,14 @@ class MicroBatch(NamedTuple):
     position_ids: Tensor
     target_positions: Tensor
     target_ids: Tensor
+    example_starts: Tensor
     limits: Boundaries | Tensor
     num_tokens: int
     is_from: Tensor | None = None
 
     def example_of_target(self) -> Tensor:
         """[N] long: which example of this micro-batch each target belongs to, from 0."""
-        if isinstance(self.limits, Boundaries):
-            return torch.searchsorted(self.limits.starts, self.target_positions, right=True) - 1
-        return self.target_positions // self.input_ids.shape[1]
+        return torch.searchsorted(self.example_starts, self.target_positions, right=True) - 1
 
     def to(self, device: torch.device) -> "MicroBatch":
         return MicroBatch(
@@ -65,6 +87,7 @@ class MicroBatch(NamedTuple):
             self.position_ids.to(device, non_blocking=True),
             self.target_positions.to(device, non_blocking=True),
             self.target_ids.to(device, non_blocking=True),
+            self.example_starts.to(device, non_blocking=True),
             self.limits.to(device),
             self.num_tokens,
             None if self.is_from is None else self.is_from.to(device, non_blocking=True),
@@ -75,24 +98,33 @@ def pack(examples: Sequence[dict[str, Any]]) -> MicroBatch:
     """Pack examples into one sequence: positions restart, and no example attends to another.
 
     Their shared prefix (a system prompt, a template's first words) is in the sequence once: the tokens behind
-    it attend to the same tokens as if each example had its own copy.
+    it attend to the same tokens as if each example had its own copy. So is what branches continue.
     """
     prefix = shared_prefix(examples)
     lengths = tuple(len(example["input_ids"]) - prefix for example in examples)
+    branches = tuple(branches_of(example) for example in examples)
+    starts = [*accumulate(lengths, initial=prefix)]
+    boundaries = Boundaries(
+        lengths, torch.tensor(starts, dtype=torch.int32), prefix, branches if any(branches) else ()
+    )
+    segments = boundaries.segments()
 
     def row(column: str) -> Tensor:
         own = [value for example in examples for value in example[column][prefix:]]
         return torch.tensor([examples[0][column][:prefix] + own])
 
-    positions = [torch.arange(prefix), *(torch.arange(prefix, prefix + length) for length in lengths)]
+    previous = torch.arange(starts[-1]) - 1
+    for segment, keys in zip(segments, keys_of(segments), strict=True):
+        if segment.context:
+            previous[segment.start] = int(keys[segment.context - 1])
     return _micro_batch(
         input_ids=row("input_ids"),
         labels=row("labels"),
-        position_ids=torch.cat(positions)[None],
-        limits=Boundaries(
-            lengths, torch.tensor([*accumulate(lengths, initial=prefix)], dtype=torch.int32), prefix
-        ),
-        num_tokens=prefix + sum(lengths),
+        position_ids=torch.cat([torch.arange(one.context, one.num_keys) for one in segments])[None],
+        previous=previous,
+        example_starts=starts,
+        limits=boundaries,
+        num_tokens=starts[-1],
     )
 
 
@@ -102,40 +134,75 @@ def shared_prefix(examples: Sequence[dict[str, Any]]) -> int:
         return 0
     prefix: list[int] = examples[0]["input_ids"]
     for example in examples:
-        # The last shared token predicts the first one that is not, so that must not be a target either.
-        prefix = common_prefix(prefix, example["input_ids"][: max(0, first_target(example["labels"]) - 1)])
+        own = shareable(example["input_ids"], first_target(example["labels"]), branches_of(example))
+        prefix = common_prefix(prefix, own)
     return len(prefix) if len(prefix) >= MIN_SHARED else 0
 
 
 def pad(examples: Sequence[dict[str, Any]]) -> MicroBatch:
-    """Pad each example on the right to the longest: the reference layout."""
-    width = max(len(example["input_ids"]) for example in examples)
-    shape = (len(examples), width)
+    """Pad each example on the right to the longest: the reference layout. Of an example with branches, the
+    trunk and each branch are sequences of their own."""
+    counts, sequences = [], []
+    for example in examples:
+        unfolded = unfold(example)
+        counts.append(len(unfolded))
+        sequences += unfolded
+    width = max(len(sequence["input_ids"]) for sequence in sequences)
+    shape = (len(sequences), width)
     input_ids = torch.zeros(shape, dtype=torch.long)  # padding is known by position, not by token
     labels = torch.full(shape, IGNORE)
     is_token = torch.zeros(shape, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        length = len(example["input_ids"])
-        input_ids[row, :length] = torch.tensor(example["input_ids"])
-        labels[row, :length] = torch.tensor(example["labels"])
+    for row, sequence in enumerate(sequences):
+        length = len(sequence["input_ids"])
+        input_ids[row, :length] = torch.tensor(sequence["input_ids"])
+        labels[row, :length] = torch.tensor(sequence["labels"])
         is_token[row, :length] = True
-    position_ids = torch.arange(width).expand(shape)
-    return _micro_batch(input_ids, labels, position_ids, is_token, int(is_token.sum()))
+    return _micro_batch(
+        input_ids=input_ids,
+        labels=labels,
+        position_ids=torch.arange(width).expand(shape),
+        previous=torch.arange(len(sequences) * width) - 1,
+        example_starts=[row * width for row in accumulate(counts, initial=0)],
+        limits=is_token,
+        num_tokens=int(is_token.sum()),
+    )
+
+
+def unfold(example: dict[str, Any]) -> list[dict[str, list[int]]]:
+    """The sequences without branches that give an example's targets: its trunk, then each branch behind the
+    tokens that it continues, which are no targets there."""
+    ids, labels, branches = example["input_ids"], example["labels"], branches_of(example)
+    ends = [*(branch.start for branch in branches), len(ids)]
+    trunk = {"input_ids": ids[: ends[0]], "labels": labels[: ends[0]]}
+    return [trunk] + [
+        {"input_ids": ids[:attach] + ids[start:end], "labels": [IGNORE] * attach + labels[start:end]}
+        for (start, attach), end in zip(branches, ends[1:], strict=True)
+    ]
 
 
 def _micro_batch(
     input_ids: Tensor,
     labels: Tensor,
     position_ids: Tensor,
+    previous: Tensor,
+    example_starts: Sequence[int],
     limits: Boundaries | Tensor,
     num_tokens: int,
 ) -> MicroBatch:
-    # The token at t predicts the one at t + 1. The first label of an example, and the one behind a shared
-    # prefix, is IGNORE, so that in a packed sequence no example predicts the start of the next.
-    next_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
-    target_positions = (next_labels != IGNORE).nonzero().squeeze(1)
-    target_ids = next_labels[target_positions]
-    return MicroBatch(input_ids, position_ids, target_positions, target_ids, limits, num_tokens)
+    """`previous` [B*T] is, for each token, the position of the one that predicts it.
+
+    The first token of a sequence is no target.
+    """
+    targets = (labels.flatten() != IGNORE).nonzero().squeeze(1)
+    return MicroBatch(
+        input_ids,
+        position_ids,
+        previous[targets],
+        input_ids.flatten()[targets],
+        torch.tensor(example_starts),
+        limits,
+        num_tokens,
+    )
 
 
 def collate(examples: Sequence[dict[str, Any]], packing: bool) -> MicroBatch:

@@ -19,7 +19,7 @@ from finetune.config import DataConfig
 from finetune.data.encoding import SCHEMA, EncodeRows, first_targets, flat, lengths, target_counts
 from finetune.data.prepare import CHUNK_ROWS, counts_of, make_chunks, read_chunk
 from finetune.data.row_tables import cache_folder, digest_of, table_chunks
-from finetune.data.tokenize import MIN_SHARED
+from finetune.data.segments import MIN_SHARED, SequenceSizes, sequence_sizes
 from finetune.runtime.files import write_atomically
 
 COLUMNS = ["input_ids", "labels", "row_number", "source", "branches"]
@@ -82,12 +82,31 @@ class Examples:
         return self.prepared.shared_prefix if self.prepared is not None else shared_prefix(self._tables())
 
     @cached_property
+    def sequence_sizes(self) -> SequenceSizes | None:
+        """What the examples are in the padded layout; None if none has a branch."""
+        if "branches" not in self.dataset.column_names:
+            return None
+        # Most data has none, and a million empty lists are not worth a look at each.
+        if not any(len(_branches(table)) for table in self._tables()):
+            return None
+        return sequence_sizes(self.lengths, self.dataset["branches"])
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all token ids, labels and branches, in order."""
         return self.prepared.fingerprint if self.prepared is not None else fingerprint(self._tables())
 
     def _tables(self) -> Iterator[pa.Table]:
         yield from self.dataset.with_format("arrow").iter(CHUNK_ROWS)
+
+
+def _branches(table: pa.Table) -> list[list[list[int]]]:
+    """The branches of those examples that have any."""
+    if "branches" not in table.column_names:
+        return []
+    column = table["branches"]
+    some: list[list[list[int]]] = column.filter(pc.greater(pc.list_value_length(column), 0)).to_pylist()
+    return some
 
 
 def _concatenated(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
@@ -104,8 +123,10 @@ def shared_prefix(tables: Iterator[pa.Table]) -> int:
         starts = np.cumsum(sizes) - sizes
         if prefix is None:
             prefix = ids[: sizes[0]]
-        # The last shared token predicts the first one that is not, so that must not be a target either.
-        prefix = prefix[: max(0, int(np.minimum(sizes, first_targets(table) - 1).min()))]
+        # As `shareable` has it: what follows them or branches off is predicted by none of the shared tokens.
+        attach = [attach for branches in _branches(table) for _, attach in branches]
+        ends = np.r_[np.minimum(sizes, first_targets(table) - 1), np.array(attach, np.int64) - 1]
+        prefix = prefix[: max(0, int(ends.min()))]
         for place in range(len(prefix)):
             if (ids[starts + place] != prefix[place]).any():
                 prefix = prefix[:place]

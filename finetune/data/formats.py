@@ -183,7 +183,8 @@ def format_of(
             names = ", ".join(map(str, columns))
             raise ValueError(f"{where} has no column {column!r}, which data.columns names; there are {names}")
     found = _matches(columns, mapping, questions_only)
-    mapped = set(mapping)
+    # An input is beside an instruction, though some rows have nothing but an input and an output.
+    mapped = {theirs for theirs, ours in mapping.items() if ours not in BESIDE_AN_INSTRUCTION}
     best = max(
         found, key=lambda one: len(mapped.intersection(one.required)), default=None
     )  # of equals the first

@@ -53,9 +53,12 @@ def read_template(setting: str) -> str:
             f"data.chat_template {setting} is neither a file nor one of {', '.join(NAMES)}{hint}"
         )
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data.chat_template {setting} cannot be read as text: {error}") from error
+    if not text.strip():
+        raise ValueError(f"data.chat_template {setting} is an empty file")
+    return text
 
 
 def use_template(tokenizer: Any, setting: str) -> None:

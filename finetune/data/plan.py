@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from finetune.config import Config
 from finetune.data.by_source import several_sources
 from finetune.data.examples import Examples
+from finetune.data.segments import SequenceSizes
 
 Indices = list[int]
 
@@ -24,7 +25,8 @@ class Layout:
     """How examples become micro-batches.
 
     Packed: one sequence of whole examples, at most `max_tokens` long. Padded: at most `micro_batch_size`
-    sequences of one example each, at most `max_tokens` including the padding.
+    sequences of one example each, at most `max_tokens` including the padding. An example with branches is
+    several sequences there; if these alone exceed a limit, they are a micro-batch.
     """
 
     packing: bool
@@ -64,6 +66,8 @@ class Plan:
     num_processes: int = 1
     shared_prefix: int = 0
     """Tokens that all examples begin with: once in a packed sequence"""
+    sequences: SequenceSizes | None = None
+    """What the examples are in the padded layout; None: each is one sequence"""
     sources: Mapping[int, str] = field(default_factory=dict)
     """If the examples come from several sources: their names, to give the losses apart; else none"""
 
@@ -84,11 +88,8 @@ class Plan:
 
     def largest_batch(self, update: Update) -> int:
         """Tokens of the update's largest micro-batch on this rank, including padding."""
-        sizes = (
-            count_tokens(batch, self.lengths, self.layout, self.shared_prefix)
-            for batch in update.micro_batches
-        )
-        return max(sizes)
+        sizes = self.lengths, self.layout, self.shared_prefix, self.sequences
+        return max(count_tokens(batch, *sizes) for batch in update.micro_batches)
 
     def update(self, step: int) -> Update:
         """Update number `step`, from 0."""
@@ -96,9 +97,10 @@ class Plan:
         order = epoch_order(self.seed, epoch, len(self.lengths))
         examples = order[position * self.global_batch_size :][: self.global_batch_size]
         mine = balance(examples, self.lengths, self.num_processes)[self.rank]
+        sizes = self.lengths, self.layout, self.shared_prefix, self.sequences
         return Update(
             epoch=epoch,
-            micro_batches=lay_out(mine, self.lengths, self.layout, self.shared_prefix) or [[]],
+            micro_batches=lay_out(mine, *sizes) or [[]],
             num_target_tokens=int(self.target_counts[examples].sum()),
             num_tokens=int(self.lengths[examples].sum()),
         )
@@ -133,6 +135,7 @@ def make_plan(
         rank=rank,
         num_processes=num_processes,
         shared_prefix=train_set.shared_prefix,
+        sequences=train_set.sequence_sizes,
         sources=several_sources(train_set),
     )
 
@@ -166,7 +169,11 @@ def longest_first(examples: Iterable[int], lengths: NDArray[np.int64]) -> Indice
 
 
 def lay_out(
-    examples: Indices, lengths: NDArray[np.int64], layout: Layout, shared_prefix: int
+    examples: Indices,
+    lengths: NDArray[np.int64],
+    layout: Layout,
+    shared_prefix: int,
+    sequences: SequenceSizes | None = None,
 ) -> list[Indices]:
     """Split examples into micro-batches within the layout's limits: as few, and then as even, as they can be.
 
@@ -175,7 +182,7 @@ def lay_out(
     """
     assert all(lengths[i] <= layout.max_tokens for i in examples), "max_length is within the budget"
     if not layout.packing:
-        return _pad_to_width(examples, lengths, layout)
+        return _pad_to_width(examples, sequences or _one_sequence_each(lengths), layout)
     own, budget = lengths - shared_prefix, layout.max_tokens - shared_prefix
     first_fit = _first_fit(examples, own, budget)
     # First-fit fills all but the last group, and may need one more than balanced groups do.
@@ -186,11 +193,22 @@ def lay_out(
     return first_fit
 
 
-def count_tokens(batch: Indices, lengths: NDArray[np.int64], layout: Layout, shared_prefix: int) -> int:
+def count_tokens(
+    batch: Indices,
+    lengths: NDArray[np.int64],
+    layout: Layout,
+    shared_prefix: int,
+    sequences: SequenceSizes | None = None,
+) -> int:
     """Tokens of a micro-batch, including padding; the shared prefix of a packed sequence counts once."""
     if layout.packing:
         return shared_prefix + sum(int(lengths[i]) - shared_prefix for i in batch)
-    return len(batch) * max((int(lengths[i]) for i in batch), default=0)
+    counts, widths = sequences or _one_sequence_each(lengths)
+    return int(counts[batch].sum()) * max((int(widths[i]) for i in batch), default=0)
+
+
+def _one_sequence_each(lengths: NDArray[np.int64]) -> SequenceSizes:
+    return SequenceSizes(np.broadcast_to(np.int64(1), lengths.shape), lengths)
 
 
 def _first_fit(examples: Indices, lengths: NDArray[np.int64], budget: int) -> list[Indices]:
@@ -209,16 +227,19 @@ def _first_fit(examples: Indices, lengths: NDArray[np.int64], budget: int) -> li
     return groups
 
 
-def _pad_to_width(examples: Indices, lengths: NDArray[np.int64], layout: Layout) -> list[Indices]:
-    """Groups of neighbours in length: the first of a group is its longest, and so its width."""
+def _pad_to_width(examples: Indices, sequences: SequenceSizes, layout: Layout) -> list[Indices]:
+    """Groups of neighbours in width: the first of a group is its widest, and so its width."""
+    counts, widths = sequences
     groups: list[Indices] = []
-    for example in longest_first(examples, lengths):
-        last = groups[-1] if groups else []
-        padded = (len(last) + 1) * int(lengths[last[0]]) if last else 0
-        if last and len(last) < layout.micro_batch_size and padded <= layout.max_tokens:
-            last.append(example)
+    count = 0  # sequences of the last group
+    for example in longest_first(examples, widths):
+        count += int(counts[example])
+        fits = count <= layout.micro_batch_size
+        if groups and fits and count * int(widths[groups[-1][0]]) <= layout.max_tokens:
+            groups[-1].append(example)
         else:
             groups.append([example])
+            count = int(counts[example])
     return groups
 
 
@@ -227,4 +248,5 @@ def plan_evaluation(plan: Plan, eval_set: Examples, most: int | None = None) -> 
     exactly one micro-batch of one rank."""
     lengths = eval_set.lengths
     shares = balance(range(len(lengths[:most])), lengths, plan.num_processes)
-    return lay_out(shares[plan.rank], lengths, plan.layout, eval_set.shared_prefix)
+    sequences = eval_set.sequence_sizes
+    return lay_out(shares[plan.rank], lengths, plan.layout, eval_set.shared_prefix, sequences)

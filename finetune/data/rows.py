@@ -307,7 +307,7 @@ def find_leaks(rows: Rows) -> dict[int, Match]:
     if not file.exists():
         parts = zip((rows.train, rows.eval), digests, strict=True)
         corpus, wanted = (_signatures(part, digest) for part, digest in parts)
-        asked, trained = (partial(_prompt_at, part) for part in (rows.eval, rows.train))
+        asked, trained = (partial(_prompts_at, part) for part in (rows.eval, rows.train))
         found = list(find_matches(wanted, corpus, asked, trained))
         columns = {
             "eval": pa.array([place for place, _ in found], pa.int64()),
@@ -326,8 +326,9 @@ def find_leaks(rows: Rows) -> dict[int, Match]:
     }
 
 
-def _prompt_at(rows: Dataset, place: int) -> str:
-    return prompt_of(row_at(rows, place))
+def _prompts_at(rows: Dataset, places: Sequence[int]) -> list[str]:
+    texts = rows.with_format("arrow")[places]["row"].to_pylist() if places else []
+    return [prompt_of(json.loads(text)) for text in texts]
 
 
 def _signatures(rows: Dataset, digest: str) -> Signatures:

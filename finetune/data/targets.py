@@ -8,17 +8,28 @@ conversation, and gets a text of its own, which ends with it.
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
-from finetune.data.chat_template import ChatTemplate, common_start, function_of
+from finetune.data.chat_template import ChatTemplate, common_start
 from finetune.data.conversations import Conversation, Message
+from finetune.data.written import (
+    THOUGHT_END,
+    Written,
+    check_tagged,
+    check_turn,
+    remarks_on_prompt,
+    says_anything_of,
+)
 
 # What stands for the texts of a turn to see what the template writes around them. Private characters: no text
 # of a row ends or begins with a part of them.
 _CONTENT, _REASONING, _ARGUMENT = "\ue0f1\ue0f2", "\ue0f3\ue0f4", "\ue0f5\ue0f6"
-_THOUGHT_END = "</think>"
+
+
+# The keys of an answer that is nothing but its content.
+_PLAIN = {"role", "content", "train", "name"}
 
 
 class Span(NamedTuple):
@@ -94,7 +105,7 @@ def find_targets(
             texts.append(holder)
         holder.spans.insert(0, span)
     texts[1:] = reversed(texts[1:])
-    remarks.extend(_remarks_on_prompt(template, conversation, texts[0].text))
+    remarks.extend(remarks_on_prompt(conversation, texts[0].text))
     return texts, remarks
 
 
@@ -112,77 +123,152 @@ def _find_turn(
     template: ChatTemplate, conversation: Conversation, i: int, stops: StopTokens, remarks: list[str]
 ) -> tuple[str, Span, int]:
     """The conversation up to turn `i` as text, what of it the model writes, and where its stop token ends."""
-    message = conversation.messages[i]
-    text = template.render(up_to(conversation, i + 1))
-    prompt = _prompt(template, conversation, i)
-    shape = _shape(template, conversation, i, text, prompt)
-    start = len(prompt)
-    if not text.startswith(prompt):
-        text, start = _joined(template, conversation, i, text, prompt, stops)
-    _check_turn(template, conversation, i, text[start:], shape, remarks)
-    lead = shape.lead.strip()
-    if lead and not message.get("reasoning_content") and not message.get("tool_calls"):
-        remarks.append(f"{lead!r} is added before an answer")
-    tail_start = max(start, len(text) - len(shape.tail))
-    has_calls = bool(message.get("tool_calls"))
-    stop = _find_stop(template, text, tail_start, has_calls, stops)
-    if stop is None and (next_turn := _next_turn_start(template, has_calls, stops)):
-        text += next_turn
-        stop = len(text) - len(next_turn.lstrip()), len(text)
-    if stop is None:
-        raise ValueError(
-            "the chat template ends an assistant's turn with no special token, so the model would not "
-            "learn to stop; use a chat template that writes an end-of-turn token, or data.train_on all"
+    turn = _Turn(template, up_to(conversation, i + 1), stops)
+    known: _Shape | None = template.turn_shapes.get(turn.key)
+    if known is not None and turn.may_have(known):
+        try:
+            return turn.find(known, remarks)
+        except ValueError:
+            pass  # Turns like it are of that shape, this one may be of another.
+    shape = template.turn_shapes[turn.key] = turn.shape()
+    return turn.find(shape, remarks)
+
+
+class _Turn:
+    """The last turn of a conversation, an assistant's."""
+
+    def __init__(self, template: ChatTemplate, conversation: Conversation, stops: StopTokens) -> None:
+        self.template, self.conversation, self.stops = template, conversation, stops
+        *self.before, self.message = conversation.messages
+        self.has_calls = bool(self.message.get("tool_calls"))
+        self.text = template.render(conversation)
+        self.prompt = self._prompt()
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Turns with the same are almost always of one shape."""
+        content = self.message.get("content") or ""
+        return (
+            self.before[-1]["role"] if self.before else None,
+            bool(content),
+            THOUGHT_END in content,
+            bool(self.message.get("reasoning_content")),
+            len(self.message.get("tool_calls") or []),
+            bool(self.conversation.tools),
+            json.dumps(self.conversation.template_kwargs, sort_keys=True, default=str),
         )
-    return text, Span(start, stop[0]), stop[1]
 
+    def may_have(self, shape: _Shape) -> bool:
+        """Whether it ends as turns of that shape do, and nothing of it would be left out."""
+        content, thought = self.message.get("content"), self.message.get("reasoning_content")
+        is_whole = (not content or shape.times_content > 0) and (not thought or shape.times_reasoning > 0)
+        return is_whole and self.text.endswith(shape.tail)
 
-def _prompt(template: ChatTemplate, conversation: Conversation, i: int) -> str:
-    """What the model is given before it writes turn `i`."""
-    try:
-        return template.render(up_to(conversation, i), add_generation_prompt=True)
-    except ValueError:
-        if i > 0:
-            raise
-        # Nobody asks for an answer to nothing, and a template may fail on it.
-        return common_start(template.render(up_to(conversation, 1)), _probe(template, conversation, 0))
-
-
-def _joined(
-    template: ChatTemplate, conversation: Conversation, i: int, text: str, prompt: str, stops: StopTokens
-) -> tuple[str, int]:
-    """A text with turn `i` as the model writes it, and where it begins to write; `text`, which holds that
-    turn, does not begin with `prompt`, which asks for it.
-
-    Either the prompt says more than the finished turn has, such as the beginning of a thought, or it renders
-    the turns before otherwise.
-    """
-    parting = _before_token(stops, text, len(common_start(prompt, text)))
-    own_start = len(common_start(text, _probe(template, conversation, i)))
-    if not _says_anything_of(conversation.messages[i - 1] if i else None, prompt[parting:]):
-        return text, min(parting, own_start)
-    # The generation prompt's own text stands before this turn too, unless no turn has it.
-    history = template.render(up_to(conversation, i))
-    asked = prompt[_before_token(stops, prompt, len(common_start(history, prompt))) :]
-    place = text.rfind(asked, 0, own_start) if asked else -1
-    start = place + len(asked)
-    if place < 0 or _says_anything_of(conversation.messages[i - 1], text[start:own_start]):
-        raise ValueError(
-            f"the chat template renders the turns before turn {i + 1} in another way once that is written, "
-            "and what the model writes of it cannot be told; use another chat template or data.train_on all"
+    def shape(self) -> _Shape:
+        """What the template writes around the turn's texts."""
+        start = len(common_start(self.prompt, self.text, self.probe))
+        written = self.probe[start:]
+        places = [place for mark in (_CONTENT, _REASONING) if (place := written.find(mark)) >= 0]
+        return _Shape(
+            common_start(self.text[::-1], self.probe[::-1])[::-1],
+            written.count(_CONTENT),
+            written.count(_REASONING),
+            written[: min(places)] if places and start == len(self.prompt) else "",
         )
-    return prompt + text[start:], len(prompt)
+
+    @cached_property
+    def probe(self) -> str:
+        """The conversation as text, with placeholders for the turn's own texts."""
+        message = dict(self.message)
+        if message.get("content") or not (self.has_calls or message.get("reasoning_content")):
+            message["content"] = _CONTENT
+        if message.get("reasoning_content"):
+            message["reasoning_content"] = _REASONING
+        if self.has_calls:
+            function = {"name": _ARGUMENT, "arguments": {_ARGUMENT: _ARGUMENT}}
+            message["tool_calls"] = [{**call, "function": function} for call in message["tool_calls"]]
+        return self.template.render(replace(self.conversation, messages=[*self.before, message]))
+
+    @property
+    def own_start(self) -> int:
+        """Where in `text` the turn's own texts begin."""
+        return len(common_start(self.text, self.probe))
+
+    def find(self, shape: _Shape, remarks: list[str]) -> tuple[str, Span, int]:
+        """The text, what of it the model writes of this turn, and where its stop token ends."""
+        text, start = self._behind_prompt()
+        written = Written(text[start:], shape.times_content, shape.times_reasoning)
+        own_remarks = check_turn(
+            self.message, len(self.before) + 1, written, lambda: self.text[self.own_start :]
+        )
+        lead = shape.lead.strip()
+        if lead and text.startswith(shape.lead, start) and set(self.message) <= _PLAIN:
+            own_remarks.append(f"{lead!r} is added before an answer")
+        tail_start = max(start, len(text) - len(shape.tail))
+        stop = _find_stop(self.template, text, tail_start, self.has_calls, self.stops)
+        if stop is None and (next_turn := _next_turn_start(self.template, self.has_calls, self.stops)):
+            text += next_turn
+            stop = len(text) - len(next_turn.lstrip()), len(text)
+        if stop is None:
+            raise ValueError(
+                "the chat template ends an assistant's turn with no special token, so the model would not "
+                "learn to stop; use a chat template that writes an end-of-turn token, or data.train_on all"
+            )
+        remarks += own_remarks
+        return text, Span(start, stop[0]), stop[1]
+
+    def _prompt(self) -> str:
+        """What the model is given before it writes the turn."""
+        try:
+            return self.template.render(self._history, add_generation_prompt=True)
+        except ValueError:
+            if self.before:
+                raise
+            # Nobody asks for an answer to nothing, and a template may fail on it.
+            return self.text[: self.own_start]
+
+    @property
+    def _history(self) -> Conversation:
+        return replace(self.conversation, messages=self.before)
+
+    def _behind_prompt(self) -> tuple[str, int]:
+        """A text with the turn as the model writes it, and where in it the model begins to write.
+
+        That is the rendered text, where it begins with the prompt. Otherwise either the prompt says more than
+        the finished turn has, such as the beginning of a thought, or it renders the turns before otherwise.
+        """
+        text, prompt = self.text, self.prompt
+        if text.startswith(prompt):
+            return text, len(prompt)
+        history = self.template.render(self._history)
+        history_end = _before_token(self.stops, prompt, len(common_start(history, prompt)))
+        parting = _before_token(self.stops, text, len(common_start(prompt, text)))
+        if parting >= history_end:
+            return text, min(parting, self.own_start)
+        # The turn is put behind the prompt. In the text it stands behind what asks for it there.
+        asking, kept = _asking(self.template, self.stops)
+        for asked in (prompt[history_end:], asking, kept):
+            place = text.rfind(asked, 0, self.own_start)
+            start = place + len(asked)
+            is_own = not self.before or not says_anything_of(self.before[-1], text[start : self.own_start])
+            if asked and place >= 0 and is_own:
+                given = prompt.removesuffix(asking.removeprefix(kept)) if asked == kept else prompt
+                return given + text[start:], len(given)
+        if parting >= self.own_start:  # the turn goes on behind the one before, and nothing begins it
+            return text, self.own_start
+        raise ValueError(
+            f"the chat template renders the turns before turn {len(self.before) + 1} in another way once that "
+            "is written, and what the model writes of it cannot be told; use another chat template or "
+            "data.train_on all"
+        )
 
 
-def _says_anything_of(message: Message | None, text: str) -> bool:
-    """Whether a text holds what a message says, or may hold it."""
-    if message is None:
-        return False
-    said = [message.get("content"), message.get("reasoning_content")]
-    said += [function_of(call)["name"] for call in message.get("tool_calls") or []]
-    words = [_squeeze(part) for part in said if isinstance(part, str) and part.strip()]
-    squeezed = _squeeze(text)
-    return not words or any(word in squeezed for word in words)
+def _asking(template: ChatTemplate, stops: StopTokens) -> tuple[str, str]:
+    """What the generation prompt usually is, and the part of it that finished turns begin with too."""
+    alone, asking, answered = template.examples
+    start = _before_token(stops, asking, len(common_start(alone, asking)))
+    kept = asking[start : _before_token(stops, answered, len(common_start(asking, answered)))]
+    return asking[start:], kept
 
 
 def _before_token(stops: StopTokens, text: str, place: int) -> int:
@@ -193,54 +279,6 @@ def _before_token(stops: StopTokens, text: str, place: int) -> int:
         if match.end() > place:
             return match.start()
     return place
-
-
-def _shape(template: ChatTemplate, conversation: Conversation, i: int, text: str, prompt: str) -> _Shape:
-    """What the template writes around the texts of turn `i`, as `text` ends with it."""
-    message = conversation.messages[i]
-    key = (
-        conversation.messages[i - 1]["role"] if i else None,
-        bool(message.get("content")),
-        _THOUGHT_END in (message.get("content") or ""),
-        bool(message.get("reasoning_content")),
-        len(message.get("tool_calls") or []),
-        bool(conversation.tools),
-        json.dumps(conversation.template_kwargs, sort_keys=True, default=str),
-    )
-    known: _Shape | None = template.turn_shapes.get(key)
-    if known is not None and text.endswith(known.tail):
-        return known
-    probe = _probe(template, conversation, i)
-    start = len(common_start(prompt, text, probe))
-    written = probe[start:]
-    places = [place for mark in (_CONTENT, _REASONING) if (place := written.find(mark)) >= 0]
-    shape = _Shape(
-        _common_suffix(text, probe),
-        written.count(_CONTENT),
-        written.count(_REASONING),
-        written[: min(places)] if places and prompt == probe[:start] else "",
-    )
-    template.turn_shapes[key] = shape
-    return shape
-
-
-def _probe(template: ChatTemplate, conversation: Conversation, i: int) -> str:
-    """The conversation up to turn `i` as text, with placeholders for that turn's texts."""
-    message = dict(conversation.messages[i])
-    calls = message.get("tool_calls")
-    if message.get("content") or not (calls or message.get("reasoning_content")):
-        message["content"] = _CONTENT
-    if message.get("reasoning_content"):
-        message["reasoning_content"] = _REASONING
-    if calls:
-        message["tool_calls"] = [
-            {**call, "function": {**function_of(call), "arguments": {_ARGUMENT: _ARGUMENT}}} for call in calls
-        ]
-    return template.render(replace(conversation, messages=[*conversation.messages[:i], message]))
-
-
-def _common_suffix(first: str, second: str) -> str:
-    return common_start(first[::-1], second[::-1])[::-1]
 
 
 def _find_stop(
@@ -297,125 +335,6 @@ def _next_turn_start(template: ChatTemplate, has_calls: bool, stops: StopTokens)
     return start
 
 
-# --- What the template made of a turn ---
-
-
-def _check_turn(
-    template: ChatTemplate,
-    conversation: Conversation,
-    i: int,
-    own: str,
-    shape: _Shape,
-    remarks: list[str],
-) -> None:
-    """Refuse a template that drops, repeats or rewrites what the turn says; `own` is what it made of it."""
-    message = conversation.messages[i]
-    content = message.get("content") or ""
-    if content.strip():
-        if shape.times_content == 0 and message.get("tool_calls"):
-            remarks.append("content beside tool_calls is not written")
-        elif shape.times_content != 1:
-            did = "leaves it out" if shape.times_content == 0 else "writes it more than once"
-            raise ValueError(_refusal(i, did))
-        elif not _holds(own, content):
-            _check_thought(template, conversation, i, content, remarks)
-    if reasoning := (message.get("reasoning_content") or "").strip():
-        if shape.times_reasoning == 0:
-            remarks.append("reasoning_content is not written")
-        elif not _holds(own, reasoning):
-            raise ValueError(f"the chat template does not render the reasoning of turn {i + 1} as it is")
-    for call in message.get("tool_calls") or []:
-        _check_call(function_of(call), i, own)
-
-
-def _check_thought(
-    template: ChatTemplate, conversation: Conversation, i: int, content: str, remarks: list[str]
-) -> None:
-    """Of a content with a thought in it a template may write the thought elsewhere, or leave it out."""
-    # The generation prompt may give the beginning of the content.
-    text = template.render(up_to(conversation, i + 1))
-    own = text[len(common_start(text, _probe(template, conversation, i))) :]
-    if _holds(own, content):
-        return
-    thought, closed, answer = content.rpartition(_THOUGHT_END)
-    if not closed or not _holds(own, answer):
-        raise ValueError(_refusal(i, "changes it"))
-    if not _holds(own, thought.partition("<think>")[2]):
-        remarks.append("the thought in an answer is not written")
-
-
-def _check_call(function: dict[str, Any], i: int, own: str) -> None:
-    name, arguments = function["name"], function.get("arguments") or {}
-    if name not in own:
-        raise ValueError(
-            f"the chat template leaves out the tool call {name!r} of turn {i + 1}; use another chat template"
-        )
-    if isinstance(arguments, str):
-        arguments = json.loads(arguments or "{}")
-    squeezed = _squeeze(own)
-    for leaf in _leaves(arguments):
-        if not any(_squeeze(form) in squeezed for form in _forms(leaf)):
-            raise ValueError(
-                f"the chat template does not render the arguments of the tool call {name!r} of turn {i + 1} "
-                f"as they are: {leaf!r:.60} is missing; use another chat template"
-            )
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """The keys and values of a JSON value that are not containers."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield key
-            yield from _leaves(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _leaves(inner)
-    else:
-        yield value
-
-
-def _forms(leaf: Any) -> Iterator[str]:
-    """How a template may write a key or value."""
-    yield str(leaf)
-    if isinstance(leaf, str):
-        yield json.dumps(leaf, ensure_ascii=False)[1:-1]
-        yield json.dumps(leaf)[1:-1]
-        yield repr(leaf)[1:-1]
-    else:
-        yield json.dumps(leaf)
-
-
-def _refusal(i: int, did: str) -> str:
-    return (
-        f"the chat template does not render the assistant's text as it is (turn {i + 1}): it {did}; "
-        "use another chat template or data.train_on all"
-    )
-
-
-def _holds(text: str, part: str) -> bool:
-    """Whether a text holds another, but for white space."""
-    return part.strip() in text or _squeeze(part) in _squeeze(text)
-
-
-def _squeeze(text: str) -> str:
-    return "".join(text.split())
-
-
-def _remarks_on_prompt(template: ChatTemplate, conversation: Conversation, text: str) -> Iterator[str]:
-    """What of the other turns and of the tools the template leaves out or changes."""
-    for tool in conversation.tools or []:
-        if tool.get("function", tool).get("name", "") not in text:
-            yield "tools is not written"
-            break
-    for message in conversation.messages:
-        content = message.get("content")
-        if message["role"] == "assistant" or not isinstance(content, str) or content.strip() in text:
-            continue
-        squeezed = _squeeze(text)
-        if not any(_squeeze(form) in squeezed for form in _forms(content.strip())):
-            yield f"the text of a {message['role']} turn is not written as it is"
-
-
 # --- Templates that mark what the model writes ---
 
 
@@ -441,23 +360,6 @@ def find_tagged(template: ChatTemplate, conversation: Conversation) -> tuple[lis
     remarks: list[str] = []
     own = "".join(text[start:end] for start, end in tagged)
     for i in trained:
-        _check_tagged(conversation.messages[i], i, own, remarks)
-    remarks.extend(_remarks_on_prompt(template, conversation, text))
+        remarks += check_tagged(conversation.messages[i], i + 1, own)
+    remarks.extend(remarks_on_prompt(conversation, text))
     return [Text(text, [Span(start, end - 1) for start, end in tagged if end > start])], remarks
-
-
-def _check_tagged(message: Message, i: int, own: str, remarks: list[str]) -> None:
-    """Refuse tags that leave out a part of what the turn says; `own` is all that is tagged."""
-    content = message.get("content") or ""
-    if not _holds(own, content):
-        thought, closed, answer = content.rpartition(_THOUGHT_END)
-        if message.get("tool_calls") and answer == content:
-            remarks.append("content beside tool_calls is not written")
-        elif not closed or not _holds(own, answer):
-            raise ValueError(_refusal(i, "leaves it out of its {% generation %} tags, or changes it"))
-        elif not _holds(own, thought.partition("<think>")[2]):
-            remarks.append("the thought in an answer is not written")
-    if not _holds(own, message.get("reasoning_content") or ""):
-        remarks.append("reasoning_content is not written")
-    for call in message.get("tool_calls") or []:
-        _check_call(function_of(call), i, own)

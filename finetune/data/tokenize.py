@@ -14,7 +14,6 @@ from finetune.data.targets import StopTokens, Text, find_tagged, find_targets, i
 IGNORE = -100  # the label of a token without loss, as everywhere in PyTorch
 # Whose text a token belongs to: a turn of that role, of any other role, or the template.
 ROLES = ("system", "user", "assistant", "other", "template")
-MIN_SHARED = 8  # tokens; a shorter prefix is not worth sharing
 
 
 class Tokens(NamedTuple):

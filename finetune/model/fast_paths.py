@@ -21,6 +21,7 @@ from finetune.model.loss import TokenLoss
 from finetune.ops import decoder_layer, elementwise, lora, operators, quantized
 from finetune.ops.attention import PACKED, describe_kernel
 from finetune.ops.quantized import dequantized, dropout_off
+from finetune.ops.token_rows import frozen_layer
 from finetune.runtime.accelerator import DTYPES
 from finetune.runtime.choice import Choice
 from finetune.runtime.memory import reset_peak_memory
@@ -94,6 +95,7 @@ def use_reference_paths(token_loss: TokenLoss) -> None:
 class _Trial:
     """The longest example as a padded sequence by itself, and after another example in a packed sequence.
 
+    If examples have branches, its second half is a branch there, behind other tokens that it does not see.
     Both have the same targets, at most TOKENS_COMPARED: the first token behind what the examples share, the
     last one, and others evenly between them.
     """
@@ -109,6 +111,8 @@ class _Trial:
         labels = [token if place in chosen else IGNORE for place, token in enumerate(tokens)]
         second = {"input_ids": tokens, "labels": labels}
         self.alone = pad([second]).to(accelerator.device)
+        if train_set.sequence_sizes is not None:
+            second = _as_branch(second, before, max(shared + 1, len(tokens) // 2))
         self.packed = pack([first, second]).to(accelerator.device)
         self._accelerator, self._token_loss = accelerator, token_loss
         self.device = accelerator.device
@@ -142,6 +146,20 @@ class _Trial:
         # By token, because a convolution would leak into the first tokens of an example only.
         difference = ((logits - expected).square().mean(-1) / expected.var(-1)).sqrt().max()
         return None if float(difference) < MAX_ROUNDING else "different results"
+
+
+def _as_branch(example: dict[str, Any], unseen: list[int], attach: int) -> dict[str, Any]:
+    """The example with all behind its first `attach` tokens as a branch, and the tokens `unseen` between."""
+
+    def around(column: str, between: list[int]) -> list[int]:
+        values: list[int] = example[column]
+        return values[:attach] + between + values[attach:]
+
+    return {
+        "input_ids": around("input_ids", unseen),
+        "labels": around("labels", [IGNORE] * len(unseen)),
+        "branches": [(attach + len(unseen), attach)],
+    }
 
 
 def _choose_kernels(config: Config, device: torch.device) -> Choice:
@@ -212,16 +230,17 @@ def _choose_head(config: Config, token_loss: TokenLoss, trial: _Trial) -> Choice
     reference = "all logits of target tokens" if token_loss.can_skip_logits else "logits of all tokens"
     if not config.fast.head:
         return Choice(name, reference, reference)
-    head = token_loss.base.get_output_embeddings()
+    outer = token_loss.base.get_output_embeddings()
+    head = frozen_layer(outer)
     if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
         return Choice(name, chunks, reference, "the head is trained, has a bias, or is no plain linear layer")
-    if trial.call(lambda batch: _computes_logits(token_loss, head, batch), trial.alone):
+    if trial.call(lambda batch: _computes_logits(token_loss, outer, batch), trial.alone):
         token_loss.head_mib = config.fast.head_mib
         return Choice(name, chunks, chunks)
     return Choice(name, chunks, reference, "the model's logits are not just its head's output")
 
 
-def _computes_logits(token_loss: TokenLoss, head: nn.Linear, batch: MicroBatch) -> bool:
+def _computes_logits(token_loss: TokenLoss, head: nn.Module, batch: MicroBatch) -> bool:
     """Whether the head's input is the decoder's hidden states, and its output is the logits.
 
     The head gets eight times its usual input, so that a soft cap on the logits would show.

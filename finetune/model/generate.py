@@ -12,6 +12,7 @@ from transformers import LogitsProcessorList
 from finetune.config_checks import LARGEST_WHOLE_NUMBER
 from finetune.data.chat_template import render, stop_ids
 from finetune.data.conversations import Conversation, Message
+from finetune.data.tokenize import IGNORE, encode
 from finetune.ops import quantized
 from finetune.ops.quantized import dropout_off, frozen_weight
 from finetune.runtime.accelerator import DTYPES
@@ -79,6 +80,22 @@ def encode_prompt(tokenizer: Any, conversation: Conversation | list[Message]) ->
         text = render(tokenizer, conversation, add_generation_prompt=True)
     tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return tokens
+
+
+def reference_answer(tokenizer: Any, conversation: Conversation) -> str:
+    """The answer that is the last turn of a conversation, in the form that `answer_prompts` gives answers.
+
+    Raises:
+        ValueError: as `encode`.
+    """
+    tokens = encode(tokenizer, conversation, "completion")
+    end = tokens.branches[0][0] if tokens.branches else len(tokens.input_ids)  # of the whole conversation
+    while tokens.labels[end - 1] == IGNORE:
+        end -= 1
+    start = end
+    while tokens.labels[start - 1] != IGNORE:
+        start -= 1
+    return _answer(tokenizer, tokens.input_ids[start:end], stop_ids(tokenizer)).text
 
 
 def require_room(model: Any, num_tokens: int, max_new_tokens: int) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from finetune.data.collate import Boundaries, MicroBatch
 from finetune.ops.chunked_head import ChunkedTokenSums, bytes_per_logit, chunked_token_stats, tokens_per_chunk
+from finetune.ops.token_rows import frozen_layer, rows_of
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,14 @@ class TokenLoss(nn.Module):
     def _through_head(
         self, function: Callable[..., Tensor], batch: MicroBatch, mib: int, *more: Tensor | None
     ) -> Tensor:
-        hidden, weight = self.target_hidden(batch), self.base.get_output_embeddings().weight
+        hidden, head = self.target_hidden(batch), self.base.get_output_embeddings()
+        weight, rows = frozen_layer(head).weight, rows_of(head)
         with torch.autocast(hidden.device.type, enabled=False):
             weight = weight.to(hidden.dtype)
             size = bytes_per_logit(hidden.dtype, hidden.device)
             chunk = tokens_per_chunk(mib, len(weight), size)
-            return function(hidden, weight, batch.target_ids, chunk, *more)
+            trained = (None, None) if rows is None else (rows.values, rows.ids)
+            return function(hidden, weight, batch.target_ids, chunk, *trained, *more)
 
     def target_logits(self, batch: MicroBatch) -> Tensor:
         """[N, vocabulary]: the logits at the target positions, in the precision of the forward pass."""

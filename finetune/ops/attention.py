@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from finetune.data.collate import Boundaries
+from finetune.data.segments import Segment
 from finetune.ops import kernels
 from finetune.ops.sequences import Sequences, separate
 
@@ -121,7 +122,7 @@ def _choose_implementation(query: Tensor, key: Tensor, value: Tensor) -> Impleme
 
 def _refuse_unsupported(boundaries: Boundaries, dropout: float, others: dict[str, Any]) -> None:
     window = others.pop("sliding_window", None)
-    if window is not None and window < boundaries.prefix + max(boundaries.lengths):
+    if window is not None and window < max(segment.num_keys for segment in boundaries.segments()):
         raise NotImplementedError("a sliding window shorter than an example")
     refused = sorted(name for name, value in others.items() if value is not None and name not in IGNORED)
     if others.get("is_causal") in (None, True):
@@ -139,7 +140,7 @@ def by_compiled_kernel(
     size = value.shape[-1]
     query, key, value = _pad_heads(max(query.shape[-1], size), query, key, value)
     attended: Tensor = _KernelAttention.apply(  # type: ignore[no-untyped-call]
-        query, key, value, boundaries.lengths, boundaries.prefix, scale
+        query, key, value, boundaries.segments(), scale
     )
     return attended[..., :size]
 
@@ -163,7 +164,7 @@ def _by_gpu_kernel(
 ) -> Tensor:
     size, sequences = value.shape[-1], separate(boundaries)
     query, key, value = _pad_heads(_padded_size(query, value), query, key, value)
-    attended: Tensor = function.apply(query, sequences.gather(key), sequences.gather(value), sequences, scale)
+    attended: Tensor = function.apply(query, key, value, sequences, scale)
     return attended[..., :size]
 
 
@@ -178,7 +179,7 @@ def _pad_heads(size: int, *tensors: Tensor) -> list[Tensor]:
 
 
 def by_example(query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries, scale: float) -> Tensor:
-    """An `Implementation` for CPUs: one call of torch's attention for each example."""
+    """An `Implementation` for CPUs: one call of torch's attention for each segment."""
     sequences, dtype = separate(boundaries), query.dtype
     grouped = query.shape[1] != key.shape[1]
     # On a CPU, torch's attention is two to four times slower in bf16, and less exact.
@@ -188,9 +189,11 @@ def by_example(query: Tensor, key: Tensor, value: Tensor, boundaries: Boundaries
     outputs = []
     for rows in zip(queries, keys, values, strict=True):
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in rows)
-        prefix = k.shape[2] - q.shape[2]
-        visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(prefix)
-        mask: dict[str, Any] = {"attn_mask": visible} if prefix > 0 else {"is_causal": True}  # faster kernels
+        context = k.shape[2] - q.shape[2]
+        visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(context)
+        mask: dict[str, Any] = (
+            {"attn_mask": visible} if context > 0 else {"is_causal": True}
+        )  # faster kernels
         outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped, **mask))
     return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1).to(dtype)
 
@@ -204,7 +207,7 @@ NAMES: dict[Implementation, str] = {
 
 
 class _FlashAttention(torch.autograd.Function):
-    """Attention [T, H, D] of query [T, H, D] to gathered keys and values [sum(num_keys), K, D].
+    """Attention [T, H, D] of query [T, H, D] to key and value [T, K, D].
 
     It calls the operator itself: torch's public function for it has other arguments in each version.
     """
@@ -215,26 +218,30 @@ class _FlashAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.lengths = max(sequences.num_queries), max(sequences.num_keys)
         starts = sequences.query_starts, sequences.key_starts
+        copies = sequences.copies_of(key, value)
         # Causal attention is aligned at the end of each sequence: its last query attends to its last key.
         output, logsumexp, seed, offset, _ = torch.ops.aten._flash_attention_forward(
-            query, key, value, *starts, *ctx.lengths, 0.0, True, False, scale=scale
+            query, *copies, *starts, *ctx.lengths, 0.0, True, False, scale=scale
         )
-        ctx.save_for_backward(query, key, value, output, logsumexp, *starts, seed, offset)
-        ctx.scale = scale
+        kept = copies if sequences.keeps_copies else (key, value)
+        ctx.save_for_backward(query, *kept, output, logsumexp, *starts, seed, offset)
+        ctx.sequences, ctx.scale = sequences, scale
         result: Tensor = output
         return result
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, seed, offset = ctx.saved_tensors
-        grads = torch.ops.aten._flash_attention_backward(
-            grad_output, *saved, *ctx.lengths, 0.0, True, seed, offset, scale=ctx.scale
+        query, key, value, *saved, seed, offset = ctx.saved_tensors
+        if not ctx.sequences.keeps_copies:
+            key, value = ctx.sequences.copies_of(key, value)
+        grad_query, *grads = torch.ops.aten._flash_attention_backward(
+            grad_output, query, key, value, *saved, *ctx.lengths, 0.0, True, seed, offset, scale=ctx.scale
         )
-        return *grads, None, None
+        return grad_query, *ctx.sequences.gradients_of(*grads), None, None
 
 
 class _EfficientAttention(torch.autograd.Function):
-    """Attention [T, H, D] of query [T, H, D] to gathered keys and values [sum(num_keys), K, D].
+    """Attention [T, H, D] of query [T, H, D] to key and value [T, K, D].
 
     The kernel takes as many heads of keys as of queries. The backward pass expands them again: to keep them
     would take H / K times the memory.
@@ -247,10 +254,10 @@ class _EfficientAttention(torch.autograd.Function):
         ctx.lengths = max(sequences.num_queries), max(sequences.num_keys)
         starts = sequences.query_starts, sequences.key_starts
         heads = query.shape[1]
+        copies = sequences.copies_of(key, value)
         output, logsumexp, seed, offset, *_ = torch.ops.aten._efficient_attention_forward(
             query.unsqueeze(0),
-            _expand_heads(key, heads),
-            _expand_heads(value, heads),
+            *(_expand_heads(x, heads) for x in copies),
             None,
             *starts,
             *ctx.lengths,
@@ -259,14 +266,17 @@ class _EfficientAttention(torch.autograd.Function):
             True,
             scale=scale,
         )
-        ctx.save_for_backward(query, key, value, output, logsumexp, *starts, seed, offset)
-        ctx.scale = scale
+        kept = copies if sequences.keeps_copies else (key, value)
+        ctx.save_for_backward(query, *kept, output, logsumexp, *starts, seed, offset)
+        ctx.sequences, ctx.scale = sequences, scale
         result: Tensor = output.squeeze(0)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, logsumexp, *starts, seed, offset = ctx.saved_tensors
+        if not ctx.sequences.keeps_copies:
+            key, value = ctx.sequences.copies_of(key, value)
         heads = query.shape[1]
         grad_query, *grads, _ = torch.ops.aten._efficient_attention_backward(
             grad_output.unsqueeze(0),
@@ -285,8 +295,8 @@ class _EfficientAttention(torch.autograd.Function):
             False,
             scale=ctx.scale,
         )
-        grad_key, grad_value = (grad.reshape(*key.shape[:2], -1, key.shape[2]).sum(2) for grad in grads)
-        return grad_query.squeeze(0), grad_key, grad_value, None, None
+        of_copies = (grad.reshape(*key.shape[:2], -1, key.shape[2]).sum(2) for grad in grads)
+        return grad_query.squeeze(0), *ctx.sequences.gradients_of(*of_copies), None, None
 
 
 def _expand_heads(x: Tensor, heads: int) -> Tensor:
@@ -307,16 +317,15 @@ class _KernelAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        lengths: tuple[int, ...],
-        prefix: int,
+        segments: tuple[Segment, ...],
         scale: float,
     ) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.settings = lengths, prefix, scale
-        return kernels.attention_forward(query, key, value, lengths, prefix, scale)
+        ctx.settings = segments, scale
+        return kernels.attention_forward(query, key, value, segments, scale)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         grads = kernels.attention_backward(query, key, value, grad_output, *ctx.settings)
-        return *grads, None, None, None
+        return *grads, None, None

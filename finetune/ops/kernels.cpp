@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -94,7 +95,7 @@ enum Purpose {
     RESULT,
     P,
     D_P,
-    D_PREFIX,
+    D_SHARED,
     PURPOSES
 };
 
@@ -166,21 +167,38 @@ template <typename T> struct Heads {
     T *at(int64_t t, int64_t h) const { return data + t * token + h * head; }
 };
 
-// An example, which also attends to the `before` tokens of the shared prefix; or that prefix itself.
+// Consecutive tokens, which also attend to the first `before` keys of an earlier sequence: a shared prefix, an
+// example behind it, or a branch that continues the beginning of an example.
 struct Sequence {
     int64_t first, count, before;
+    const Sequence *parent;
+    int64_t shared; // of its own tokens, the first ones that other sequences attend to
     int64_t keys() const { return before + count; }
     int64_t width() const { return round_up(keys(), LANES); }
-    int64_t token(int64_t key) const { return key < before ? key : first + key - before; }
+    int64_t token(int64_t key) const {
+        const Sequence *s = this;
+        while (key < s->before)
+            s = s->parent;
+        return s->first + key - s->before;
+    }
+    bool descends_from(const Sequence *other) const {
+        const Sequence *s = this;
+        while (s && s != other)
+            s = s->parent;
+        return s;
+    }
 };
 
-std::vector<Sequence> sequences_of(const int64_t *lengths, int64_t count, int64_t prefix) {
+// segments [count, 4]: the first token of each, their number, the number of its parent, and `before`.
+std::vector<Sequence> sequences_of(const int64_t *segments, int64_t count) {
     std::vector<Sequence> sequences;
-    if (prefix > 0)
-        sequences.push_back({0, prefix, 0});
-    int64_t first = prefix;
-    for (int64_t i = 0; i < count; first += lengths[i++])
-        sequences.push_back({first, lengths[i], prefix});
+    sequences.reserve(count); // so that none moves away from those that point to it
+    for (int64_t i = 0; i < count; i++, segments += 4) {
+        Sequence *const parent = segments[3] > 0 ? &sequences[segments[2]] : nullptr;
+        if (parent)
+            parent->shared = std::max(parent->shared, segments[3] - parent->before);
+        sequences.push_back({segments[0], segments[1], segments[3], parent, 0});
+    }
     return sequences;
 }
 
@@ -279,12 +297,12 @@ template <typename T> struct Attention {
     int64_t widest; // of the sequences
 
     // q [tokens, heads, size], k and v [tokens, key_heads, size]. `strides` holds the token stride and the
-    // head stride of q, k and v in turn. `lengths` [count] are those of the examples behind the prefix.
-    Attention(const T *q, const T *k, const T *v, const int64_t *strides, const int64_t *lengths,
-              int64_t count, int64_t prefix, int64_t heads, int64_t key_heads, int64_t size, float scale)
+    // head stride of q, k and v in turn.
+    Attention(const T *q, const T *k, const T *v, const int64_t *strides, const int64_t *segments,
+              int64_t count, int64_t heads, int64_t key_heads, int64_t size, float scale)
         : queries{q, strides[0], strides[1]}, keys{k, strides[2], strides[3]},
           values{v, strides[4], strides[5]}, size(size), scale(scale),
-          sequences(sequences_of(lengths, count, prefix)), padded(round_up(size, LANES)),
+          sequences(sequences_of(segments, count)), padded(round_up(size, LANES)),
           group(heads / key_heads), widest(widest_of(sequences)) {}
 };
 
@@ -332,9 +350,9 @@ inline void for_each_block(const Workspace<T> &work, const Sequence &s, int64_t 
 
 template <typename T>
 void attention_forward(const T *q, const T *k, const T *v, T *out, const int64_t *strides,
-                       const int64_t *lengths, int64_t count, int64_t prefix, int64_t heads,
-                       int64_t key_heads, int64_t size, float scale, int64_t threads) {
-    const Attention<T> in(q, k, v, strides, lengths, count, prefix, heads, key_heads, size, scale);
+                       const int64_t *segments, int64_t count, int64_t heads, int64_t key_heads, int64_t size,
+                       float scale, int64_t threads) {
+    const Attention<T> in(q, k, v, strides, segments, count, heads, key_heads, size, scale);
     const Heads<T> outputs{out, heads * size, size};
     const int64_t num = in.sequences.size(), padded = in.padded;
 #pragma omp parallel num_threads(threads)
@@ -355,20 +373,44 @@ void attention_forward(const T *q, const T *k, const T *v, T *out, const int64_t
     }
 }
 
+// Where the gradients of shared keys and values lie: of each sequence and key head, what it adds to those of its
+// first `before + shared` keys, then to their values.
+struct SharedKeys {
+    std::vector<int64_t> starts, rows;
+    std::vector<std::pair<int64_t, int64_t>> keys; // sequence and key of each shared token, in its own sequence
+    std::vector<std::vector<int64_t>> descendants; // of each sequence, in order
+    int64_t size = 0, padded;
+
+    SharedKeys(const std::vector<Sequence> &sequences, int64_t key_heads, int64_t padded)
+        : descendants(sequences.size()), padded(padded) {
+        for (size_t n = 0; n < sequences.size(); n++) {
+            const Sequence &s = sequences[n];
+            starts.push_back(size);
+            rows.push_back(s.before + s.shared);
+            size += rows[n] * 2 * padded * key_heads;
+            for (int64_t j = s.before; j < rows[n]; j++)
+                keys.push_back({n, j});
+            for (size_t m = n + 1; s.shared > 0 && m < sequences.size(); m++)
+                if (sequences[m].descends_from(&s))
+                    descendants[n].push_back(m);
+        }
+    }
+    int64_t place(int64_t n, int64_t key_head) const { return starts[n] + key_head * 2 * rows[n] * padded; }
+};
+
 // With P the probabilities and S the scores: dV = P' dO, dP = dO V', dS = P * (dP - rowsum(P * dP)),
 // dQ = scale dS K, dK = scale dS' Q. P is recomputed. All gradients are contiguous.
 template <typename T>
 void attention_backward(const T *q, const T *k, const T *v, const T *d_out, T *d_q, T *d_k, T *d_v,
-                        const int64_t *strides, const int64_t *lengths, int64_t count, int64_t prefix,
-                        int64_t heads, int64_t key_heads, int64_t size, float scale, int64_t threads) {
-    const Attention<T> in(q, k, v, strides, lengths, count, prefix, heads, key_heads, size, scale);
+                        const int64_t *strides, const int64_t *segments, int64_t count, int64_t heads,
+                        int64_t key_heads, int64_t size, float scale, int64_t threads) {
+    const Attention<T> in(q, k, v, strides, segments, count, heads, key_heads, size, scale);
     const Heads<const T> grads{d_out, heads * size, size};
     const Heads<T> d_queries{d_q, heads * size, size};
     const Heads<T> d_keys{d_k, key_heads * size, size}, d_values{d_v, key_heads * size, size};
     const int64_t num = in.sequences.size(), padded = in.padded, widest = in.widest;
-    // What each sequence adds to the gradients of the shared prefix: to its keys, then to its values.
-    const int64_t of_prefix = prefix * padded;
-    float *const d_prefix = memory(D_PREFIX, num * key_heads * 2 * of_prefix);
+    const SharedKeys of_sequence(in.sequences, key_heads, padded);
+    float *const d_shared = memory(D_SHARED, of_sequence.size);
 #pragma omp parallel num_threads(threads)
     {
         const Workspace<T> work(in);
@@ -399,27 +441,36 @@ void attention_backward(const T *q, const T *k, const T *v, const T *d_out, T *d
                     for (int64_t i = 0; i < b.count; i++)
                         store_all(work.result + i * padded, scale, size, d_queries.at(b.first + i, b.head));
                 });
-                float *const shared = d_prefix + (n * key_heads + key_head) * 2 * of_prefix;
-                std::copy(d_key_rows, d_key_rows + of_prefix, shared);
-                std::copy(d_value_rows, d_value_rows + of_prefix, shared + of_prefix);
-                for (int64_t j = prefix; j < s.keys(); j++) { // already scaled, as the queries are
+                const int64_t shared = s.before + s.shared;
+                float *const to = d_shared + of_sequence.place(n, key_head);
+                std::copy(d_key_rows, d_key_rows + shared * padded, to);
+                std::copy(d_value_rows, d_value_rows + shared * padded, to + shared * padded);
+                for (int64_t j = shared; j < s.keys(); j++) { // already scaled, as the queries are
                     store_all(d_key_rows + j * padded, 1, size, d_keys.at(s.token(j), key_head));
                     store_all(d_value_rows + j * padded, 1, size, d_values.at(s.token(j), key_head));
                 }
             }
+        const int64_t num_shared = of_sequence.keys.size();
 #pragma omp for collapse(2)
-        for (int64_t j = 0; j < prefix; j++)
+        for (int64_t i = 0; i < num_shared; i++)
             for (int64_t key_head = 0; key_head < key_heads; key_head++) {
-                float *const first = d_prefix + key_head * 2 * of_prefix + j * padded;
-                for (int64_t n = 1; n < num; n++) {
-                    const float *const more = first + n * key_heads * 2 * of_prefix;
+                const auto [n, j] = of_sequence.keys[i];
+                const Sequence &s = in.sequences[n];
+                float *const d_key = d_shared + of_sequence.place(n, key_head) + j * padded;
+                float *const d_value = d_key + (s.before + s.shared) * padded;
+                for (const int64_t m : of_sequence.descendants[n]) {
+                    const Sequence &other = in.sequences[m];
+                    if (other.before <= j)
+                        continue;
+                    const float *const more = d_shared + of_sequence.place(m, key_head) + j * padded;
+                    const int64_t values = (other.before + other.shared) * padded;
                     for (int64_t d = 0; d < padded; d++) {
-                        first[d] += more[d];
-                        first[of_prefix + d] += more[of_prefix + d];
+                        d_key[d] += more[d];
+                        d_value[d] += more[values + d];
                     }
                 }
-                store_all(first, 1, size, d_keys.at(j, key_head));
-                store_all(first + of_prefix, 1, size, d_values.at(j, key_head));
+                store_all(d_key, 1, size, d_keys.at(s.token(j), key_head));
+                store_all(d_value, 1, size, d_values.at(s.token(j), key_head));
             }
     }
 }

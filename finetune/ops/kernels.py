@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from finetune.data.segments import Segment
 from finetune.runtime.files import cache_dir
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -111,15 +112,13 @@ def _instruction_set() -> str:
 
 
 def attention_forward(
-    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], prefix: int, scale: float
+    query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], scale: float
 ) -> Tensor:
-    """Attention [T, H, D] of query [T, H, D] to key and value [T, K, D] within each example.
-
-    `lengths` are those of the examples behind the shared prefix of `prefix` tokens.
-    """
+    """Attention [T, H, D] of query [T, H, D] to key and value [T, K, D]: within each segment of the packed
+    sequence, and to its context."""
     query, key, value = (_with_contiguous_heads(x) for x in (query, key, value))
     output = query.new_empty(query.shape)
-    shapes = _attention_shapes(query, key, value, lengths, prefix, scale)
+    shapes = _attention_shapes(query, key, value, segments, scale)
     _call("attention_forward", query.dtype, query, key, value, output, *shapes)
     return output
 
@@ -129,14 +128,13 @@ def attention_backward(
     key: Tensor,
     value: Tensor,
     grad_output: Tensor,
-    lengths: tuple[int, ...],
-    prefix: int,
+    segments: tuple[Segment, ...],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, given the gradient of the output [T, H, D]."""
     query, key, value = (_with_contiguous_heads(x) for x in (query, key, value))
     grads = tuple(x.new_empty(x.shape) for x in (query, key, value))
-    shapes = _attention_shapes(query, key, value, lengths, prefix, scale)
+    shapes = _attention_shapes(query, key, value, segments, scale)
     _call("attention_backward", query.dtype, query, key, value, grad_output.contiguous(), *grads, *shapes)
     return grads[0], grads[1], grads[2]
 
@@ -146,18 +144,18 @@ def _with_contiguous_heads(x: Tensor) -> Tensor:
 
 
 def _attention_shapes(
-    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], prefix: int, scale: float
+    query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], scale: float
 ) -> list[Tensor | int | float]:
     strides = _integers(tuple(x.stride(dimension) for x in (query, key, value) for dimension in (0, 1)))
     _, heads, size = query.shape
     assert value.shape == key.shape
-    assert prefix + sum(lengths) == len(query) == len(key)
-    return [strides, _integers(lengths), len(lengths), prefix, heads, key.shape[1], size, float(scale)]
+    assert sum(segment.length for segment in segments) == len(query) == len(key)
+    return [strides, _integers(segments), len(segments), heads, key.shape[1], size, float(scale)]
 
 
 @lru_cache(maxsize=64)
-def _integers(numbers: tuple[int, ...]) -> Tensor:
-    return torch.tensor(numbers)
+def _integers(numbers: tuple[int, ...] | tuple[tuple[int, ...], ...]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ ROWS_NAMED = 5  # of those with which the template does something
 HISTOGRAM_BINS, HISTOGRAM_WIDTH = 16, 40
 LONG_LIST = 12  # a list of more entries is folded on the page
 LONG_TEXT, SHOWN_TEXT = 2_000, 600  # characters: the middle of a longer text that is only read is folded
-MOVED = "an earlier answer is written otherwise than when it was the last: it is trained as it was then"
+MOVED = "an answer is rewritten once others follow; it is trained as it was"
 
 
 class Table(NamedTuple):
@@ -127,7 +127,7 @@ def _template_table(audit: Audit) -> Table:
         (remark, f"{len(numbers):,}", f"{len(numbers) / len(audit.figures):.1%}", _such_as(numbers))
         for remark, numbers in sorted(found.items(), key=lambda item: -len(item[1]))
     ]
-    note = f"In all, {int(audit.figures['num_branches'].sum()):,} earlier answers are moved." if moved else ""
+    note = f"{int(audit.figures['num_branches'].sum()):,} answers are trained as they were." if moved else ""
     return Table("What the chat template does with rows", ("", "rows", "of all", "such as"), rows, note)
 
 
@@ -272,7 +272,9 @@ def print_view(view: AuditView) -> None:
         if len(entries) > ENTRIES_IN_TERMINAL:
             text += f"{separator}and {len(entries) - ENTRIES_IN_TERMINAL:,} more, on the page"
         console.print(Padding(Text(visible(text)), (0, 0, 0, 2)))
-    for row in [row for row in view.rows if row.split != "dropped"][:ROWS_IN_TERMINAL]:
+    worst = [row for row in view.rows if row.problems and row.split != "dropped"][: ROWS_IN_TERMINAL - 1]
+    sound = [row for row in view.rows if not row.problems][: ROWS_IN_TERMINAL - len(worst)]
+    for row in [*worst, *sound]:
         print_row(row)
     console.print(Text("\n[[trained on]] {{cut away}}: the rest is read, not learnt", style="dim"))
 

@@ -60,6 +60,11 @@ def _shown(audit: Audit, tokenizer: Any, row: Row, problems: Sequence[Problem]) 
         parts = [Part(_columns_of(row))]
     else:
         parts, remarks = trained_parts(row, tokenizer, audit.config.data)
+        if len(parts) > 1:
+            remarks = [
+                *remarks,
+                "answers are rewritten once others follow; as they were, they are trained below",
+            ]
     facts = {}
     if row.get("tools"):
         names = ", ".join(str(tool["function"]["name"]) for tool in row["tools"])
@@ -106,19 +111,21 @@ def print_row(row: ShownRow) -> None:
         console.print(Text(_shortened(visible(note)), style="cyan"))
     for part in row.parts:
         if part.context:
-            console.print(Text(f"\n{heading(part)}", style="bold"))
+            console.print(Text(heading(part), style="bold"))
         console.print(_marked(part.segments))
 
 
 def heading(part: Part) -> str:
     """What a branch of a row is."""
-    return f"An earlier answer, as the model writes it behind the first {part.num_context_tokens:,} tokens:"
+    return f"Earlier answers as they were, after the first {part.num_context_tokens:,} tokens above:"
 
 
 def _marked(segments: Sequence[Segment]) -> Text:
     text = Text()
     # Trained text is marked as one piece, although answer and end of turn differ in role.
-    for (trained, kept), run in groupby(segments, key=lambda s: (s.trained, s.kept)):
+    for (trained, kept, _), run in groupby(
+        segments, key=lambda s: (s.trained, s.kept, "" if s.trained else s.role)
+    ):
         piece = _shortened(visible("".join(segment.text for segment in run)))
         if not kept:
             text.append(f"{{{{{piece}}}}}", style="dim strike")

@@ -15,13 +15,13 @@ from rich.text import Text
 from torch import Tensor
 
 from finetune.config import DataConfig, described
+from finetune.data.conversations import Conversation, Message, Row, to_conversation
 from finetune.data.examples import Examples, tokenize_rows
 from finetune.data.plan import make_plan, plan_evaluation
-from finetune.data.rows import Rows, answer_of, find_leaks, iterate_rows, load_rows
+from finetune.data.rows import Rows, find_leaks, iterate_rows, load_rows
 from finetune.data.splits import fingerprint_of
-from finetune.data.tokenize import Message
 from finetune.model.fast_paths import choose_fast_paths
-from finetune.model.generate import Answer, generate_answers
+from finetune.model.generate import Answer, generate_answers, reference_answer
 from finetune.model.loss import TokenLoss
 from finetune.ops.quantized import dropout_off
 from finetune.report.intervals import Interval, difference_interval, mean_interval
@@ -61,6 +61,7 @@ class Written(NamedTuple):
     row_number: int
     conversation: list[Message]
     reference: str
+    """The row's answer, as the template writes it"""
     base: Answer
     tuned: Answer
 
@@ -208,6 +209,11 @@ def write_answers(
     ][:count]
     conversations = [conversation for _, conversation in asked]
 
+    def reference(row: Row, asked: Conversation) -> str:
+        whole = to_conversation(row, evaluated.data.system_prompt)
+        answered = replace(asked, messages=whole.messages[: len(asked.messages) + 1])
+        return reference_answer(opened.tokenizer, answered)
+
     def answers(model: AbstractContextManager[Any]) -> list[Answer]:
         found: list[Answer] = []
         with model:
@@ -223,7 +229,7 @@ def write_answers(
     with console.status(f"writing {len(asked)} answers by the tuned model"):
         by_tuned = answers(nullcontext())
     return [
-        Written(row["row_number"], conversation.messages, answer_of(row), base, tuned)
+        Written(row["row_number"], conversation.messages, reference(row, conversation), base, tuned)
         for (row, conversation), base, tuned in zip(asked, by_base, by_tuned, strict=True)
     ]
 

@@ -26,7 +26,8 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Keys that other parts of the card show, or that do not affect the weights.
 OMITTED_KEYS = (
     *("output_dir", "resume", "strict", "log.", "checkpoint.", "eval."),
-    *("data.path", "data.eval_path", "data.system_prompt", "model.name_or_path"),
+    *("data.path", "data.eval_path", "data.chat_template", "data.system_prompt"),
+    *("model.name_or_path", "model.adapter"),
 )
 
 
@@ -65,6 +66,8 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
     figures = result_figures(record)
     base = _describe_base(config.model)
     rows = environment.get("rows")  # older versions did not record the counts
+    origin = environment["model_adapter"]
+    rank = config.lora.r if origin is None else origin["largest_rank"]
     settings = {key: value for key, value in flatten(config_to_dict(config)).items() if value is not None}
     values = {
         "front_matter": yaml.safe_dump(_metadata(config, base), sort_keys=False, allow_unicode=True),
@@ -87,13 +90,16 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
         if rows
         else "",
         "data": environment["data"],
+        "chat_template": without_folder(config.data.chat_template or ""),
         "num_updates": record.num_steps,
         "global_batch_size": environment["global_batch_size"],
         "hardware": _hardware(environment),
         "python": environment["python"],
         "versions": ", ".join(f"{name} {version}" for name, version in environment["packages"].items()),
         "settings": [(key, value) for key, value in settings.items() if not key.startswith(OMITTED_KEYS)],
-        "vllm_rank": next((rank for rank in VLLM_RANKS if rank >= config.lora.r), None),
+        "vllm_rank": next((accepted for accepted in VLLM_RANKS if accepted >= rank), None),
+        "has_rows": bool(environment["token_rows"]),
+        "began_from": _began_from(origin),
     }
     # No HTML escaping: text from users is in code spans, which Markdown shows verbatim.
     markdown = Environment(
@@ -180,6 +186,15 @@ def _describe_base(config: ModelConfig) -> Base:
         arguments.append("trust_remote_code=True")
     is_starter, comment = config.name_or_path == "starter", "" if on_hub else "  # its folder"
     return Base(name, on_hub is not None, is_starter, gguf, ", ".join(arguments), comment)
+
+
+def _began_from(origin: dict[str, Any] | None) -> str:
+    """Name the adapter that the run began from, without this machine's folders; empty if there is none."""
+    if origin is None:
+        return ""
+    name = origin["run"] or without_folder(origin["path"])
+    after = "" if origin["step"] is None else f" after update {origin['step']}"
+    return f"{_code(name)}{after} (SHA-256 of its weights: {_code(origin['sha256'])})"
 
 
 def _eval_paths(config: Config) -> list[str]:

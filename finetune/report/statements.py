@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from finetune.config import Config, described
+from finetune.data.rows import text_of
 from finetune.report.intervals import Interval, between, signed
 from finetune.report.records import Change, Record, loss_changes_by_source, rounding
 from finetune.run.summary import launch_command
@@ -34,8 +35,9 @@ def lead(record: Record) -> str:
     config = record.config
     quantization = config.model.quantization
     base = "base not quantized" if quantization == "none" else f"base in {quantization}"
-    data = described(config.data.path)
-    return f"{config.model.name_or_path} ({base}) with LoRA r={config.lora.r}, on {data}"
+    data, adapter = described(config.data.path), config.model.adapter
+    began = "" if adapter is None else f", trained on from {adapter}"
+    return f"{config.model.name_or_path} ({base}) with LoRA r={config.lora.r}{began}, on {data}"
 
 
 # --- Before and after ---
@@ -176,7 +178,7 @@ def pair_answers(record: Record) -> list[Answers]:
     shown = [first, last] if len(lines) > 1 and asked[0] == asked[1] else [last]
     pairs = []
     for number, messages in enumerate(asked[1]):
-        turns = [(m["role"], m["content"]) for m in messages if m["role"] != "system"]
+        turns = [(m["role"], text_of(m)) for m in messages if m["role"] != "system"]
         texts = [(_after(line["step"]), line["answers"][number]["answer"]) for line in shown]
         pairs.append(Answers(turns, texts))
     return pairs

@@ -14,17 +14,17 @@ from safetensors import safe_open
 
 from finetune.config import Config, ModelConfig
 from finetune.config_parsing import config_to_yaml, parse_config
-from finetune.model.load import base_fingerprint, check_vocabulary, load_base, load_tokenizer
-from finetune.run.checkpoint import (
+from finetune.model.added_tokens import add_rows, token_ids_of
+from finetune.model.given_adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     MANIFEST,
-    STATE,
-    TRAINING_CONFIG,
     adapter_weights,
-    fault_of,
-    list_checkpoints,
+    read_raw_settings,
 )
+from finetune.model.load import base_fingerprint, check_vocabulary, load_base, load_tokenizer
+from finetune.ops import token_rows
+from finetune.run.checkpoint import STATE, TRAINING_CONFIG, fault_of, list_checkpoints
 from finetune.run.folder import CHAT_TEMPLATE, CONFIG, ENVIRONMENT, RESULT, read_environment
 from finetune.runtime.accelerator import choose_precision, create_accelerator
 from finetune.runtime.choice import Choice
@@ -98,7 +98,7 @@ def find_trained(path: Path, settings: Sequence[str] = ()) -> Trained:
     """
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder: name a run's folder, a checkpoint, or an adapter")
-    adapter, run_dir = _adapter_in(path), _run_of(path)
+    adapter, run_dir = _adapter_in(path), run_of(path)
     for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
         if not (adapter / name).is_file():
             raise ValueError(f"{path} holds no adapter: {adapter / name} is not there")
@@ -110,7 +110,8 @@ def find_trained(path: Path, settings: Sequence[str] = ()) -> Trained:
     if recorded.is_file():
         # The files beside an adapter may be anybody's: only the user decides whose code to run.
         fixed = [] if run_dir else ["--model.trust_remote_code", "false"]
-        if run_dir is not None and (run_dir / CHAT_TEMPLATE).is_file():  # the file it named may have changed
+        if run_dir and not own_tokenizer and (run_dir / CHAT_TEMPLATE).is_file():
+            # The file that the configuration names may have changed.
             fixed += ["--data.chat_template", str(run_dir / CHAT_TEMPLATE)]
         config = parse_config(["--config", str(recorded), *fixed, *settings])
         return Trained(adapter, config, run_dir, own_tokenizer)
@@ -141,7 +142,7 @@ def _adapter_in(path: Path) -> Path:
     raise ValueError(f"the run in {path} has not saved anything yet")
 
 
-def _run_of(path: Path) -> Path | None:
+def run_of(path: Path) -> Path | None:
     """The run's folder that `path` is, or that contains it as its adapter or one of its checkpoints."""
     here = path.resolve()
     return next((folder for folder in (here, here.parent, here.parent.parent) if _is_run(folder)), None)
@@ -184,6 +185,7 @@ def load_trained(trained: Trained) -> TrainedModel:
     tokenizer = load_trained_tokenizer(trained)
     base = load_base(config.model, precision.actual, accelerator.device)
     _check_base(trained, base)
+    add_rows_of(trained.adapter, base)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # checked below
@@ -195,7 +197,17 @@ def load_trained(trained: Trained) -> TrainedModel:
         ) from error
     _check_all_loaded(trained, model)
     check_vocabulary(model, tokenizer)
+    token_rows.enable(model)
     return TrainedModel(accelerator, precision, tokenizer, model)
+
+
+def add_rows_of(adapter: Path, base: Any) -> None:
+    """Give the base rows for the tokens that were added when the adapter was trained.
+
+    Raises:
+        ValueError: the adapter's configuration cannot be read.
+    """
+    add_rows(base, token_ids_of(read_raw_settings(adapter).get("trainable_token_indices")))
 
 
 def _check_base(trained: Trained, base: Any) -> None:

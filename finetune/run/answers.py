@@ -23,8 +23,8 @@ from finetune.data.cleaning import turns_asked
 from finetune.data.conversations import Conversation, to_conversation
 from finetune.data.rows import iterate_rows
 from finetune.model.generate import Answer, Sampler, answer_prompts, encode_prompt, require_room
+from finetune.model.given_adapter import ADAPTER_WEIGHTS
 from finetune.run.adapter import Trained, TrainedModel
-from finetune.run.checkpoint import ADAPTER_WEIGHTS
 from finetune.runtime.console import console
 from finetune.runtime.files import file_sha256, write_atomically
 

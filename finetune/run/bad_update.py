@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from finetune.data.collate import MicroBatch, iterate_batches
 from finetune.data.plan import Plan
+from finetune.data.segments import branches_of
 from finetune.data.splits import Data
 from finetune.data.tokenize import IGNORE
 from finetune.model.loss import TokenLoss
@@ -88,7 +89,8 @@ def _nll(token_loss: TokenLoss, batch: MicroBatch) -> Tensor:
 
 
 def _examples(rows: Sequence[dict[str, Any]], nlls: list[float], tokenizer: Any) -> list[dict[str, Any]]:
-    """One object an example; the targets of a micro-batch stand in the order of its examples."""
+    """One object an example; the targets of a micro-batch stand in the order of its examples, and of an
+    example in that of its tokens."""
     examples, left = [], iter(nlls)
     for row in rows:
         targets = [
@@ -103,6 +105,7 @@ def _examples(rows: Sequence[dict[str, Any]], nlls: list[float], tokenizer: Any)
                 "nll": _in_json(nll),
                 "num_tokens": len(row["input_ids"]),
                 "text": tokenizer.decode(row["input_ids"]),
+                "branches": [branch._asdict() for branch in branches_of(row)],
                 "targets": [{**target, "nll": _in_json(target["nll"])} for target in targets],
             }
         )

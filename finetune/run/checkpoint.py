@@ -12,12 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from finetune.config import CheckpointConfig, Config
 from finetune.model.flat_adapter import FlatAdapter
+from finetune.model.given_adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MANIFEST,
+    adapter_weights,
+    find_adapter,
+    load_weights,
+)
 from finetune.runtime.files import atomic_folder, file_sha256, tensor_bytes
 from finetune.runtime.processes import on_main
 from finetune.training.evaluate import best_of
@@ -26,13 +33,7 @@ from finetune.training.metrics import SumWindow
 from finetune.training.optim import state_bytes
 from finetune.training.optim_state import kind_of, load_state, split_state
 
-ADAPTER_WEIGHTS, ADAPTER_CONFIG, OPTIMIZER, STATE, MANIFEST = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "optimizer.safetensors",
-    "state.json",
-    "manifest.json",
-)
+OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 TRAINING_CONFIG = "training_config.yaml"  # beside a result: the configuration of its run
 
 CARD = "README.md"  # and what it is, as the Hugging Face Hub shows it
@@ -79,12 +80,16 @@ class Checkpointer:
         self._accelerator, self._window = accelerator, window
 
     def resume(self, source: Path | None, base: str) -> TrainState:
-        """Restore the checkpoint `source`, or start from scratch; `base` is the base model's fingerprint.
+        """Restore the checkpoint `source`; without one, start from scratch or from `model.adapter`.
+
+        `base` is the base model's fingerprint.
 
         Raises:
-            ValueError: as `load_checkpoint`.
+            ValueError: as `load_checkpoint` and `load_weights`.
         """
         if source is None:
+            if self.config.model.adapter is not None:
+                load_weights(find_adapter(self.config.model.adapter), self.trained.model)
             return TrainState(base)
         state = load_checkpoint(source, base, self.trained)
         if self._accelerator.is_main_process:  # sums over all ranks: they must count once
@@ -120,12 +125,6 @@ class Checkpointer:
     def estimate_bytes(self) -> int:
         """Approximate size of one checkpoint on disk."""
         return estimate_bytes(self.trained.model, self.config.optim.name)
-
-
-def adapter_weights(model: PeftModel) -> dict[str, Tensor]:
-    """The adapter's weights. By default PEFT asks the hub at each save whether the vocabulary has grown."""
-    weights: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return weights
 
 
 def checkpoints_dir(run_dir: Path) -> Path:

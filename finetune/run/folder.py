@@ -23,11 +23,12 @@ from finetune.config import Config, described, flatten
 from finetune.config_parsing import config_to_dict, config_to_yaml, with_current_values
 from finetune.data.plan import Plan
 from finetune.data.splits import Data, fingerprint_of
+from finetune.model import given_adapter
 from finetune.run.checkpoint import checkpoints_dir, fault_of, list_checkpoints
 from finetune.runtime.files import require_room, write_atomically
 
-CONFIG, ENVIRONMENT, RESULT = "config.yaml", "environment.json", "adapter"
-CHAT_TEMPLATE = "chat_template.jinja"
+CONFIG, ENVIRONMENT = given_adapter.RUN_FILES
+RESULT, CHAT_TEMPLATE = given_adapter.RESULT, "chat_template.jinja"
 METRICS, ANSWERS, EVALUATIONS = "metrics.jsonl", "answers.jsonl", "evaluations"
 SOURCE = "source"
 EXAMPLE_SUMS = ["nll", "entropy", "correct", "num_target_tokens"]
@@ -141,10 +142,10 @@ def training_config(config: Config) -> str:
     """The configuration (YAML) without the keys that do not change what an update is, so that two runs which
     make the same updates write the same text."""
     kept: dict[str, Any] = {}
-    for key, value in flatten(config_to_dict(config)).items():
-        if not key.startswith(FREE_KEYS):
-            section, _, name = key.partition(".")
-            kept.setdefault(section, {})[name] = value
+    for section, keys in config_to_dict(config).items():
+        for name, value in keys.items() if isinstance(keys, dict) else ():
+            if not f"{section}.{name}".startswith(FREE_KEYS):
+                kept.setdefault(section, {})[name] = value
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
 
 
@@ -245,8 +246,9 @@ def _with_current_names(environment: dict[str, Any]) -> dict[str, Any]:
         for choice in environment.get("settings", [])
     ]
     int8 = "dequantize" if environment["int8"] == "dequantise" else environment["int8"]
-    budget = environment.get("token_budget")  # older runs chose none
-    return {**environment, "int8": int8, "token_budget": budget, "settings": choices}
+    # Older runs chose no budget, began from no adapter, and trained no rows of added tokens.
+    later: dict[str, Any] = {"token_budget": None, "model_adapter": None, "token_rows": []}
+    return {**later, **environment, "int8": int8, "settings": choices}
 
 
 def _started_from(folder: Path) -> Path | None:

@@ -103,7 +103,7 @@ def show_end(
         loss = f"{first['loss']:.4f}"
         if "loss_error" in first:
             loss += f" by more than the error of both ({first['loss_error']:.4f})"
-        say(f"No evaluation after training had a lower loss than the untrained model's {loss}.")
+        say(f"No evaluation after training had a lower loss than that before it, {loss}.")
     if config.checkpoint.keep_best and of_adapter:
         say(f"The adapter is the one after update {adapter_step}, which had the lowest eval loss.")
     say(f"adapter      {run_dir / 'adapter'}")

@@ -21,6 +21,7 @@ from finetune.data.by_source import several_sources, source_of_each
 from finetune.data.conversations import Conversation
 from finetune.data.examples import Examples
 from finetune.data.plan import Plan
+from finetune.data.rows import text_of
 from finetune.model.generate import Answer
 from finetune.run.folder import ANSWERS, METRICS, read_lines, write_example_sums
 from finetune.run.summary import SHOWN
@@ -141,7 +142,7 @@ class Tracker:
 
     def _show_answers(self, step: int, entries: Sequence[dict[str, Any]]) -> None:
         for number, entry in enumerate(entries, 1):
-            question = _as_markdown(entry["messages"][-1]["content"] or "")
+            question = _as_markdown(text_of(entry["messages"][-1]))
             text = f"**{question}**\n\n{_as_markdown(entry['answer'])}"
             self._accelerator.log({f"answers/{number}": text}, step=step)
 

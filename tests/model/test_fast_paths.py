@@ -443,6 +443,26 @@ def test_an_attention_that_computes_something_else_is_not_used(monkeypatch):
     assert_same_sums(sums_of(token_loss, packing=True), expected)
 
 
+@pytest.mark.parametrize("with_branches", [True, False])
+def test_an_attention_that_ignores_branches_is_not_used_where_examples_have_some(monkeypatch, with_branches):
+    choose_implementation = attention._choose_implementation
+
+    def ignoring(query: Tensor, key: Tensor, value: Tensor, boundaries: Any, scale: float) -> Tensor:
+        make = choose_implementation(query, key, value)
+        return make(query, key, value, boundaries._replace(branches=()), scale)
+
+    examples: list[dict[str, Any]] = [{**one, "branches": []} for one in random_examples(LENGTHS)]
+    if with_branches:
+        examples[0]["branches"] = [[12, 7], [15, 10]]
+    data = Examples(Dataset.from_list(examples), truncated=[], dropped={})
+    token_loss, accelerator = TokenLoss(with_adapter(built("qwen2"))), Accelerator(cpu=True)
+    assert all_are_as_requested(choose_fast_paths(Config(), accelerator, token_loss, data))
+    let_attention_be_computed_by(ignoring, monkeypatch)
+    chosen = choose_fast_paths(Config(), accelerator, token_loss, data)
+    assert chosen.attention.actual == ("sdpa" if with_branches else PACKED_NAME)
+    assert chosen.packed
+
+
 class LargestLogits(TorchDispatchMode):
     """The most rows of a floating-point tensor with a column for each token of the vocabulary."""
 

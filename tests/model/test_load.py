@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from finetune.config import Config, LoraConfig, ModelConfig, TrainConfig
+from finetune.data.chat_template import stop_ids
 from finetune.data.collate import collate
 from finetune.model.load import count_parameters, load_base, load_model, load_tokenizer
 from finetune.model.loss import TokenLoss
@@ -357,6 +358,43 @@ def test_a_gguf_file_gives_the_model_the_tokenizer_and_a_trainable_adapter(gguf_
 def test_a_gguf_file_is_not_quantized_again(quantization, gguf_file):
     with pytest.raises(ValueError, match=r"model\.quantization to none"):
         load_base(ModelConfig(name_or_path=str(gguf_file), quantization=quantization), "bf16", CPU)
+
+
+def with_ends(folder: Path, **ends: Any) -> Path:
+    """A folder of a tokenizer whose EOS is <|im_end|>, where these files name tokens at which to stop."""
+    tiny_tokenizer().save_pretrained(folder)
+    for name, ids in ends.items():
+        (folder / f"{name}.json").write_text(json.dumps({"eos_token_id": ids, "model_type": "qwen2"}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ({"generation_config": [0, 2], "config": 5}, {0, 2}),
+        ({"generation_config": None, "config": 5}, {2, 5}),
+        ({"config": [7, 8]}, {2, 7, 8}),
+        ({"generation_config": 0}, {0, 2}),
+    ],
+)
+def test_generation_stops_where_the_generation_config_says_and_at_eos(tmp_path, ends, expected):
+    config = Config(model=ModelConfig(name_or_path=str(with_ends(tmp_path, **ends))))
+    assert stop_ids(load_tokenizer(config)) == expected
+
+
+def test_generation_stops_at_the_end_of_the_templates_turn(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = "<|endoftext|>"
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(Config(model=ModelConfig(name_or_path=str(tmp_path))))
+    assert (stop_ids(loaded), loaded.eos_token) == ({0, 2}, "<|endoftext|>")
+
+
+def test_a_generation_config_that_cannot_be_read_is_named(tmp_path):
+    with_ends(tmp_path)
+    (tmp_path / "generation_config.json").write_text("[")
+    with pytest.raises(ValueError, match=r"its generation_config\.json cannot be read"):
+        load_tokenizer(Config(model=ModelConfig(name_or_path=str(tmp_path))))
 
 
 # What cannot be loaded

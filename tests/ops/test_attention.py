@@ -1,7 +1,7 @@
 """Attention within each example of a packed sequence, against a plain computation in fp64, by example."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from finetune.data.collate import Boundaries
+from finetune.data.segments import Branch
 from finetune.ops import kernels
 from finetune.ops.attention import describe_kernel, flash_obstacle, packed_attention
 from finetune.ops.sequences import separate
@@ -36,9 +37,12 @@ def _with_and_without_kernels(cpu_kernels: None) -> None:
     pass
 
 
-def make_boundaries(lengths: list[int], prefix: int = 0) -> Boundaries:
+def make_boundaries(
+    lengths: list[int], prefix: int = 0, branches: Sequence[Sequence[Branch]] = ()
+) -> Boundaries:
     starts = [prefix + sum(lengths[:number]) for number in range(len(lengths) + 1)]
-    return Boundaries(tuple(lengths), torch.tensor(starts, dtype=torch.int32), prefix)
+    of_examples = tuple(tuple(own) for own in branches)
+    return Boundaries(tuple(lengths), torch.tensor(starts, dtype=torch.int32), prefix, of_examples)
 
 
 def random_inputs(
@@ -153,11 +157,106 @@ def test_the_sequences_are_what_a_variable_length_kernel_takes():
     assert sequences.key_starts.tolist() == [0, 2, 6, 11]
     assert sequences.shared.key_indices.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5, 6]
     assert sequences.shared.copies.tolist() == [0, 1, 2, 3, 6, 7]
+    assert sequences.shared.groups == ((3, 2),)
     assert sequences.shared.own.tolist() == [4, 5, 8, 9, 10]
+    assert sequences.shared.order is None
     boundaries = make_boundaries([2, 3])
     alone = separate(boundaries)
     assert (alone.num_queries, alone.num_keys, alone.shared) == ([2, 3], [2, 3], None)
     assert alone.query_starts is alone.key_starts is boundaries.starts
+
+
+def test_a_branch_is_a_sequence_with_the_keys_of_what_it_continues():
+    sequences = separate(make_boundaries([6, 1], 1, [[Branch(4, 3), Branch(6, 2)], []]))
+    assert (sequences.num_queries, sequences.num_keys) == ([1, 3, 2, 1, 1], [1, 4, 5, 3, 2])
+    shared = sequences.shared
+    assert shared.key_indices.tolist() == [0, 0, 1, 2, 3, 0, 1, 2, 4, 5, 0, 1, 6, 0, 7]
+    assert shared.groups == ((5, 1), (3, 1), (2, 1))  # the tokens 0; 1; 2
+    assert shared.copies.tolist() == [0, 1, 5, 10, 13, 2, 6, 11, 3, 7]
+    assert shared.own.tolist() == [4, 8, 9, 12, 14]
+    assert shared.order is None
+    apart = separate(make_boundaries([3, 2], 0, [[Branch(2, 1)], []])).shared
+    assert apart.groups == ((2, 1),)
+    assert apart.order is None
+    alone = separate(make_boundaries([3, 2], 0, [[Branch(2, 0)], []]))
+    assert (alone.num_queries, alone.shared) == ([2, 1, 2], None)
+    assert alone.query_starts.tolist() == alone.key_starts.tolist() == [0, 2, 3, 5]
+    later = separate(make_boundaries([2, 3], 0, [[], [Branch(2, 1)]])).shared
+    assert later.copies.tolist() == [2, 4]
+    assert later.own.tolist() == [0, 1, 3, 5]
+    assert later.order.tolist() == [1, 2, 0, 3, 4]
+
+
+class Comb(NamedTuple):
+    """The branches of some examples; `lengths` include what they share."""
+
+    lengths: list[int]
+    branches: list[list[Branch]]
+    prefix: int = 0
+
+    @property
+    def boundaries(self) -> Boundaries:
+        return make_boundaries([length - self.prefix for length in self.lengths], self.prefix, self.branches)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.prefix + sum(length - self.prefix for length in self.lengths)
+
+
+@st.composite
+def combs(draw: st.DrawFn) -> Comb:
+    prefix = draw(st.just(0) | st.integers(1, 90))
+    lengths, branches = [], []
+    for _ in range(draw(st.integers(1, 3))):
+        length = trunk = prefix + draw(st.integers(1, 100))
+        own = []
+        for _ in range(draw(st.integers(0, 3))):
+            lowest = 0 if prefix == 0 else prefix + 1
+            own.append(Branch(length, draw(st.integers(lowest, trunk))))
+            length += draw(st.integers(1, 10) | st.integers(1, 100))
+        lengths.append(length)
+        branches.append(own)
+    return Comb(lengths, branches, prefix)
+
+
+def comb_reference(query: Tensor, key: Tensor, value: Tensor, comb: Comb, scale: float) -> Tensor:
+    """[1, T, H, D] in fp64, with a mask drawn token by token."""
+    prefix, sees, end = comb.prefix, torch.eye(comb.num_tokens, dtype=torch.bool), comb.prefix
+    for query_place in range(prefix):
+        sees[query_place, : query_place + 1] = True
+    for length, branches in zip(comb.lengths, comb.branches, strict=True):
+        first = end
+        for own in range(length - prefix):
+            place, start, seen = first + own, first, own + 1
+            for branch in branches:
+                if own >= branch.start - prefix:
+                    start, seen = first + branch.start - prefix, own + 1 - (branch.start - prefix)
+                    sees[place] = False
+                    sees[place, first : first + branch.attach - prefix] = True
+            sees[place, :prefix] = True
+            sees[place, start : start + seen] = True
+        end += length - prefix
+    group = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
+    scores = (query @ key.transpose(2, 3) * scale).masked_fill(~sees, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+TWO_COMBS = Comb([75, 60, 20], [[Branch(40, 33), Branch(44, 40)], [], [Branch(12, 7), Branch(19, 7)]], 5)
+
+
+@fp32_and_bf16
+@any_sequence
+@given(comb=combs(), heads=heads, seed=st.integers(0, 999))
+@example(comb=Comb([20], [[Branch(5, 0), Branch(9, 0)]]), heads=(2, 2), seed=0)
+@example(comb=TWO_COMBS, heads=(4, 2), seed=0)
+@example(comb=Comb([2 * BLOCK], [[Branch(BLOCK, BLOCK)]]), heads=(6, 1), seed=0)
+def test_a_branch_attends_to_itself_and_to_what_it_continues(dtype, tolerance, comb, heads, seed):
+    inputs = random_inputs(comb.num_tokens, *heads, 8, dtype, seed)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = comb_reference(*exact, comb, 0.3)
+    output, _ = packed_attention(None, *inputs, None, boundaries=comb.boundaries, scaling=0.3)
+    assert_near(output, inputs, expected, exact, tolerance, seed)
 
 
 def test_the_default_scale_is_one_over_the_root_of_the_head_size():
@@ -234,6 +333,15 @@ def test_arguments_that_change_nothing_are_accepted(others):
     assert torch.equal(attend(inputs, [3, 7], **others), attend(inputs, [3, 7]))
 
 
+def test_a_sliding_window_must_hold_a_branch_and_what_it_continues():
+    inputs, boundaries = random_inputs(9, 2, 1, 8), make_boundaries([9], 0, [[Branch(5, 4)]])
+    expected, _ = packed_attention(None, *inputs, None, boundaries=boundaries)
+    output, _ = packed_attention(None, *inputs, None, boundaries=boundaries, sliding_window=8)
+    assert torch.equal(output, expected)
+    with pytest.raises(NotImplementedError, match="sliding window"):
+        packed_attention(None, *inputs, None, boundaries=boundaries, sliding_window=7)
+
+
 def test_without_boundaries_it_is_transformers_sdpa():
     module = nn.Module()
     module.is_causal, module.num_key_value_groups, module.training = True, 2, False
@@ -273,6 +381,28 @@ def test_on_a_gpu_one_kernel_computes_all_examples(card, dtype, prefix, count, s
     assert_near(output, inputs, expected, exact, 1e-5 if dtype == torch.float32 else 2e-2, seed=0)
     kind = "flash" if capability >= (8, 0) and dtype != torch.float32 else "efficient"
     assert called == [f"{kind}_forward", f"{kind}_backward"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("comb", [TWO_COMBS, Comb([30], [[Branch(20, 20)]]), Comb([9], [[Branch(4, 0)]])])
+def test_on_a_gpu_one_kernel_computes_all_branches(card, dtype, comb):
+    _, called = card
+    inputs = random_inputs(comb.num_tokens, 4, 2, 16, dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = comb_reference(*exact, comb, 0.3)
+    output, _ = packed_attention(None, *inputs, None, boundaries=comb.boundaries, scaling=0.3)
+    assert_near(output, inputs, expected, exact, 1e-5 if dtype == torch.float32 else 2e-2, seed=0)
+    assert len(called) == 2
+
+
+def test_on_a_gpu_no_copy_of_what_branches_continue_is_kept(card):
+    comb = Comb([90], [[Branch(50 + 10 * number, 50) for number in range(4)]])
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        inputs = random_inputs(comb.num_tokens, 4, 2, 16, torch.bfloat16)
+        packed_attention(None, *inputs, None, boundaries=comb.boundaries)
+    assert separate(comb.boundaries).num_keys == [50, 60, 60, 60, 60]
+    assert sum(x.numel() for x in saved) < 2 * sum(x.numel() for x in inputs)
 
 
 def test_on_a_gpu_the_model_decides_the_scale_and_the_size_of_the_values(card):
@@ -336,11 +466,13 @@ class Operations(TorchDispatchMode):
         return results
 
 
-@pytest.mark.parametrize("prefix", [0, 13])
-def test_no_gradient_is_filled_with_zeros_or_scattered(card, prefix):
-    lengths = [70, 5, 33]
-    inputs = random_inputs(prefix + sum(lengths), 4, 2, 16, torch.float16)
-    boundaries = make_boundaries(lengths, prefix)
+@pytest.mark.parametrize(
+    "boundaries",
+    [make_boundaries([70, 5, 33]), make_boundaries([70, 5, 33], 13), TWO_COMBS.boundaries],
+    ids=["no prefix", "prefix", "branches"],
+)
+def test_no_gradient_is_filled_with_zeros_or_scattered(card, boundaries):
+    inputs = random_inputs(int(boundaries.starts[-1]), 4, 2, 16, torch.float16)
     with Operations() as operations:
         output, _ = packed_attention(None, *inputs, None, boundaries=boundaries)
         torch.autograd.grad(output, inputs, output.detach())

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from finetune.data.collate import Boundaries
+from finetune.data.segments import Branch, Segment, segments_of
 from finetune.ops import kernels
 from finetune.ops.attention import packed_attention
 from finetune.ops.quantized import frozen_weight
@@ -35,6 +36,10 @@ def _three_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+def one_after_another(*lengths: int) -> tuple[Segment, ...]:
+    return segments_of(lengths, 0, ())
 
 
 def values_of(logits: Tensor, target_ids: Tensor) -> Tensor:
@@ -83,7 +88,7 @@ def test_what_is_no_number_stays_none(dtype, no_number, place):
 
     x = torch.randn(41, 1, 16).to(dtype)
     x[place, 0, 3] = no_number
-    output = kernels.attention_forward(x, x, x, (41,), 0, 1.0)
+    output = kernels.attention_forward(x, x, x, one_after_another(41), 1.0)
     assert output[place:].isfinite().all(-1).logical_not().all()
 
 
@@ -119,13 +124,14 @@ def attention_inputs(num_tokens: int, heads: int, key_heads: int, size: int) -> 
 
 @pytest.mark.usefixtures("_three_threads")
 def test_the_number_of_threads_changes_no_bit():
-    lengths, prefix = (70, 3, 120, 33), 19
-    query, key, value, grad = attention_inputs(sum(lengths) + prefix, 6, 2, 64)
+    branches = [[], [], [Branch(71, 40), Branch(99, 71)], []]
+    segments = segments_of((70, 3, 120, 33), 19, branches)
+    query, key, value, grad = attention_inputs(245, 6, 2, 64)
     logits, target_ids = torch.randn(50, 999).bfloat16(), torch.randint(999, (50,))
     weight = torch.rand(64).bfloat16()
 
     def computed() -> list[Tensor]:
-        settings: tuple[Any, ...] = (lengths, prefix, 0.125)
+        settings: tuple[Any, ...] = (segments, 0.125)
         attended = kernels.attention_forward(query, key, value, *settings)
         grads = kernels.attention_backward(query, key, value, grad, *settings)
         own = logits.clone()
@@ -144,18 +150,18 @@ def test_the_number_of_threads_changes_no_bit():
 
 
 def test_heads_may_lie_apart_and_be_of_any_size():
-    lengths = (9, 40)
+    segments = one_after_another(9, 40)
     for size in (1, 7, 16, 33):
         query, key, value, grad = attention_inputs(49, 4, 2, size)
-        expected = kernels.attention_forward(query, key, value, lengths, 0, 0.2)
-        expected_grads = kernels.attention_backward(query, key, value, grad, lengths, 0, 0.2)
+        expected = kernels.attention_forward(query, key, value, segments, 0.2)
+        expected_grads = kernels.attention_backward(query, key, value, grad, segments, 0.2)
         fused = torch.cat([query, key, value], dim=1)  # one projection for all three
         views = fused.split([4, 2, 2], dim=1)
-        assert torch.equal(kernels.attention_forward(*views, lengths, 0, 0.2), expected)
-        got = kernels.attention_backward(*views, grad, lengths, 0, 0.2)
+        assert torch.equal(kernels.attention_forward(*views, segments, 0.2), expected)
+        got = kernels.attention_backward(*views, grad, segments, 0.2)
         assert all(torch.equal(new, old) for new, old in zip(got, expected_grads, strict=True))
         turned = [x.transpose(0, 2).contiguous().transpose(0, 2) for x in (query, key, value)]
-        assert torch.equal(kernels.attention_forward(*turned, lengths, 0, 0.2), expected)
+        assert torch.equal(kernels.attention_forward(*turned, segments, 0.2), expected)
 
 
 @pytest.mark.parametrize("size", [16, 40])
@@ -179,10 +185,12 @@ def test_values_may_be_of_another_size_than_queries(size):
 def test_an_integer_scale_is_the_number_that_it_is():
     query, key, value, grad = attention_inputs(9, 4, 2, 8)
     for scale in (1, 2):
-        expected = kernels.attention_forward(query, key, value, (4, 5), 0, float(scale))
-        assert torch.equal(kernels.attention_forward(query, key, value, (4, 5), 0, scale), expected)
-        exact = kernels.attention_backward(query, key, value, grad, (4, 5), 0, float(scale))
-        got = kernels.attention_backward(query, key, value, grad, (4, 5), 0, scale)
+        expected = kernels.attention_forward(query, key, value, one_after_another(4, 5), float(scale))
+        assert torch.equal(
+            kernels.attention_forward(query, key, value, one_after_another(4, 5), scale), expected
+        )
+        exact = kernels.attention_backward(query, key, value, grad, one_after_another(4, 5), float(scale))
+        got = kernels.attention_backward(query, key, value, grad, one_after_another(4, 5), scale)
         assert all(torch.equal(new, old) for new, old in zip(got, exact, strict=True))
 
 
@@ -201,8 +209,8 @@ def test_a_token_that_cannot_be_adds_nothing_to_the_entropy():
 
 def test_nothing_gives_nothing():
     empty = torch.empty(0, 4, 8)
-    assert kernels.attention_forward(empty, empty, empty, (), 0, 1.0).shape == (0, 4, 8)
-    assert [len(x) for x in kernels.attention_backward(empty, empty, empty, empty, (), 0, 1.0)] == [0, 0, 0]
+    assert kernels.attention_forward(empty, empty, empty, (), 1.0).shape == (0, 4, 8)
+    assert [len(x) for x in kernels.attention_backward(empty, empty, empty, empty, (), 1.0)] == [0, 0, 0]
     assert kernels.token_stats(torch.empty(0, 9), torch.empty(0).long(), True).shape == (0, 3)
 
 

@@ -2,15 +2,22 @@
 
 import json
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import read_metrics
 from safetensors.torch import load_file
+from tiny import built, with_adapter
 
 from finetune.__main__ import main
+from finetune.data.plan import Layout, Plan
+from finetune.data.tokenize import IGNORE
 from finetune.model.loss import TokenLoss, TokenSums, reference_token_sums
 from finetune.ops.chunked_head import ChunkedTokenSums
+from finetune.run.bad_update import examine_update
 
 # Weights that a huge step makes so large that the next forward pass overflows.
 DIVERGING = {"optim__name": "sgd", "optim__learning_rate": 1e30, "optim__max_grad_norm": 0}
@@ -130,6 +137,29 @@ def test_replay_refuses_in_one_line_what_it_cannot_repeat(run_train, capfd, brea
     assert error.startswith("error: ")
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_the_report_of_an_example_with_branches_is_the_same_in_every_layout():
+    ids = [*range(1, 10), 12, 13, 14, 15]
+    comb = {"input_ids": ids, "labels": [IGNORE] * 5 + ids[5:], "branches": [[9, 6], [11, 6]]}
+    plain = {"input_ids": ids[:4], "labels": [IGNORE, *ids[1:4]], "branches": []}
+    dataset = [{**comb, "row_number": 1}, {**plain, "row_number": 2}]
+    token_loss, tokenizer = TokenLoss(with_adapter(built("qwen2"))), SimpleNamespace(decode=str)
+    lengths, counts = np.array([13, 4]), np.array([8, 3])
+    reports = []
+    for packing in (True, False):
+        layout = Layout(packing, micro_batch_size=4, max_tokens=60)
+        plan = Plan(lengths, counts, layout, global_batch_size=2, num_epochs=1, seed=0)
+        record = examine_update(Accelerator(cpu=True), token_loss, plan, 0, dataset, tokenizer)
+        (batch,) = record["micro_batches"]
+        reports.append(sorted(batch["examples"], key=lambda example: example["row_number"]))
+    assert reports[0][0]["branches"] == [{"start": 9, "attach": 6}, {"start": 11, "attach": 6}]
+    assert [target["position"] for target in reports[0][0]["targets"]] == list(range(5, 13))
+    for packed, padded in zip(*reports, strict=True):
+        nlls = [[target.pop("nll") for target in one["targets"]] for one in (packed, padded)]
+        assert nlls[0] == pytest.approx(nlls[1], rel=1e-5)
+        assert packed.pop("nll") == pytest.approx(padded.pop("nll"), rel=1e-5)
+        assert packed == padded
 
 
 def test_a_full_disk_does_not_hide_the_bad_number(run_train, monkeypatch, capfd):
