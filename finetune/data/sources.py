@@ -51,11 +51,11 @@ def eval_sources(data: DataConfig, sets: Mapping[str, str | list[str]] | None) -
     Raises:
         ValueError: as `training_sources`; or an eval set has the name of other rows that are evaluated.
     """
-    sources = [] if data.eval_path is None else _sources(data.eval_path, "data.eval_path", data)
-    sources = _with_own_names(sources)
-    key, others = (
-        ("data.path", training_sources(data)) if data.eval_fraction > 0 else ("data.eval_path", sources)
-    )
+    sources: list[Source] = []
+    key, others = "data.path", training_sources(data) if data.eval_fraction > 0 else []
+    if data.eval_path is not None:
+        sources = _with_own_names(_sources(data.eval_path, "data.eval_path", data))
+        key, others = "data.eval_path", [*sources]
     for name, path in (sets or {}).items():
         if name in (other.name for other in others):
             raise ValueError(f"eval.sets.{name}: a source of {key} is called {name} too; rename one of them")

@@ -174,6 +174,17 @@ def test_eval_sets_are_eval_path_and_then_the_named_sets(folder):
         list(read_batches(missing, 10))
 
 
+def test_an_eval_set_has_the_name_it_was_given_or_none(folder):
+    sets = {"a": "rows/b.jsonl"}
+    with pytest.raises(ValueError, match=r"eval.sets.a: a source of data.eval_path is called a too"):
+        eval_sources(DataConfig(eval_path="rows/a.csv"), sets)
+    with pytest.raises(ValueError, match=r"eval.sets.a: a source of data.path is called a too"):
+        eval_sources(DataConfig(path="rows/a.csv"), sets)
+    # Rows that are not evaluated have no figures to be confused with.
+    (only,) = eval_sources(DataConfig(path="rows/a.csv", eval_fraction=0), sets)
+    assert only.name == "a"
+
+
 # --- Batches ---
 
 

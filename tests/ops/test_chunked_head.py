@@ -11,7 +11,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from finetune.ops import operators, torch_makers
-from finetune.ops.chunked_head import ChunkedTokenSums, bytes_per_logit, tokens_per_chunk
+from finetune.ops.chunked_head import (
+    ChunkedTokenSums,
+    bytes_per_logit,
+    chunked_token_stats,
+    tokens_per_chunk,
+)
 from finetune.ops.torch_makers import ROWS
 
 any_batch = settings(deadline=None, max_examples=60)
@@ -95,6 +100,17 @@ def test_large_logits_make_no_inf_and_no_nan(dtype, tolerance, sign):
     (gradient,) = torch.autograd.grad(sums[0], hidden)
     assert sums.isfinite().all()
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 40, 1000])
+def test_the_values_that_are_added_up_are_those_of_each_token(chunk):
+    hidden, weight, target_ids = random_batch(40, 200, largest=6.0, dtype=torch.float32)
+    stats = torch.full((40, 3), float("nan"))
+    sums = ChunkedTokenSums.apply(hidden, weight, target_ids, chunk, stats)
+    assert torch.equal(sums, ChunkedTokenSums.apply(hidden, weight, target_ids, chunk))
+    assert torch.equal(stats, chunked_token_stats(hidden.detach(), weight, target_ids, chunk))
+    assert torch.allclose(stats.sum(0), sums)
+    assert torch.autograd.grad(sums[0], hidden)[0].any()
 
 
 def test_of_equally_likely_tokens_the_first_one_counts_as_in_argmax():
