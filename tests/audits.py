@@ -5,7 +5,7 @@ from pathlib import Path
 
 from conftest import ROOT, tiny_tokenizer
 
-from finetune.config import Config, DataConfig, ModelConfig
+from finetune.config import Config, DataConfig, ModelConfig, SourceConfig
 from finetune.data.anatomy import ROLES, Anatomy, dissect
 from finetune.data.audit import measure
 from finetune.data.conversations import Conversation
@@ -37,7 +37,7 @@ def write(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def audit_of(path: str, tokenizer=TOKENIZER, **data):
+def audit_of(path: str | list[SourceConfig], tokenizer=TOKENIZER, **data):
     return measure(Config(model=ModelConfig(), data=DataConfig(path=path, **data)), tokenizer)
 
 

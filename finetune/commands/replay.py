@@ -47,9 +47,8 @@ def repeat_bad_update(run_dir: Path, recorded: dict[str, Any]) -> dict[str, Any]
     parts = load_parts(config, run_dir / STATE_BEFORE)
     train_set, token_loss = parts.train_set, parts.token_loss
     if environment["data"] != fingerprint_of(train_set, parts.eval_set):
-        raise ValueError(
-            f"the rows of {described(config.data.path)} are not those that the run was trained on"
-        )
+        rows = described(config.data.path)
+        raise ValueError(f"the rows of {rows} are not those that the run was trained on")
     fast_paths = choose_fast_paths(config, parts.accelerator, token_loss, train_set, environment["int8"])
     load_adapter(run_dir / STATE_BEFORE, parts.model)  # not earlier: its weights may be out of range
     layout = fast_paths.packed, 0, environment["num_processes"], environment["token_budget"]

@@ -2,10 +2,10 @@
 
 A configuration comes in; a PEFT model and sums over target tokens come out. Read `load` first
 (tokenizer, quantized base, LoRA adapter; `given_adapter` is the one that a run begins from, and
-`added_tokens` makes the rows of tokens that the base lacks), then `flat_adapter` (the adapter's weights and gradients as
-two flat tensors), then `loss` (the sums that an update needs), then `fast_paths` (which fast paths run,
-each compared with its reference path). `starter` fetches the default model. `generate` generates
-answers. `precision` makes the model compute in fp32 temporarily.
+`added_tokens` makes the rows of tokens that the base lacks), then `flat_adapter` (the adapter's weights
+and gradients as two flat tensors), then `loss` (the sums that an update needs), then `fast_paths` (which
+fast paths run, each compared with its reference path). `starter` fetches the default model. `generate`
+generates answers. `precision` makes the model compute in fp32 temporarily.
 
 May import: ops, data, runtime, the configuration.
 """
