@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import Config
-from finetune.config_parsing import parse_config
 from finetune.data.collate import iterate_updates
+from finetune.data.named_templates import added_token_ids
 from finetune.data.plan import Plan, make_plan
 from finetune.data.splits import load_data
 from finetune.model.fast_paths import choose_fast_paths
 from finetune.model.flat_adapter import FlatAdapter
+from finetune.model.given_adapter import parse_training_config
 from finetune.model.load import base_fingerprint, check_vocabulary, describe_base, load_model, load_tokenizer
 from finetune.model.loss import TokenLoss
 from finetune.report.model_card import model_card
@@ -54,12 +55,13 @@ def train(config: Config) -> int:
         return 0
 
     # Data: rows -> token ids and labels.
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config)
     with accelerator.main_process_first():  # the other ranks find its tokens in the cache
         data = load_data(config, tokenizer)
 
     # Model: a frozen, quantized base with a LoRA adapter, whose weights lie in one flat tensor.
-    model = load_model(config, precision.actual, device)
+    source, remarks = folder.find_checkpoint(config)
+    model = load_model(config, precision.actual, device, added_token_ids(tokenizer), source)
     check_vocabulary(model, tokenizer)
     adapter, token_loss = FlatAdapter(model), TokenLoss(model).train()
     adapter.broadcast(accelerator)
@@ -78,11 +80,10 @@ def train(config: Config) -> int:
     plan = make_plan(config, data.train, fast_paths.packed, rank, accelerator.num_processes, budget.tokens)
 
     # The run: new, or resumed from its newest whole checkpoint.
-    window = SumWindow(device)
+    window = SumWindow(device, list(plan.sources.values()))
     checkpointer = Checkpointer(config, accelerator, Trained(adapter, optimizer, loss_scale), window)
-    source, remarks = folder.find_checkpoint(config)
     state = checkpointer.resume(source, base_fingerprint(config.model, model))
-    facts = RunFacts(config, model, data, plan, choices, fast_paths, budget, flop_per_second)
+    facts = RunFacts(config, model, tokenizer, data, plan, choices, fast_paths, budget, flop_per_second)
     on_main(accelerator, open_run, accelerator, facts, state, checkpointer, source, remarks)
     history = folder.read_evaluations(Path(config.output_dir))  # on every rank: all must stop together
 
@@ -155,7 +156,7 @@ def finish(
 
 def run(argv: Sequence[str]) -> int:
     """Train with the configuration that the command line gives."""
-    config = parse_config(argv)
+    config = parse_training_config(argv)
     with folder.only_one_at_a_time(config), out_of_memory.around_training(config):
         return train(config)
 

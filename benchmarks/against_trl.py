@@ -72,7 +72,7 @@ def run_trl(out: Path, config: Config) -> None:
             use_cpu=not has_cuda,
         ),
         train_dataset=rows.select(order).map(as_prompt_and_completion, remove_columns=rows.column_names),
-        processing_class=load_tokenizer(config.model),
+        processing_class=load_tokenizer(config),
         peft_config=LoraConfig(
             r=config.lora.r,
             lora_alpha=config.lora.lora_alpha,
@@ -109,7 +109,7 @@ def save_random_model(config_dir: Path, tokenizer: str, folder: Path) -> None:
     config = AutoConfig.from_pretrained(config_dir)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     source = str(config_dir) if (config_dir / "tokenizer.json").exists() else tokenizer
-    load_tokenizer(ModelConfig(name_or_path=source)).save_pretrained(folder)
+    load_tokenizer(Config(model=ModelConfig(name_or_path=source))).save_pretrained(folder)
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def usable_rows(
     rows = load_rows(config.data).train
     if limit is not None:  # twice as many: some may be left without a target token
         rows = rows.select(range(min(len(rows), 2 * limit)))
-    examples = tokenize_rows(rows, load_tokenizer(config.model), config.data)
+    examples = tokenize_rows(rows, load_tokenizer(config), config.data)
     by_number = {row["row_number"]: row for row in rows}
     kept = [dict(by_number[number]) for number in examples.dataset["row_number"]]
     for row in kept:
@@ -99,7 +99,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def examples_and_plan(argv: Sequence[str]) -> tuple[Examples, Plan]:
     """The examples that train.py trains on with these arguments, and its updates."""
     config = parse_config(argv)
-    examples = tokenize_rows(load_rows(config.data).train, load_tokenizer(config.model), config.data)
+    examples = tokenize_rows(load_rows(config.data).train, load_tokenizer(config), config.data)
     return examples, make_plan(config, examples, config.train.packing, rank=0, num_processes=1)
 
 

@@ -285,7 +285,7 @@ def run_trl(
             }
         ),
         train_dataset=rows.select(order).map(as_prompt_and_completion, remove_columns=rows.column_names),
-        processing_class=load_tokenizer(config.model),
+        processing_class=load_tokenizer(config),
         peft_config=None if has_adapter else adapter,
         callbacks=[clock],
     )

@@ -48,7 +48,7 @@ class KeepLogs(TrainerCallback):
 
 
 def train_trl(config: Config) -> list[dict[str, Any]]:
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config)
     examples = tokenize_rows(load_rows(config.data).train, tokenizer, config.data).dataset
     order = epoch_order(config.train.seed, 0, len(examples)).tolist()
     rows = examples.select(order).select_columns(["input_ids", "labels"])

@@ -82,7 +82,9 @@ def check_config(config: Config) -> None:
             raise ValueError(f"{name} must be at most {LARGEST_FLOAT}, not {value}")
         if not holds:
             raise ValueError(f"{name} must be {expected}, not {value}")
-    if isinstance(lora.target_modules, str) and lora.target_modules != "all-linear":
+    # The configuration of a run that began from an adapter has its pattern there.
+    is_pattern = isinstance(lora.target_modules, str) and lora.target_modules != "all-linear"
+    if is_pattern and model.adapter is None:
         raise ValueError(
             f"lora.target_modules must be all-linear or a list such as [q_proj, v_proj], "
             f"not {lora.target_modules!r}"
@@ -207,11 +209,11 @@ def _check_texts(config: Config) -> None:
         "output_dir": "name a folder for this run",
         "resume": "say auto or never, or name a checkpoint",
         "model.name_or_path": "name a folder, a .gguf file or a hub model",
+        "model.adapter": "name the folder of an adapter, or leave it null",
         "model.revision": "name a branch, tag or commit, or leave it null",
         "data.path": "name a file, a list of files or a hub data set",
         "data.eval_path": "name a file, a list of files or a hub data set, or leave it null",
         "data.chat_template": "name a file or a template, or leave it null",
-        "model.adapter": "name a run or a folder of an adapter, or leave it null",
         "lora.target_modules": "name the modules, or say all-linear",
     }
     for key, value in flatten(asdict(config)).items():

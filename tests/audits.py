@@ -6,9 +6,10 @@ from pathlib import Path
 from conftest import ROOT, tiny_tokenizer
 
 from finetune.config import Config, DataConfig, ModelConfig
+from finetune.data.anatomy import ROLES, Anatomy, dissect
 from finetune.data.audit import measure
+from finetune.data.conversations import Conversation
 from finetune.data.findings import find_listings
-from finetune.data.tokenize import ROLES, dissect, encode
 
 SAMPLE = str(ROOT / "data" / "finance_sample.csv")
 TOKENIZER = tiny_tokenizer()
@@ -21,6 +22,10 @@ def turns(*contents: str) -> list[dict[str, str]]:
         {"role": "assistant" if number % 2 else "user", "content": content}
         for number, content in enumerate(contents)
     ]
+
+
+def dissect_messages(messages: list[dict], train_on: str = "completion", tokenizer=TOKENIZER) -> Anatomy:
+    return dissect(tokenizer, Conversation(messages), train_on)
 
 
 def row(instruction: str, answer: str = "It is a coin, or a note.", text: str = "") -> dict[str, str]:
@@ -45,7 +50,7 @@ def listed(audit) -> dict[str, list[tuple[int, ...]]]:
 
 def texts_by_role(tokenizer, messages, train_on="completion") -> dict[str, str]:
     """The tokens of each role, decoded one behind the other."""
-    anatomy = dissect(tokenizer, messages, train_on)
-    input_ids = encode(tokenizer, messages, train_on).input_ids
+    anatomy = dissect_messages(messages, train_on, tokenizer)
+    input_ids = anatomy.tokens.input_ids
     ids = {role: [i for i, r in zip(input_ids, anatomy.roles, strict=True) if r == role] for role in ROLES}
     return {role: tokenizer.decode(tokens) for role, tokens in ids.items() if tokens}

@@ -115,22 +115,26 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tiny_tokenizer(chat_template: str | None = QWEN2_TEMPLATE) -> PreTrainedTokenizerFast:
-    """ChatML tokens, where the end of a turn is the EOS and the padding too, as in SmolLM2."""
+CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def tiny_tokenizer(
+    chat_template: str | None = QWEN2_TEMPLATE, special: tuple[str, ...] = CHATML_TOKENS
+) -> PreTrainedTokenizerFast:
+    """ChatML tokens, where the end of a turn is the EOS and the padding too, as in SmolLM2; or others, of
+    which the last ends a text."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=800,
-        special_tokens=special,
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator([(ROOT / "data" / "finance_sample.csv").read_text(encoding="utf-8")], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>", bos_token="<|im_start|>"
-    )
+    names = {"eos_token": special[-1], "pad_token": special[-1], "bos_token": special[len(special) // 2]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     tokenizer.chat_template = chat_template
     return tokenizer
 

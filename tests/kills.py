@@ -68,10 +68,11 @@ def assert_tensorboard_matches(run_dir: Path) -> None:
     evaluated = EVAL_METRICS | {key for entry in lines for key in entry if key == "loss_error"}
     metrics = {"eval": evaluated, "train": TRAIN_METRICS}
     tags = {f"{split}/{key}" for split, keys in metrics.items() for key in keys}
+    tags |= {f"{entry['split']}/{key}" for entry in lines for key in entry if "/" in key}  # of a source
     assert set(events.Tags()["scalars"]) == tags
     for tag in events.Tags()["scalars"]:
         split, _, key = tag.partition("/")
-        written = [(entry["step"], entry[key]) for entry in lines if entry["split"] == split]
+        written = [(line["step"], line[key]) for line in lines if line["split"] == split and key in line]
         shown = [(event.step, event.value) for event in events.Scalars(tag)]
         assert [step for step, _ in shown] == [step for step, _ in written], tag
         values = [value for _, value in written]

@@ -5,6 +5,7 @@ time (they spend their time on imports), and each test looks at how its own ende
 another case, are tried in this process.
 """
 
+import gzip
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from conftest import QWEN2_TEMPLATE, ROOT
 from safetensors.torch import load_file, save_file
@@ -307,7 +309,7 @@ CASES = [
     model("an adapter", model_with(turn_into_adapter), "model.name_or_path model holds an adapter"),
     model("Bert", model_with(turn_into_bert), "model.name_or_path model", "causal"),
     key("lora.target_modules=[q_proj,nope]", "lora.target_modules", "the model has no nope"),
-    model("no chat template", with_template(None), "no chat template", "chat_template.jinja"),
+    model("no chat template", with_template(None), "no chat template", "data.chat_template", "chatml"),
     model("no end of turn", with_template(NO_END_OF_TURN), "end-of-turn token", "data.train_on all"),
     case(
         "model: a template that refuses",
@@ -453,6 +455,275 @@ QUICK_CASES = [
 ]
 
 
+# Conversations, tools, sources, eval sets, templates and adapters. They too are tried in this process.
+
+ANSWER = {"role": "assistant", "content": "Hello!"}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+def answer(name: str, message: dict[str, Any], *says: str) -> Case:
+    """The third row of a file has an assistant turn that is wrong."""
+    rows = [{"messages": [TURN, turn]} for turn in (ANSWER, ANSWER, {"role": "assistant", **message})]
+    return data(f"answer: {name}", jsonl(*rows), "row 3: messages", *says, of="chat.jsonl")
+
+
+def calling(name: str, calls: Any, *says: str) -> Case:
+    return answer(name, {"content": None, "tool_calls": calls}, *says)
+
+
+def conversation(name: str, beside: dict[str, Any], *says: str) -> Case:
+    """The second row of a file has something wrong beside its messages."""
+    rows = [{"messages": [TURN, ANSWER]}, {"messages": [TURN, ANSWER], **beside}]
+    return data(f"conversation: {name}", jsonl(*rows), "row 2", *says, of="chat.jsonl")
+
+
+def second_row(name: str, good: dict[str, Any], wrong: dict[str, Any], *says: str) -> Case:
+    return data(f"row: {name}", jsonl(good, {**good, **wrong}), "row 2", *says, of="rows2.jsonl")
+
+
+def source(name: str, path: str, *says: str, setup: Setup | None = None) -> Case:
+    """`data.path` is a list of sources; other.jsonl has 12 rows, as rows.jsonl has."""
+    return case(
+        f"sources: {name}",
+        *says,
+        settings={"data.path": path},
+        files={"other.jsonl": jsonl(*ROWS)},
+        setup=setup,
+    )
+
+
+def template(name: str, text: str | bytes, *says: str, rows: list[object] | None = None) -> Case:
+    """`data.chat_template` is a file that is wrong."""
+    files = {"own.jinja": text, **rows_of(*(ROWS if rows is None else rows))}
+    return case(f"template: {name}", *says, settings={"data.chat_template": "own.jinja"}, files=files)
+
+
+def adapter(name: str, change: Callable[[Path], object], *says: str, **settings: str) -> Case:
+    """A copy of the finished run's adapter with one thing wrong, to train on from."""
+
+    def setup(folder: Path, given: Given) -> None:
+        shutil.copytree(given.run / "run" / "adapter", folder / "before")
+        change(folder / "before")
+
+    return case(
+        f"adapter: {name}",
+        "before",
+        *says,
+        settings={"model.adapter": "before", **settings},
+        setup=setup,
+    )
+
+
+def change_adapter_config(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return change
+
+
+def change_adapter_weights(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def change_file(folder: Path) -> None:
+        weights = load_file(folder / "adapter_model.safetensors")
+        change(weights)
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    return change_file
+
+
+def pickle_weights(folder: Path) -> None:
+    weights = load_file(folder / "adapter_model.safetensors")
+    torch.save(weights, folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def shorten_a_weight(weights: dict[str, Any]) -> None:
+    name = next(name for name in weights if "layers.1.mlp.up_proj.lora_B" in name)
+    weights[name] = weights[name][:-1].clone()
+
+
+def lose_lora_weight(weights: dict[str, Any]) -> None:
+    del weights[next(name for name in weights if "layers.1.mlp.up_proj.lora_B" in name)]
+
+
+SHAREGPT = {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello!"}]}
+
+
+def sharegpt(name: str, turn: Any, *says: str) -> Case:
+    rows = [SHAREGPT, {"conversations": [*SHAREGPT["conversations"], turn]}]
+    return data(f"sharegpt: {name}", jsonl(*rows), "row 2: conversations", *says, of="sharegpt.jsonl")
+
+
+QUESTION_ONLY = (
+    "{% for turn in messages if turn.role != 'assistant' %}<|im_start|>{{ turn.role ~ '\n' ~ turn.content }}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+REWRITING = QWEN2_TEMPLATE.replace("turn.content", "turn.content | replace('It', 'Perhaps it')")
+
+NEW_CASES = [
+    # Turns
+    calling("calls are text", "call me", "tool_calls"),
+    calling("calls are a number", 3, "tool_calls"),
+    calling("a call is text", ["add"], "tool call 1", "add"),
+    calling("a call without a name", [{"function": {"arguments": {}}}], "tool call 1", "name"),
+    calling("a call whose name is a number", [{"function": {"name": 3, "arguments": {}}}], "name"),
+    calling("arguments are no JSON", [{"function": {"name": "add", "arguments": '{"a": '}}], "arguments"),
+    calling("arguments are a list", [{"function": {"name": "add", "arguments": [1, 2]}}], "arguments"),
+    answer("a part of an unknown type", {"content": [{"type": "image_url", "image_url": "x"}]}, "image_url"),
+    answer("a part that is no object", {"content": [3]}, "content"),
+    answer("a text part without text", {"content": [{"type": "text"}]}, "text"),
+    answer("content is an object", {"content": {"text": "Hello!"}}, "content"),
+    answer("a weight of one half", {"content": "Hello!", "weight": 0.5}, "weight", "0.5"),
+    answer("a weight in words", {"content": "Hello!", "weight": "high"}, "weight", "high"),
+    answer("train in words", {"content": "Hello!", "train": "no"}, "train", "no"),
+    answer("reasoning is a number", {"content": "Hello!", "reasoning_content": 3}, "reasoning_content"),
+    answer("reasoning twice", {"content": "a", "reasoning": "b", "thinking": "c"}, "reasoning", "thinking"),
+    # What stands beside messages
+    conversation("tools are a number", {"tools": 3}, "tools"),
+    conversation("tools are no JSON", {"tools": '[{"type": '}, "tools"),
+    conversation("a tool is a number", {"tools": [3]}, "tool 1", "3"),
+    conversation("template arguments are text", {"chat_template_kwargs": "fast"}, "chat_template_kwargs"),
+    conversation(
+        "template arguments of the program's own",
+        {"chat_template_kwargs": {"add_generation_prompt": True}},
+        "chat_template_kwargs",
+        "add_generation_prompt",
+    ),
+    conversation("system is a number", {"system": 3}, "system"),
+    # Other formats
+    sharegpt("an unknown speaker", {"from": "wizard", "value": "Hello"}, "wizard"),
+    sharegpt("a number as value", {"from": "gpt", "value": 3}, "turn 3", "text"),
+    sharegpt("a turn is text", "Hello", "Hello"),
+    sharegpt("a call that is no JSON", {"from": "function_call", "value": "add 1"}, "function_call"),
+    data("sharegpt: text", jsonl(SHAREGPT, {"conversations": "a"}), "row 2: conversations", of="a.jsonl"),
+    second_row("half a pair of history", ROWS[0], {"history": [["Hello"]]}, "history"),
+    second_row("history is text", ROWS[0], {"history": "Hello"}, "history"),
+    second_row("plain text is a number", {"text": "Once."}, {"text": 3}, "text"),
+    second_row("the prompt is an object", {"prompt": "a", "completion": "b"}, {"prompt": {"a": 1}}, "prompt"),
+    data("unknown columns", jsonl({"foo": "a", "bar": "b"}), "rows3.jsonl", "data.columns", of="rows3.jsonl"),
+    case(
+        "data: two formats in one file",
+        "rows.jsonl, row ",
+        "instruction and output",
+        "messages",
+        files=rows_of(ROWS[0], {"messages": [TURN, ANSWER]}),
+    ),
+    key("data.columns={nope: instruction}", "data.columns", "nope"),
+    key("data.columns={instruction: output, output: output}", "data.columns", "output"),
+    key("data.columns={instruction: frage}", "data.columns", "frage"),
+    key("data.columns={instruction: 3}", "data.columns"),
+    # Sources
+    data("no gzip", b"no gzip", "rows.jsonl.gz", of="rows.jsonl.gz"),
+    data("torn.jsonl.gz", gzip.compress(jsonl(*ROWS).encode())[:-12], "torn.jsonl.gz"),
+    data("no.jsonl.zst", b"no zstd", "no.jsonl.zst"),
+    source("an empty folder", "folder", "folder", setup=lambda at, _: (at / "folder").mkdir()),
+    case(
+        "sources: a folder without rows",
+        "folder",
+        settings={"data.path": "folder"},
+        files={"folder/notes.md": "Notes"},
+    ),
+    source("a pattern without a match", "nothing/*.jsonl", "nothing/*.jsonl"),
+    source("a subset, offline", "[{path: someone/something, subset: en}]", "someone/something"),
+    source("a subset of a file", "[{path: rows.jsonl, subset: en}]", "subset", "rows.jsonl"),
+    source("shares above 1", "[{path: rows.jsonl, share: 0.7}, {path: other.jsonl, share: 0.7}]", "share"),
+    source("shares of nothing", "[{path: rows.jsonl, share: 0}, {path: other.jsonl, share: 0}]", "share"),
+    source("a share below 0", "[{path: rows.jsonl, share: -1}, {path: other.jsonl}]", "share", "-1"),
+    source(
+        "a share and a number", "[{path: rows.jsonl, share: 0.5, num_samples: 3}]", "share", "num_samples"
+    ),
+    source("more rows than there are", "[{path: rows.jsonl, num_samples: 50}]", "num_samples", "50", "12"),
+    source("no path", "[{name: mine}]", "data.path"),
+    source("an unknown key", "[{path: rows.jsonl, weight: 1}]", "data.path", "weight"),
+    source(
+        "one name twice",
+        "[{path: rows.jsonl, name: mine}, {path: other.jsonl, name: mine}]",
+        "name",
+        "mine",
+    ),
+    source("a source that is missing", "[{path: rows.jsonl}, {path: nowhere.jsonl}]", "nowhere.jsonl"),
+    source("no source", "[]", "data.path"),
+    # Eval rows
+    key("data.eval_path=nowhere.jsonl", "nowhere.jsonl"),
+    case(
+        "eval_path: with a fraction",
+        "data.eval_path",
+        "data.eval_fraction",
+        settings={"data.eval_path": "eval.jsonl", "data.eval_fraction": "0.3"},
+        files={"eval.jsonl": jsonl(*ROWS[:2])},
+    ),
+    case(
+        "eval_path: no usable row",
+        "eval.jsonl",
+        "1 without output",
+        settings={"data.eval_path": "eval.jsonl"},
+        files={"eval.jsonl": jsonl({"instruction": "a", "output": ""})},
+    ),
+    key("eval.sets={math: nowhere.jsonl}", "nowhere.jsonl"),
+    key('eval.sets={"a/b": rows.jsonl}', "eval.sets", "a/b"),
+    key('eval.sets={"": rows.jsonl}', "eval.sets"),
+    key("eval.sets=[rows.jsonl]", "eval.sets"),
+    # Templates
+    key("data.chat_template=chatlm", "data.chat_template chatlm", "chatml"),
+    key("data.chat_template=nowhere.jinja", "data.chat_template nowhere.jinja"),
+    key("data.chat_template=.", "data.chat_template ."),
+    template("no Jinja", "{% for %}", "chat template", "line 1"),
+    template("not UTF-8", b"\xff\xfe\xff", "own.jinja", "cannot be read as text"),
+    template("empty", "", "own.jinja"),
+    template("drops the answer", QUESTION_ONLY, "own.jinja"),
+    template("fails", "{{ messages[7].content }}", "own.jinja", "chat template"),
+    template("says nothing of the turns", "Hello<|im_end|>", "own.jinja"),
+    template("rewrites some answers", REWRITING, "row ", "chat template", "changes it"),
+    model("a template that drops answers", with_template(QUESTION_ONLY), "row ", "leaves it out"),
+    model("a template that rewrites answers", with_template(REWRITING), "row ", "changes it"),
+    model(
+        "a template that writes answers twice",
+        with_template(QWEN2_TEMPLATE.replace("turn.content", "turn.content ~ ' ' ~ turn.content")),
+        "row ",
+        "more than once",
+    ),
+    case(
+        "model: a template that drops tool calls",
+        "row ",
+        "add",
+        files=rows_of(*[{"messages": [TURN, {**ANSWER, "tool_calls": [CALL]}]}] * 4),
+    ),
+    # Adapters to begin from
+    key("model.adapter=nowhere", "model.adapter nowhere"),
+    key("model.adapter=rows.jsonl", "model.adapter rows.jsonl"),
+    key("model.adapter=.", "model.adapter .", "adapter_config.json"),
+    adapter("another rank", lambda _: None, "lora.r is 16", "has 4", **{"lora.r": "16"}),
+    adapter("other modules", lambda _: None, "q_proj", **{"lora.target_modules": "[q_proj]"}),
+    adapter("no LoRA", change_adapter_config(peft_type="IA3"), "IA3"),
+    adapter("a broken configuration", replace_text("adapter_config.json", "{"), "adapter_config.json"),
+    adapter("pickled weights", pickle_weights, "adapter_model.bin", "safetensors"),
+    adapter("torn weights", replace_text("adapter_model.safetensors", "torn"), "adapter_model.safetensors"),
+    adapter("a weight missing", change_adapter_weights(lose_lora_weight), "layers.1.mlp.up_proj"),
+    adapter("a weight of another base", change_adapter_weights(shorten_a_weight), "layers.1.mlp.up_proj"),
+    adapter(
+        "a weight too many",
+        change_adapter_weights(lambda weights: weights.update({"more": torch.zeros(2)})),
+        "more",
+    ),
+    # What is not used, under --strict
+    case(
+        "strict: a column",
+        "strict",
+        "topic",
+        files=rows_of(*({**row, "topic": "sums"} for row in ROWS)),
+        argv=("--config", "base.yaml", "--strict"),
+    ),
+    case(
+        "strict: a key of a message",
+        "strict",
+        "mood",
+        files=rows_of(*[{"messages": [TURN, {**ANSWER, "mood": "good"}]}] * 4),
+        argv=("--config", "base.yaml", "--strict"),
+    ),
+]
+
+
 def put_together(case: Case, folder: Path, given: Given) -> list[str]:
     """Lay out the folder of a case; returns its command line."""
     files: dict[str, str | bytes] = {"rows.jsonl": jsonl(*ROWS), **case.files}
@@ -558,7 +829,7 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(bad, endings):
     assert ending.after == ending.before
 
 
-@pytest.mark.parametrize("quick", QUICK_CASES, ids=lambda quick: quick.name)
+@pytest.mark.parametrize("quick", [*QUICK_CASES, *NEW_CASES], ids=lambda quick: quick.name)
 def test_so_it_is_for_what_is_tried_in_this_process(quick, given, tmp_path, monkeypatch, capfd):
     argv = put_together(quick, tmp_path, given)
     before = contents(tmp_path)

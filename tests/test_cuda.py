@@ -21,7 +21,7 @@ from tiny import conversation, fill_adapter, with_adapter
 from torch.nn import functional as F
 
 from finetune.config import Config, FastConfig, LoraConfig, ModelConfig, OptimConfig
-from finetune.data.collate import Boundaries, collate
+from finetune.data.collate import Boundaries, collate, iterate_batches
 from finetune.data.examples import Examples
 from finetune.data.tokenize import IGNORE
 from finetune.model.fast_paths import choose_fast_paths
@@ -152,10 +152,13 @@ def test_branches_give_the_loss_and_gradient_of_the_plain_layout_and_the_same_bi
 
 
 @pytest.mark.parametrize("make_examples", [examples, branching])
-def test_forward_and_backward_passes_do_not_wait_for_the_device(request, make_examples):
+@pytest.mark.parametrize("sources", [[], [0, 1, 2]])
+def test_forward_and_backward_passes_do_not_wait_for_the_device(request, make_examples, sources):
     loss = token_loss(FastConfig(), lora_dropout=0.1)
-    batch = collate(make_examples(), packing=True).to(torch.device("cuda"))
-    window = SumWindow(torch.device("cuda"))
+    device = torch.device("cuda")
+    rows = [{**row, "source": n % 3} for n, row in enumerate(make_examples())]
+    (batch,) = iterate_batches([[0, 1, 2, 3]], rows, True, device, sources)
+    window = SumWindow(device, ["a", "b", "c"][: len(sources)])
     reseed(0, 0, 0)
     request.getfixturevalue("waiting_is_an_error")
     for _ in range(2):
@@ -283,7 +286,7 @@ def assert_near(
 
 def test_answers_are_those_of_a_cpu(tiny_model_dir):
     config = ModelConfig(name_or_path=str(tiny_model_dir), quantization="none")
-    tokenizer, answers = load_tokenizer(config), {}
+    tokenizer, answers = load_tokenizer(Config(model=config)), {}
     for device in ("cuda", "cpu"):
         AcceleratorState._reset_state(reset_partial_state=True)
         accelerator = Accelerator(mixed_precision="no", cpu=device == "cpu")

@@ -31,7 +31,12 @@ COLUMNS = [
     ["instruction", "output"],
     ["instruction", "input", "output"],
     ["messages"],
+    ["messages", "tools", "system", "chat_template_kwargs"],
+    ["conversations", "tools"],
     ["prompt", "completion"],
+    ["instruction", "output", "history", "system"],
+    ["question", "answer"],
+    ["text"],
 ]
 PLAIN = ["What is a bond?", "A loan.", "Add 2 and 2", "4", "Hallo, wie geht's?", "a", "Yes.\nNo.\n"]
 NASTY = [
@@ -78,12 +83,45 @@ def random_value(draw: random.Random, depth: int = 0) -> Any:
     return [random_value(draw, depth + 1) for _ in range(draw.randint(0, 3))]
 
 
+def random_call(draw: random.Random, cell: Callable[[], Any]) -> Any:
+    arguments = draw.choice([{"a": cell()}, json.dumps({"a": draw.choice(PLAIN)}), {}, cell()])
+    call = {"name": draw.choice(["add", cell()]), "arguments": arguments}
+    return draw.choice([{"type": "function", "function": call}, {"function": call}, call, cell()])
+
+
 def random_messages(draw: random.Random, cell: Callable[[], Any]) -> Any:
-    roles = ["system", "user", "assistant", "assistant", "tool", ""]
+    roles = ["system", "developer", "user", "assistant", "assistant", "tool", ""]
     messages: list[Any] = [{"role": draw.choice(roles), "content": cell()} for _ in range(draw.randint(0, 4))]
+    for message in messages:
+        if message["role"] == "assistant" and draw.random() < 0.3:
+            message[draw.choice(["reasoning_content", "reasoning", "thinking"])] = cell()
+        if message["role"] == "assistant" and draw.random() < 0.3:
+            message["tool_calls"] = [random_call(draw, cell) for _ in range(draw.randint(0, 2))]
+            message["content"] = draw.choice([None, message["content"]])
+        if draw.random() < 0.1:
+            message["content"] = [{"type": draw.choice(["text", "thinking", "image"]), "text": cell()}]
+        if draw.random() < 0.1:
+            message[draw.choice(["train", "weight"])] = draw.choice([True, False, 0, 1, cell()])
     if messages and draw.random() < 0.1:
         messages[0]["extra"] = random_value(draw)
     return messages
+
+
+def random_cell(draw: random.Random, name: str, cell: Callable[[], Any]) -> Any:
+    """What may stand in a column of that name."""
+    if name == "messages":
+        return random_messages(draw, cell)
+    if name == "conversations":
+        speakers = ["human", "gpt", "gpt", "system", "function_call", "observation", ""]
+        return [{"from": draw.choice(speakers), "value": cell()} for _ in range(draw.randint(0, 4))]
+    if name == "tools":
+        tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+        return draw.choice([None, [], [tool], json.dumps([tool]), cell()])
+    if name == "history":
+        return draw.choice([None, [], [[cell(), cell()]], cell()])
+    if name == "chat_template_kwargs":
+        return draw.choice([None, {}, {"enable_thinking": draw.choice([True, cell()])}, cell()])
+    return cell()
 
 
 def random_rows(draw: random.Random) -> list[dict[str, Any]]:
@@ -96,7 +134,7 @@ def random_rows(draw: random.Random) -> list[dict[str, Any]]:
     columns = draw.choice(COLUMNS)
     rows: list[dict[str, Any]] = []
     for _ in range(draw.randint(1, MOST_ROWS_IN_FILE)):
-        row = {name: random_messages(draw, cell) if name == "messages" else cell() for name in columns}
+        row = {name: random_cell(draw, name, cell) for name in columns}
         if odd and draw.random() < 0.1:
             row.pop(draw.choice(columns))
         if odd and draw.random() < 0.1:

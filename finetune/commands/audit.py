@@ -36,7 +36,7 @@ def command(argv: Sequence[str]) -> None:
     from finetune.model.load import load_tokenizer  # brings seconds of libraries that --help does not need
 
     with console.status("reading the rows"):
-        tokenizer = load_tokenizer(config.model)
+        tokenizer = load_tokenizer(config)
         audit = measure(config, tokenizer)
     view = make_view(audit, tokenizer)
     write_view(page, view)

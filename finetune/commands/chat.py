@@ -4,6 +4,7 @@ If standard input is not a terminal, each of its lines is a separate question, a
 printed.
 """
 
+import json
 import re
 import secrets
 import sys
@@ -11,6 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len
@@ -18,7 +20,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TextStreamer
 
-from finetune.data.tokenize import Message
+from finetune.data.chat_template import stop_ids
+from finetune.data.conversations import Conversation, Message
 from finetune.model.generate import Answer, check_limits, multiply_dequantized
 from finetune.report.html import visible
 from finetune.run.adapter import Trained, TrainedModel, find_trained, load_trained, trained_parser
@@ -48,20 +51,26 @@ class Chat:
     system_prompt: str | None
     temperature: float
     max_new_tokens: int
+    tools: list[dict[str, Any]] | None = None
     turns: list[Message] = field(default_factory=list)
     """User and assistant turns, alternating"""
 
 
 class _Screen(TextStreamer):  # type: ignore[misc]
-    """Streams an answer to the terminal and keeps its text.
+    """Streams an answer to the terminal, as the model writes it to the end of its turn, and keeps its text.
 
     Control sequences and markup in it have no effect.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=False)
         self.text = ""
+        self._ends = stop_ids(tokenizer)
         self._column, self._space = 0, ""
+
+    def put(self, value: Any) -> None:
+        if self.next_tokens_are_prompt or int(value) not in self._ends:
+            super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         new = text if self.text else text.lstrip()
@@ -107,12 +116,19 @@ def command(argv: Sequence[str]) -> None:
         f"(default {TERMINAL_TEMPERATURE:g}; {PIPE_TEMPERATURE:g} in a pipe)",
     )
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens (256)")
+    parser.add_argument(
+        "--tools",
+        type=Path,
+        metavar="FILE",
+        help="a JSON list of tools, as in the rows; calls are shown as the model writes them, and not made",
+    )
     arguments, settings = split_arguments(parser, argv)
     is_terminal = sys.stdin is not None and sys.stdin.isatty()
     temperature = arguments.temperature
     if temperature is None:
         temperature = TERMINAL_TEMPERATURE if is_terminal else PIPE_TEMPERATURE
     check_limits(temperature, arguments.max_new_tokens)
+    tools = None if arguments.tools is None else _read_tools(arguments.tools)
     # In a pipe, only the answers go to standard output.
     with nullcontext() if is_terminal else redirect_stdout(sys.stderr):
         trained = find_trained(arguments.trained, settings)
@@ -121,13 +137,28 @@ def command(argv: Sequence[str]) -> None:
     system_prompt = arguments.system_prompt
     if system_prompt is None:
         system_prompt = trained.config.data.system_prompt
-    chat = Chat(model, system_prompt, temperature, arguments.max_new_tokens)
+    chat = Chat(model, system_prompt, temperature, arguments.max_new_tokens, tools)
     if is_terminal:
         _greet(trained)
         with suppress(KeyboardInterrupt):
             _talk(chat)
     elif sys.stdin is not None:
         _answer_lines(chat)
+
+
+def _read_tools(path: Path) -> list[dict[str, Any]]:
+    """The tools of a file.
+
+    Raises:
+        ValueError: the file cannot be read, or is no JSON list of objects.
+    """
+    try:
+        tools = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--tools {path} cannot be read as JSON: {error}") from error
+    if not (isinstance(tools, list) and tools and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError(f"--tools {path} holds no list of tools: name a JSON file such as a row's tools")
+    return tools
 
 
 def _answer_lines(chat: Chat) -> None:
@@ -256,7 +287,8 @@ def _answer(chat: Chat, turns: list[Message], streamer: Any = None) -> Answer:
         ValueError: the chat template rejects them, or they leave no room for an answer.
     """
     system = [] if chat.system_prompt is None else [{"role": "system", "content": chat.system_prompt}]
-    prompt = encode_question(chat.model, [*system, *turns], chat.max_new_tokens)
+    conversation = Conversation([*system, *turns], chat.tools)
+    prompt = encode_question(chat.model, conversation, chat.max_new_tokens)
     seeds = [secrets.randbits(63)]
     (made,) = answer(chat.model, [prompt], chat.max_new_tokens, chat.temperature, seeds, streamer)
     return made

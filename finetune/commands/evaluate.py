@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from finetune.data import slices
+from finetune.data.by_source import is_main, source_of_each
 from finetune.data.examples import tokenize_rows
 from finetune.data.files import read_column
 from finetune.data.sources import training_sources
@@ -31,11 +30,13 @@ def command(argv: Sequence[str]) -> None:
     evaluated = evaluation.read_rows(trained, arguments.data)
     cells = None if arguments.by is None else read_column(training_sources(evaluated.data), arguments.by)
     opened = load_trained(trained)
-    examples = tokenize_rows(evaluated.rows, opened.tokenizer, evaluated.data)
+    examples = tokenize_rows(evaluated.rows, opened.tokenizer, evaluated.data, evaluated.source_names)
     if len(examples.dataset) == 0:
         raise ValueError(f"{evaluated.source}: no example is left; raise data.max_length")
     base, tuned = evaluation.evaluate_both(trained, opened, evaluated, examples)
-    everything = evaluation.group_figures("all", base, tuned, np.ones(len(base), dtype=bool))
+    eval_sets = trained.config.eval.sets if arguments.data is None else None
+    main = is_main(source_of_each(examples), eval_sets or ())
+    everything = evaluation.group_figures("all", base, tuned, main)
     chosen = [
         *slices.by_length(examples.lengths),
         *slices.by_input(evaluated.rows, examples),
@@ -43,6 +44,7 @@ def command(argv: Sequence[str]) -> None:
     ]
     if cells is not None:
         chosen += slices.by_value(arguments.by, cells, examples)
+    chosen = [slices.Slice(name, members & main) for name, members in chosen] + slices.by_source(examples)
     groups = [
         evaluation.group_figures(name, base, tuned, members)
         for name, members in slices.without_trivial(chosen)

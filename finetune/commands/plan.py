@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from rich.table import Table
 
-from finetune.config_parsing import parse_config
 from finetune.data.plan import Plan, make_plan, requested_budget
 from finetune.model.fast_paths import choose_fast_paths
+from finetune.model.given_adapter import parse_training_config
 from finetune.run.token_budget import fitting_budget, is_automatic, too_little_memory
 from finetune.runtime.cli import config_parser, split_arguments
 from finetune.runtime.console import console, say, show_choices
@@ -43,7 +43,7 @@ def command(argv: Sequence[str]) -> int:
     arguments, settings = split_arguments(parser, argv)
     if arguments.gib is not None and not 0 < arguments.gib < math.inf:
         raise ValueError(f"--gib must be above 0 and finite, not {arguments.gib}")
-    config = parse_config(settings)
+    config = parse_training_config(settings)
     parts = load_parts(config)
     fast_paths = choose_fast_paths(config, parts.accelerator, parts.token_loss, parts.train_set)
     show_choices(fast_paths)

@@ -11,10 +11,11 @@ from huggingface_hub.utils._validators import validate_repo_id
 from rich.table import Table
 from rich.text import Text
 
+from finetune.model.given_adapter import ADAPTER_CONFIG, MANIFEST
 from finetune.model.load import hub_name
 from finetune.report.model_card import MADE_HERE, model_card, without_folder
 from finetune.run.adapter import Trained, find_trained
-from finetune.run.checkpoint import ADAPTER_CONFIG, CARD, MANIFEST, TRAINING_CONFIG
+from finetune.run.checkpoint import CARD, TRAINING_CONFIG
 from finetune.runtime.cli import CommandParser
 from finetune.runtime.console import console, say
 
@@ -87,14 +88,32 @@ def files_to_upload(trained: Trained, repo: str) -> dict[str, Path | bytes]:
 
 
 def _without_folders(config: dict[str, Any]) -> dict[str, Any]:
-    data, model = config["data"], config["model"]
-    path = data["path"]
-    shown = without_folder(path) if isinstance(path, str) else [without_folder(file) for file in path]
-    return {
-        **config,
-        "data": {**data, "path": shown},
-        "model": {**model, "name_or_path": without_folder(model["name_or_path"])},
+    """The configuration with the last part of each path in it alone."""
+    holds_paths = {
+        "data": ("path", "eval_path", "chat_template"),
+        "model": ("name_or_path", "adapter"),
+        "eval": ("sets",),
     }
+    return {
+        section: {
+            key: _shortened(value) if key in holds_paths.get(section, ()) else value
+            for key, value in keys.items()
+        }
+        for section, keys in config.items()
+    }
+
+
+def _shortened(value: Any) -> Any:
+    """A path, several of them, eval sets by name, or sources with a path, without folders."""
+    if isinstance(value, str):
+        return without_folder(value)
+    if isinstance(value, list):
+        return [_shortened(part) for part in value]
+    if isinstance(value, dict) and "path" in value:
+        return {**value, "path": _shortened(value["path"])}
+    if isinstance(value, dict):
+        return {name: _shortened(part) for name, part in value.items()}
+    return value
 
 
 def show(folder: Path, contents: Mapping[str, Path | bytes], url: str) -> None:

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 from rich.table import Table
 
-from finetune.config_parsing import parse_config
 from finetune.model.fast_paths import choose_fast_paths
+from finetune.model.given_adapter import parse_training_config
 from finetune.runtime.cli import config_parser, split_arguments
 from finetune.runtime.console import console, say, show_choices
 from finetune.training.comparison import TOLERANCES, Comparison, compare_paths, distances, randomize_adapter
@@ -33,7 +33,7 @@ def command(argv: Sequence[str]) -> int:
     arguments, settings = split_arguments(parser, argv)
     if arguments.updates < 1:
         raise ValueError(f"--updates must be at least 1, not {arguments.updates}")
-    config = parse_config(settings)
+    config = parse_training_config(settings)
     config = replace(config, lora=replace(config.lora, lora_dropout=0.0))
     parts = load_parts(config)
     randomize_adapter(parts.model)

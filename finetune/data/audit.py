@@ -3,21 +3,29 @@
 Rows, tokens and labels come from the same calls as in train.py.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from datasets import Dataset
 
 from finetune.config import Config, DataConfig
+from finetune.data.anatomy import ROLES, Anatomy, Kept, dissect, keep
+from finetune.data.conversations import Row, to_conversation
 from finetune.data.duplicates import most_similar, same_after_normalizing
 from finetune.data.examples import Examples
-from finetune.data.rows import Rows, answer_of, instruction_of, load_rows, prompt_of
+from finetune.data.prepare import CHUNK_ROWS
+from finetune.data.reading import read_formatted
+from finetune.data.rows import Rows, answer_of, instruction_of, iterate_rows, load_rows, prompt_of
+from finetune.data.sources import eval_sources, training_sources
 from finetune.data.splits import tokenize_splits
-from finetune.data.tokenize import IGNORE, ROLES, dissect, encode, to_messages
+from finetune.data.tokenize import IGNORE, Tokens
 
 # The texts by which rows are compared, the strictest comparison first.
 COMPARED: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -42,21 +50,28 @@ class Likeness(NamedTuple):
 
 @dataclass(frozen=True)
 class Audit:
-    """The measurements of an audit. `examples` has one line for each example, indexed by row number:
+    """The measurements of an audit. `figures` has one line for each row that makes examples, indexed by row
+    number:
 
-    - split;
+    - split, source;
+    - num_examples, num_branches: the examples that it makes, and the earlier answers that are trained as they
+      were when they were the last;
     - full_length, num_tokens, num_targets: tokens before cutting, after it, and target tokens;
-    - num_ends, num_trained_ends: assistant turns with an end-of-turn token, and with a trained one;
-    - last_end: "trained", "untrained", or "none" if the template writes no end-of-turn token;
+    - num_ends, num_trained_ends: answers with an end-of-turn token, and with a trained one;
+    - last_end: "trained", "untrained", or "none" if the template writes no end-of-turn token; "" of a row
+      without turns;
     - for each role, its tokens (`user`) and its trained tokens (`user trained`).
 
-    `dropped` has row numbers by reason: rows without text and rows left without a target.
+    `sets` are the examples of both splits. `dropped` has row numbers by reason: rows without text and rows
+    left without a target. `remarks` has row numbers by what the chat template did with the row.
     """
 
     config: Config
     rows: Rows
-    examples: pd.DataFrame
+    sets: dict[str, Examples]
+    figures: pd.DataFrame
     dropped: dict[str, list[int]]
+    remarks: dict[str, list[int]]
     likeness: dict[str, Likeness]
 
     @cached_property
@@ -66,8 +81,8 @@ class Audit:
         return {number: split for split, rows in splits.items() for number in rows["row_number"]}
 
     def cut_rows(self) -> list[tuple[int, int, int, str]]:
-        """Return (row number, tokens lost, full length, last_end) of each cut example, by row number."""
-        figures = self.examples.assign(lost=self.examples["full_length"] - self.examples["num_tokens"])
+        """Return (row number, tokens lost, full length, last_end) of each cut row, by row number."""
+        figures = self.figures.assign(lost=self.figures["full_length"] - self.figures["num_tokens"])
         cut = figures[figures["lost"] > 0].sort_index()
         return list(zip(cut.index, cut["lost"], cut["full_length"], cut["last_end"], strict=True))
 
@@ -79,60 +94,101 @@ def measure(config: Config, tokenizer: Any) -> Audit:
         ValueError: as `load_rows` and `tokenize_splits`.
     """
     rows = load_rows(config.data, config.eval.sets)
-    splits = {"train": rows.train, "eval": rows.eval}
-    sets = dict(zip(splits, tokenize_splits(rows, tokenizer, config.data), strict=True))
-    examples = pd.DataFrame(
+    sets = dict(zip(("train", "eval"), tokenize_splits(rows, tokenizer, config.data), strict=True))
+    remarks: dict[str, list[int]] = defaultdict(list)
+    figures = pd.DataFrame(
         [
-            figures
-            for split in splits
-            for figures in measure_examples(split, splits[split], sets[split], tokenizer, config.data)
+            line
+            for split, table in (("train", rows.train), ("eval", rows.eval))
+            for line in measure_rows(split, table, sets[split], tokenizer, config.data, remarks)
         ]
     ).set_index("row_number")
     dropped: dict[str, list[int]] = defaultdict(list)
-    for reasons in (rows.dropped, *(split.dropped for split in sets.values())):
+    for reasons in (rows.dropped, *(examples.dropped for examples in sets.values())):
         for reason, numbers in reasons.items():
             dropped[reason] = sorted(dropped[reason] + numbers)
     likeness = {name: compare_rows(rows, text_of) for name, text_of in COMPARED.items()}
-    return Audit(config, rows, examples, dict(dropped), likeness)
+    return Audit(config, rows, sets, figures, dict(dropped), dict(remarks), likeness)
 
 
-def measure_examples(
-    split: str, rows: Dataset, examples: Examples, tokenizer: Any, config: DataConfig
+def measure_rows(
+    split: str,
+    table: Dataset,
+    examples: Examples,
+    tokenizer: Any,
+    config: DataConfig,
+    remarks: dict[str, list[int]],
 ) -> Iterator[dict[str, Any]]:
-    """Yield the line of `Audit.examples` for each example of a split."""
-    row_of = {row["row_number"]: row for row in rows}
-    for example in examples.dataset:
-        messages = to_messages(row_of[example["row_number"]], config.system_prompt)
-        tokens = encode(tokenizer, messages, config.train_on)
-        anatomy = dissect(tokenizer, messages, config.train_on)
-        cut = slice(config.max_length)
-        # The counts use the example's own labels, so that the audit measures what training does.
-        assert len(anatomy.roles) == len(tokens.input_ids)
-        assert example["input_ids"] == tokens.input_ids[cut]
-        assert example["labels"] == tokens.labels[cut]
-        trained = [label != IGNORE for label in example["labels"]]
-        roles = anatomy.roles[cut]
-        of_trained = [role for role, is_trained in zip(roles, trained, strict=True) if is_trained]
-        ends = [end is not None and end < len(trained) and trained[end] for end in anatomy.ends_of_turn]
-        written = [end is not None for end in anatomy.ends_of_turn]
-        yield {
-            "row_number": example["row_number"],
-            "split": split,
-            "full_length": len(tokens.input_ids),
-            "num_tokens": len(trained),
-            "num_targets": len(of_trained),
-            "num_ends": sum(written),
-            "num_trained_ends": sum(ends),
-            "last_end": "none" if not any(written[-1:]) else "trained" if ends[-1] else "untrained",
-            **{role: roles.count(role) for role in ROLES},
-            **{f"{role} trained": of_trained.count(role) for role in ROLES},
-        }
+    """Yield the line of `Audit.figures` for each row of a split that has examples, and add to `remarks`."""
+    numbers = examples.dataset["row_number"]
+    rows = zip(iterate_rows(table), table["source"], strict=True)
+    for number, own in groupby(range(len(numbers)), key=lambda place: numbers[place]):
+        # The examples are in the order of the rows, some of which have none.
+        row, source = next(pair for pair in rows if pair[0]["row_number"] == number)
+        anatomy = dissect(tokenizer, to_conversation(row, config.system_prompt), config.train_on)
+        kept = keep(anatomy.tokens, config.max_length)
+        for place, measured in zip(own, kept.examples, strict=True):
+            _require_same(examples.dataset[place], measured, anatomy.tokens.input_ids)
+        for remark in anatomy.tokens.remarks:
+            remarks[remark].append(number)
+        yield {"row_number": number, "split": split, "source": source, **_measured(anatomy, kept)}
+
+
+def _require_same(example: Mapping[str, Any], measured: Tokens, input_ids: list[int]) -> None:
+    """What is measured is what is trained on. `measured` has positions among `input_ids`."""
+    assert example["input_ids"] == [input_ids[position] for position in measured.input_ids]
+    assert [label != IGNORE for label in example["labels"]] == [label != IGNORE for label in measured.labels]
+
+
+def _measured(anatomy: Anatomy, kept: Kept) -> dict[str, Any]:
+    """The figures of one row."""
+    roles = Counter(itertools.compress(anatomy.roles, kept.in_example))
+    of_trained = Counter(itertools.compress(anatomy.roles, kept.trained))
+    ends = [end is not None and kept.trained[end] for end in anatomy.ends_of_turn]
+    written = [end is not None for end in anatomy.ends_of_turn]
+    return {
+        "num_examples": len(kept.examples),
+        "num_branches": len(anatomy.tokens.branches),
+        "full_length": len(anatomy.tokens.input_ids),
+        "num_tokens": sum(kept.in_example),
+        "num_targets": sum(kept.trained),
+        "num_ends": sum(written),
+        "num_trained_ends": sum(ends),
+        "last_end": ""
+        if not written
+        else "none"
+        if not written[-1]
+        else "trained"
+        if ends[-1]
+        else "untrained",
+        **{role: roles[role] for role in ROLES},
+        **{f"{role} trained": of_trained[role] for role in ROLES},
+    }
+
+
+def find_rows(audit: Audit, numbers: Collection[int]) -> dict[int, Row]:
+    """The rows of these numbers. Those that were dropped or not drawn are read again."""
+    found: dict[int, Row] = {}
+    for table in (audit.rows.train, audit.rows.eval):
+        places = np.flatnonzero(np.isin(table["row_number"][:], list(numbers)))
+        found |= {row["row_number"]: row for row in iterate_rows(table.select(places))}
+    missing = set(numbers) - found.keys()
+    sources = [*training_sources(audit.config.data), *eval_sources(audit.config.data, audit.config.eval.sets)]
+    before = 0
+    for source in sources if missing else ():
+        for batch, format_ in read_formatted(source, CHUNK_ROWS):
+            own = missing.intersection(range(before + 1, before + batch.num_rows + 1))
+            for number, (place, raw) in enumerate(batch.rows() if own else (), before + 1):
+                if number in own:
+                    found[number] = {**format_.convert(raw, place)[0], "row_number": number}
+            before += batch.num_rows
+    return found
 
 
 def compare_rows(rows: Rows, text_of: Callable[[Mapping[str, Any]], str]) -> Likeness:
     """Find the rows of both splits that are alike in `text_of`."""
     splits = {"train": rows.train, "eval": rows.eval}
-    texts = {name: [text_of(row) for row in split] for name, split in splits.items()}
+    texts = {name: [text_of(row) for row in iterate_rows(split)] for name, split in splits.items()}
     numbers = {name: list(split["row_number"]) for name, split in splits.items()}
     every = [*numbers["train"], *numbers["eval"]]
     groups = same_after_normalizing([*texts["train"], *texts["eval"]])

@@ -18,8 +18,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from finetune.data.conversations import Conversation, Message
 
 NO_CHAT_TEMPLATE = (
-    "the model's tokenizer has no chat template; take the model's instruct or chat version, or add "
-    "a chat_template.jinja to a local copy of its folder"
+    "the model's tokenizer has no chat template; set data.chat_template to the one to train with (chatml, "
+    "llama3, gemma, mistral, or a Jinja file), or take the model's instruct or chat version"
 )
 # What a template is rendered with beside a row's own arguments.
 RESERVED = {"conversations", "messages", "tools", "documents", "chat_template", "add_generation_prompt"} | {

@@ -65,6 +65,7 @@ class MicroBatch(NamedTuple):
         prefix, and the end of the last.
     limits: of a packed sequence its Boundaries; of padded ones [B, T] bool, True for tokens, not padding.
     num_tokens: how many of the B*T are not padding.
+    is_from [N, S] bool: which of S sources each target is from; None where they are not told apart.
     """
 
     input_ids: Tensor
@@ -74,6 +75,7 @@ class MicroBatch(NamedTuple):
     example_starts: Tensor
     limits: Boundaries | Tensor
     num_tokens: int
+    is_from: Tensor | None = None
 
     def example_of_target(self) -> Tensor:
         """[N] long: which example of this micro-batch each target belongs to, from 0."""
@@ -88,6 +90,7 @@ class MicroBatch(NamedTuple):
             self.example_starts.to(device, non_blocking=True),
             self.limits.to(device),
             self.num_tokens,
+            None if self.is_from is None else self.is_from.to(device, non_blocking=True),
         )
 
 
@@ -218,7 +221,8 @@ def iterate_updates(
 
     def build(step: int) -> tuple[Update, list[MicroBatch]]:
         update = plan.update(step)
-        return update, list(iterate_batches(update.micro_batches, dataset, plan.layout.packing, device))
+        packing, sources = plan.layout.packing, tuple(plan.sources)
+        return update, list(iterate_batches(update.micro_batches, dataset, packing, device, sources))
 
     with ThreadPoolExecutor(max_workers=1) as builder:
         ahead = builder.submit(build, first_step)
@@ -229,7 +233,18 @@ def iterate_updates(
 
 
 def iterate_batches(
-    batches: Sequence[Indices], dataset: Any, packing: bool, device: torch.device
+    batches: Sequence[Indices],
+    dataset: Any,
+    packing: bool,
+    device: torch.device,
+    sources: Sequence[int] = (),
 ) -> Iterator[MicroBatch]:
+    """The micro-batches on the device. If `sources` are given, the targets of each are told apart."""
     for indices in batches:
-        yield collate([dataset[i] for i in indices], packing).to(device)
+        examples = [dataset[i] for i in indices]
+        batch = collate(examples, packing)
+        if sources:
+            own = torch.tensor([example["source"] for example in examples], dtype=torch.long)
+            is_from = own[batch.example_of_target()][:, None] == torch.tensor(sources)
+            batch = batch._replace(is_from=is_from)
+        yield batch.to(device)

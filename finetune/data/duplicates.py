@@ -21,6 +21,10 @@ NUM_HASHES = NUM_BANDS * HASHES_PER_BAND
 # compare. At most this many candidates are taken from a band, and the nearest by their hashes are measured.
 MAX_PER_BAND = 20
 MAX_MEASURED = 50
+# The share of hashes that agree is off the similarity by 0.036 (one standard deviation, at NEAR). Of near
+# texts, one in 15,000 agrees in less than this.
+MIN_AGREEMENT = 0.66
+TEXTS_AT_ONCE = 1_000  # whose candidates are in memory together
 BLOCK_CHARACTERS = 2**15  # hashed at a time, so that they stay in a core's cache
 # Hash k of a shingle x is _FACTORS[k] * x + _TERMS[k] modulo 2**32, which permutes the 32-bit numbers.
 _FACTORS, _TERMS = np.random.default_rng(5).integers(0, 2**32, (2, NUM_HASHES, 1), np.uint32)
@@ -43,6 +47,13 @@ class Signatures(NamedTuple):
 
     digests: NDArray[np.uint64]
     hashes: NDArray[np.uint8]
+
+
+TextsAt = Callable[[Sequence[int]], list[str]]
+"""The texts at these positions"""
+Band = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]
+"""Positions of the corpus ordered by their hashes of a band, and for each text that asks, where in them those
+stand that agree with it: [left, right)"""
 
 
 class Match(NamedTuple):
@@ -86,7 +97,11 @@ def most_similar(texts: Sequence[str], among: Sequence[str] | None = None) -> li
     others = texts if among is None else among
     matches: list[Match | None] = [None] * len(texts)
     for position, match in find_matches(
-        wanted, corpus, texts.__getitem__, others.__getitem__, themselves=among is None
+        wanted,
+        corpus,
+        lambda places: [texts[place] for place in places],
+        lambda places: [others[place] for place in places],
+        themselves=among is None,
     ):
         matches[position] = match
     return matches
@@ -107,14 +122,14 @@ def sign(texts: Sequence[str]) -> Signatures:
 def find_matches(
     wanted: Signatures,
     corpus: Signatures,
-    wanted_text: Callable[[int], str],
-    corpus_text: Callable[[int], str],
+    wanted_texts: TextsAt,
+    corpus_texts: TextsAt,
     themselves: bool = False,
 ) -> Iterator[tuple[int, Match]]:
     """Yield (position in `wanted`, its most similar text in `corpus`) where there is one, as `most_similar`.
 
     The texts are asked for by their positions, and only where signatures agree in a band. `themselves`: both
-    are the same texts, and none is its own match. Memory is a few numbers for each text.
+    are the same texts, and none is its own match. Memory is some 200 bytes for each text.
     """
     # A text is represented by its first position in the corpus: `firsts` in order of their digests.
     firsts, seconds = _first_two_positions(corpus.digests)
@@ -135,7 +150,7 @@ def find_matches(
     near = dict(
         zip(
             asking.tolist(),
-            _nearest_of_each(asking, wanted, corpus, unique, wanted_text, corpus_text, themselves),
+            _nearest_of_each(asking, wanted, corpus, unique, wanted_texts, corpus_texts, themselves),
             strict=True,
         )
     )
@@ -162,35 +177,66 @@ def _nearest_of_each(
     wanted: Signatures,
     corpus: Signatures,
     unique: NDArray[np.int64],
-    wanted_text: Callable[[int], str],
-    corpus_text: Callable[[int], str],
+    wanted_texts: TextsAt,
+    corpus_texts: TextsAt,
     themselves: bool,
 ) -> Iterator[Match | None]:
     """The near match of each text at the positions `asking`, among those at the positions `unique`."""
-    ranges = [_band_ranges(band, asking, wanted, corpus, unique) for band in range(NUM_BANDS)]
-    shingles = lru_cache(maxsize=4096)(lambda position: _shingles(normalize(corpus_text(position))))
-    # A text agrees with itself in all bands.
-    alike = np.any([right - left > themselves for _, left, right in ranges], axis=0)
-    for number, position in enumerate(asking.tolist()):
-        if not alike[number]:
-            yield None
-            continue
-        found: set[int] = set()
-        for order, left, right in ranges:
+    bands = [_band_ranges(band, asking, wanted, corpus, unique) for band in range(NUM_BANDS)]
+    for start in range(0, len(asking), TEXTS_AT_ONCE):
+        block = range(start, min(len(asking), start + TEXTS_AT_ONCE))
+        shortlists = [
+            _shortlist(number, int(asking[number]), bands, wanted, corpus, themselves) for number in block
+        ]
+        needed = sorted(set().union(*shortlists))
+        shingles_of = _Shingles(dict(zip(needed, corpus_texts(needed), strict=True)))
+        searching = [number for number, shortlist in zip(block, shortlists, strict=True) if shortlist]
+        own = iter(wanted_texts([int(asking[number]) for number in searching]))
+        for shortlist in shortlists:
+            yield _nearest(next(own), shortlist, shingles_of) if shortlist else None
+
+
+def _shortlist(
+    number: int,
+    position: int,
+    bands: Sequence[Band],
+    wanted: Signatures,
+    corpus: Signatures,
+    themselves: bool,
+) -> list[int]:
+    """Positions in the corpus, the likeliest first, of texts that may be near the one at `position`, which is
+    the `number`-th that asks."""
+    found: set[int] = set()
+    for order, left, right in bands:
+        if right[number] - left[number] > themselves:  # a text agrees with itself
             others = order[left[number] : right[number]]
             # Of a crowd, those around its own place; a text of elsewhere has its place behind them all.
             middle = int(np.searchsorted(others, position)) if themselves else len(others)
             found.update(others[max(0, middle - MAX_PER_BAND // 2) : middle + MAX_PER_BAND // 2].tolist())
-        if themselves:
-            found.discard(position)
-        candidates = np.array(sorted(found), np.int64)
-        agreement = (corpus.hashes[candidates] == wanted.hashes[position]).sum(axis=1)
-        nearest = candidates[np.argsort(-agreement, kind="stable")[:MAX_MEASURED]].tolist()
-        pieces = _shingles(normalize(wanted_text(position)))
-        similarities = [_jaccard(pieces, shingles(candidate)) for candidate in nearest]
-        best = int(np.argmax(similarities))
-        matches = similarities[best] >= NEAR
-        yield Match(nearest[best], similarities[best], exact=False) if matches else None
+    if themselves:
+        found.discard(position)
+    if not found:
+        return []
+    candidates = np.array(sorted(found), np.int64)
+    agreement = (corpus.hashes[candidates] == wanted.hashes[position]).sum(axis=1)
+    likeliest = np.argsort(-agreement, kind="stable")[:MAX_MEASURED]
+    likely = likeliest[agreement[likeliest] >= MIN_AGREEMENT * NUM_HASHES]
+    return [int(candidate) for candidate in candidates[likely]]
+
+
+class _Shingles:
+    """The shingles of texts by their positions; those asked for last are kept."""
+
+    def __init__(self, texts: dict[int, str]):
+        self.of = lru_cache(maxsize=4096)(lambda position: _shingles(normalize(texts[position])))
+
+
+def _nearest(text: str, candidates: Sequence[int], shingles: _Shingles) -> Match | None:
+    """The candidate that is most similar to the text; None if none reaches NEAR."""
+    pieces = _shingles(normalize(text))
+    similarities = [_jaccard(pieces, shingles.of(candidate)) for candidate in candidates]
+    best = int(np.argmax(similarities))
+    return Match(candidates[best], similarities[best], exact=False) if similarities[best] >= NEAR else None
 
 
 def _band_ranges(
@@ -199,9 +245,8 @@ def _band_ranges(
     wanted: Signatures,
     corpus: Signatures,
     unique: NDArray[np.int64],
-) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-    """Positions of the corpus ordered by their hashes of a band, and for each text that asks, where in them
-    those stand that agree with it: [left, right)."""
+) -> Band:
+    """The candidates by one band."""
     keys, own = (_band_keys(s.hashes, at, band) for s, at in ((corpus, unique), (wanted, asking)))
     order = np.argsort(keys, kind="stable")
     keys = keys[order]

@@ -123,7 +123,7 @@ def shared_prefix(tables: Iterator[pa.Table]) -> int:
         starts = np.cumsum(sizes) - sizes
         if prefix is None:
             prefix = ids[: sizes[0]]
-        # As `shareable` has it: what follows the shared tokens, or branches off, is predicted by none of them.
+        # As `shareable` has it: what follows them or branches off is predicted by none of the shared tokens.
         attach = [attach for branches in _branches(table) for _, attach in branches]
         ends = np.r_[np.minimum(sizes, first_targets(table) - 1), np.array(attach, np.int64) - 1]
         prefix = prefix[: max(0, int(ends.min()))]

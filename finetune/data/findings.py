@@ -8,7 +8,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from finetune.data.audit import SCOPES, Audit, same_in_scope
-from finetune.data.rows import instruction_of
+from finetune.data.rows import instruction_of, iterate_rows
 
 FEW_TARGETS = 2  # too few to teach more than a word
 
@@ -85,7 +85,7 @@ def find_problems(audit: Audit) -> dict[int, list[Problem]]:
                     text = f"{name} much like that of row {other} ({similarity:.2f})"
                     add_likeness(Severity.NEAR, scope, number, text)
 
-    for number, count in zip(audit.examples.index, audit.examples["num_targets"], strict=True):
+    for number, count in zip(audit.figures.index, audit.figures["num_targets"], strict=True):
         if count <= FEW_TARGETS:
             problems[number].append(Problem(Severity.FEW_TARGETS, f"only {count} target tokens"))
     return {number: sorted(found, key=lambda p: p.severity) for number, found in problems.items()}
@@ -93,15 +93,15 @@ def find_problems(audit: Audit) -> dict[int, list[Problem]]:
 
 def find_listings(audit: Audit) -> list[Listing]:
     """Return a listing of the rows for each kind of finding that occurs."""
-    examples, last_end = audit.examples, audit.examples["last_end"]
-    inner_end_lost = (examples["num_trained_ends"] < examples["num_ends"]) & (last_end != "untrained")
+    figures, last_end = audit.figures, audit.figures["last_end"]
+    inner_end_lost = (figures["num_trained_ends"] < figures["num_ends"]) & (last_end != "untrained")
     cut = [Entry([number], f"{lost} of {full} lost") for number, lost, full, _ in audit.cut_rows()]
     listings = [
         *(Listing(f"Dropped: {reason}", _entries(numbers)) for reason, numbers in audit.dropped.items()),
         Listing(f"Cut at {audit.config.data.max_length} tokens", cut),
-        Listing("Last end-of-turn token not trained", _entries(examples.index[last_end == "untrained"])),
-        Listing("Another end-of-turn token not trained", _entries(examples.index[inner_end_lost])),
-        Listing("Template writes no end-of-turn token", _entries(examples.index[last_end == "none"])),
+        Listing("Last end-of-turn token not trained", _entries(figures.index[last_end == "untrained"])),
+        Listing("Another end-of-turn token not trained", _entries(figures.index[inner_end_lost])),
+        Listing("Template writes no end-of-turn token", _entries(figures.index[last_end == "none"])),
     ]
     texts = _instructions(audit)
     for name, alike in audit.likeness.items():
@@ -128,7 +128,7 @@ def find_listings(audit: Audit) -> list[Listing]:
             entries = [Entry(pair, f"{similarity:.2f}") for pair, similarity in sorted(pairs.items())]
             title = f"{'Leak: much' if scope == 'leak' else 'Much'} the same {name} {where}"
             listings.append(Listing(title, entries, " ~ "))
-    few = examples.index[examples["num_targets"] <= FEW_TARGETS]
+    few = figures.index[figures["num_targets"] <= FEW_TARGETS]
     listings.append(Listing(f"At most {FEW_TARGETS} target tokens", _entries(few)))
     return [listing for listing in listings if listing.entries]
 
@@ -138,9 +138,8 @@ def _entries(numbers: Iterable[int]) -> list[Entry]:
 
 
 def _instructions(audit: Audit) -> dict[int, str]:
-    return {
-        row["row_number"]: instruction_of(row) for rows in (audit.rows.train, audit.rows.eval) for row in rows
-    }
+    tables = (audit.rows.train, audit.rows.eval)
+    return {row["row_number"]: instruction_of(row) for table in tables for row in iterate_rows(table)}
 
 
 def _some(numbers: list[int], but: int, most: int = 10) -> str:

@@ -4,8 +4,8 @@ A plan is a pure function of its fields. Update k is the same set of examples wi
 tokens, however they are packed, padded, split into micro-batches or distributed over ranks.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from heapq import heapreplace
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.config import Config
+from finetune.data.by_source import several_sources
 from finetune.data.examples import Examples
 from finetune.data.segments import SequenceSizes
 
@@ -67,6 +68,8 @@ class Plan:
     """Tokens that all examples begin with: once in a packed sequence"""
     sequences: SequenceSizes | None = None
     """What the examples are in the padded layout; None: each is one sequence"""
+    sources: Mapping[int, str] = field(default_factory=dict)
+    """If the examples come from several sources: their names, to give the losses apart; else none"""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -133,6 +136,7 @@ def make_plan(
         num_processes=num_processes,
         shared_prefix=train_set.shared_prefix,
         sequences=train_set.sequence_sizes,
+        sources=several_sources(train_set),
     )
 
 

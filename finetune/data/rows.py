@@ -241,29 +241,46 @@ def split_rows_by_instruction(table: Dataset, eval_fraction: float, seed: int) -
 
 
 def instruction_of(row: Mapping[str, Any]) -> str:
-    """The row's instruction, without its input; of messages, the first user turn."""
+    """The row's instruction, without its input; of messages, the first user turn; a plain text as it is."""
+    if "text" in row:
+        return str(row["text"])
     if "messages" in row:
-        return next((m["content"] or "" for m in row["messages"] if m["role"] == "user"), "")
+        return next((text_of(turn) for turn in row["messages"] if turn["role"] == "user"), "")
     return str(row["prompt"] if "completion" in row else row["instruction"])
 
 
 def prompt_of(row: Mapping[str, Any]) -> str:
-    """All that precedes the row's last answer: instruction and input, or the turns before it."""
+    """All that precedes the row's last answer: its history, instruction and input, or the turns before it,
+    without the system's; a plain text as it is."""
+    if "text" in row:
+        return str(row["text"])
     if "messages" in row:
-        turns = [m["content"] or "" for m in row["messages"] if m["role"] != "system"]
-        last = max(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")
-        last -= sum(m["role"] == "system" for m in row["messages"][:last])
-        return "\n".join(turns[:last])
+        last = max(turn for turn, message in enumerate(row["messages"]) if message["role"] == "assistant")
+        return "\n".join(text_of(turn) for turn in row["messages"][:last] if turn["role"] != "system")
     if "completion" in row:
         return str(row["prompt"])
-    return "\n".join(filter(None, (row["instruction"], row["input"])))
+    history = [text for pair in row.get("history") or [] for text in pair]
+    return "\n".join(filter(None, (*history, row["instruction"], row["input"])))
 
 
 def answer_of(row: Mapping[str, Any]) -> str:
-    """The row's last answer."""
+    """The row's last answer; "" of a plain text."""
+    if "text" in row:
+        return ""
     if "messages" in row:
-        return str(next(m["content"] for m in reversed(row["messages"]) if m["role"] == "assistant"))
+        return text_of(next(turn for turn in reversed(row["messages"]) if turn["role"] == "assistant"))
     return str(row["completion"] if "completion" in row else row["output"])
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """What a turn says: its reasoning, its content and its tool calls, each on lines of its own."""
+    calls = [call.get("function", call) for call in message.get("tool_calls") or []]
+    called = [f"{call['name']}({_as_json(call.get('arguments'))})" for call in calls]
+    return "\n".join(filter(None, (message.get("reasoning_content"), message["content"], *called)))
+
+
+def _as_json(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -290,7 +307,7 @@ def find_leaks(rows: Rows) -> dict[int, Match]:
     if not file.exists():
         parts = zip((rows.train, rows.eval), digests, strict=True)
         corpus, wanted = (_signatures(part, digest) for part, digest in parts)
-        asked, trained = (partial(_prompt_at, part) for part in (rows.eval, rows.train))
+        asked, trained = (partial(_prompts_at, part) for part in (rows.eval, rows.train))
         found = list(find_matches(wanted, corpus, asked, trained))
         columns = {
             "eval": pa.array([place for place, _ in found], pa.int64()),
@@ -309,8 +326,9 @@ def find_leaks(rows: Rows) -> dict[int, Match]:
     }
 
 
-def _prompt_at(rows: Dataset, place: int) -> str:
-    return prompt_of(row_at(rows, place))
+def _prompts_at(rows: Dataset, places: Sequence[int]) -> list[str]:
+    texts = rows.with_format("arrow")[places]["row"].to_pylist() if places else []
+    return [prompt_of(json.loads(text)) for text in texts]
 
 
 def _signatures(rows: Dataset, digest: str) -> Signatures:

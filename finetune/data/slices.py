@@ -10,7 +10,9 @@ import pandas as pd
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from finetune.data.by_source import several_sources
 from finetune.data.examples import Examples
+from finetune.data.rows import iterate_rows
 
 MAX_VALUES = 12  # the most frequent values of a column; the others form one slice
 
@@ -29,12 +31,18 @@ def by_length(lengths: NDArray[np.int64]) -> list[Slice]:
 
 
 def by_input(rows: Dataset, examples: Examples) -> list[Slice]:
-    """Examples with and without an input; no slices if the rows have no such column."""
-    if "input" not in rows.column_names:
+    """Examples with and without an input; no slices if no row can have one."""
+    inputs = {row["row_number"]: row["input"] for row in iterate_rows(rows) if "input" in row}
+    if not inputs:
         return []
-    inputs = dict(zip(rows["row_number"], rows["input"], strict=True))
-    has = np.array([bool((inputs[n] or "").strip()) for n in examples.dataset["row_number"]], dtype=bool)
+    numbers = examples.dataset["row_number"]
+    has = np.array([bool((inputs.get(number) or "").strip()) for number in numbers], dtype=bool)
     return [Slice("with input", has), Slice("without input", ~has)]
+
+
+def by_source(examples: Examples) -> list[Slice]:
+    """The examples of each source and eval set."""
+    return [Slice(name, examples.sources == source) for source, name in several_sources(examples).items()]
 
 
 def by_leak(leaks: Mapping[int, object], examples: Examples) -> list[Slice]:

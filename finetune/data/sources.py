@@ -49,12 +49,18 @@ def eval_sources(data: DataConfig, sets: Mapping[str, str | list[str]] | None) -
     """The sources of `data.eval_path`, then `eval.sets` by their names; no two names are the same.
 
     Raises:
-        ValueError: as `training_sources`.
+        ValueError: as `training_sources`; or an eval set has the name of other rows that are evaluated.
     """
     sources = [] if data.eval_path is None else _sources(data.eval_path, "data.eval_path", data)
+    sources = _with_own_names(sources)
+    key, others = (
+        ("data.path", training_sources(data)) if data.eval_fraction > 0 else ("data.eval_path", sources)
+    )
     for name, path in (sets or {}).items():
+        if name in (other.name for other in others):
+            raise ValueError(f"eval.sets.{name}: a source of {key} is called {name} too; rename one of them")
         sources += _sources([SourceConfig(path=path, name=name)], f"eval.sets.{name}", data)
-    return _with_own_names(sources)
+    return sources
 
 
 def is_local(path: str) -> bool:

@@ -9,9 +9,10 @@ conversation, and gets a text of its own, which ends with it.
 import json
 import re
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
-from finetune.data.chat_template import ChatTemplate, common_start, function_of
+from finetune.data.chat_template import ChatTemplate, common_start
 from finetune.data.conversations import Conversation, Message
 from finetune.data.written import (
     THOUGHT_END,
@@ -25,6 +26,10 @@ from finetune.data.written import (
 # What stands for the texts of a turn to see what the template writes around them. Private characters: no text
 # of a row ends or begins with a part of them.
 _CONTENT, _REASONING, _ARGUMENT = "\ue0f1\ue0f2", "\ue0f3\ue0f4", "\ue0f5\ue0f6"
+
+
+# The keys of an answer that is nothing but its content.
+_PLAIN = {"role", "content", "train", "name"}
 
 
 class Span(NamedTuple):
@@ -118,76 +123,144 @@ def _find_turn(
     template: ChatTemplate, conversation: Conversation, i: int, stops: StopTokens, remarks: list[str]
 ) -> tuple[str, Span, int]:
     """The conversation up to turn `i` as text, what of it the model writes, and where its stop token ends."""
-    message = conversation.messages[i]
-    text = template.render(up_to(conversation, i + 1))
-    prompt = _prompt(template, conversation, i)
-    shape = _shape(template, conversation, i, text, prompt)
-    start = len(prompt)
-    if not text.startswith(prompt):
-        text, start = _joined(template, conversation, i, text, prompt, stops)
-    written = Written(text[start:], shape.times_content, shape.times_reasoning)
-    remarks += check_turn(message, i + 1, written, lambda: _own_text(template, conversation, i))
-    lead = shape.lead.strip()
-    if lead and not message.get("reasoning_content") and not message.get("tool_calls"):
-        remarks.append(f"{lead!r} is added before an answer")
-    tail_start = max(start, len(text) - len(shape.tail))
-    has_calls = bool(message.get("tool_calls"))
-    stop = _find_stop(template, text, tail_start, has_calls, stops)
-    if stop is None and (next_turn := _next_turn_start(template, has_calls, stops)):
-        text += next_turn
-        stop = len(text) - len(next_turn.lstrip()), len(text)
-    if stop is None:
-        raise ValueError(
-            "the chat template ends an assistant's turn with no special token, so the model would not "
-            "learn to stop; use a chat template that writes an end-of-turn token, or data.train_on all"
+    turn = _Turn(template, up_to(conversation, i + 1), stops)
+    known: _Shape | None = template.turn_shapes.get(turn.key)
+    if known is not None and turn.may_have(known):
+        try:
+            return turn.find(known, remarks)
+        except ValueError:
+            pass  # Turns like it are of that shape, this one may be of another.
+    shape = template.turn_shapes[turn.key] = turn.shape()
+    return turn.find(shape, remarks)
+
+
+class _Turn:
+    """The last turn of a conversation, an assistant's."""
+
+    def __init__(self, template: ChatTemplate, conversation: Conversation, stops: StopTokens) -> None:
+        self.template, self.conversation, self.stops = template, conversation, stops
+        *self.before, self.message = conversation.messages
+        self.has_calls = bool(self.message.get("tool_calls"))
+        self.text = template.render(conversation)
+        self.prompt = self._prompt()
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Turns with the same are almost always of one shape."""
+        content = self.message.get("content") or ""
+        return (
+            self.before[-1]["role"] if self.before else None,
+            bool(content),
+            THOUGHT_END in content,
+            bool(self.message.get("reasoning_content")),
+            len(self.message.get("tool_calls") or []),
+            bool(self.conversation.tools),
+            json.dumps(self.conversation.template_kwargs, sort_keys=True, default=str),
         )
-    return text, Span(start, stop[0]), stop[1]
 
+    def may_have(self, shape: _Shape) -> bool:
+        """Whether it ends as turns of that shape do, and nothing of it would be left out."""
+        content, thought = self.message.get("content"), self.message.get("reasoning_content")
+        is_whole = (not content or shape.times_content > 0) and (not thought or shape.times_reasoning > 0)
+        return is_whole and self.text.endswith(shape.tail)
 
-def _prompt(template: ChatTemplate, conversation: Conversation, i: int) -> str:
-    """What the model is given before it writes turn `i`."""
-    try:
-        return template.render(up_to(conversation, i), add_generation_prompt=True)
-    except ValueError:
-        if i > 0:
-            raise
-        # Nobody asks for an answer to nothing, and a template may fail on it.
-        return common_start(template.render(up_to(conversation, 1)), _probe(template, conversation, 0))
+    def shape(self) -> _Shape:
+        """What the template writes around the turn's texts."""
+        start = len(common_start(self.prompt, self.text, self.probe))
+        written = self.probe[start:]
+        places = [place for mark in (_CONTENT, _REASONING) if (place := written.find(mark)) >= 0]
+        return _Shape(
+            common_start(self.text[::-1], self.probe[::-1])[::-1],
+            written.count(_CONTENT),
+            written.count(_REASONING),
+            written[: min(places)] if places and start == len(self.prompt) else "",
+        )
 
+    @cached_property
+    def probe(self) -> str:
+        """The conversation as text, with placeholders for the turn's own texts."""
+        message = dict(self.message)
+        if message.get("content") or not (self.has_calls or message.get("reasoning_content")):
+            message["content"] = _CONTENT
+        if message.get("reasoning_content"):
+            message["reasoning_content"] = _REASONING
+        if self.has_calls:
+            function = {"name": _ARGUMENT, "arguments": {_ARGUMENT: _ARGUMENT}}
+            message["tool_calls"] = [{**call, "function": function} for call in message["tool_calls"]]
+        return self.template.render(replace(self.conversation, messages=[*self.before, message]))
 
-def _joined(
-    template: ChatTemplate, conversation: Conversation, i: int, text: str, prompt: str, stops: StopTokens
-) -> tuple[str, int]:
-    """A text with turn `i` as the model writes it, and where it begins to write; `text`, which holds that
-    turn, does not begin with `prompt`, which asks for it.
+    @property
+    def own_start(self) -> int:
+        """Where in `text` the turn's own texts begin."""
+        return len(common_start(self.text, self.probe))
 
-    Either the prompt says more than the finished turn has, such as the beginning of a thought, or it renders
-    the turns before otherwise.
-    """
-    own_start = len(common_start(text, _probe(template, conversation, i)))
-    history = template.render(up_to(conversation, i))
-    history_end = _before_token(stops, prompt, len(common_start(history, prompt)))
-    parting = _before_token(stops, text, len(common_start(prompt, text)))
-    if parting >= history_end:
-        return text, min(parting, own_start)
-    # The turn is put behind the prompt. In the text it stands behind what asks for it there.
-    asking, kept = _asking(template, stops)
-    for asked in (prompt[history_end:], asking, kept):
-        place = text.rfind(asked, 0, own_start)
-        start = place + len(asked)
-        if (
-            asked
-            and place >= 0
-            and not (i and says_anything_of(conversation.messages[i - 1], text[start:own_start]))
-        ):
-            given = prompt.removesuffix(asking.removeprefix(kept)) if asked == kept else prompt
-            return given + text[start:], len(given)
-    if parting >= own_start:  # the turn goes on behind the one before, and nothing begins it
-        return text, own_start
-    raise ValueError(
-        f"the chat template renders the turns before turn {i + 1} in another way once that is written, "
-        "and what the model writes of it cannot be told; use another chat template or data.train_on all"
-    )
+    def find(self, shape: _Shape, remarks: list[str]) -> tuple[str, Span, int]:
+        """The text, what of it the model writes of this turn, and where its stop token ends."""
+        text, start = self._behind_prompt()
+        written = Written(text[start:], shape.times_content, shape.times_reasoning)
+        own_remarks = check_turn(
+            self.message, len(self.before) + 1, written, lambda: self.text[self.own_start :]
+        )
+        lead = shape.lead.strip()
+        if lead and text.startswith(shape.lead, start) and set(self.message) <= _PLAIN:
+            own_remarks.append(f"{lead!r} is added before an answer")
+        tail_start = max(start, len(text) - len(shape.tail))
+        stop = _find_stop(self.template, text, tail_start, self.has_calls, self.stops)
+        if stop is None and (next_turn := _next_turn_start(self.template, self.has_calls, self.stops)):
+            text += next_turn
+            stop = len(text) - len(next_turn.lstrip()), len(text)
+        if stop is None:
+            raise ValueError(
+                "the chat template ends an assistant's turn with no special token, so the model would not "
+                "learn to stop; use a chat template that writes an end-of-turn token, or data.train_on all"
+            )
+        remarks += own_remarks
+        return text, Span(start, stop[0]), stop[1]
+
+    def _prompt(self) -> str:
+        """What the model is given before it writes the turn."""
+        try:
+            return self.template.render(self._history, add_generation_prompt=True)
+        except ValueError:
+            if self.before:
+                raise
+            # Nobody asks for an answer to nothing, and a template may fail on it.
+            return self.text[: self.own_start]
+
+    @property
+    def _history(self) -> Conversation:
+        return replace(self.conversation, messages=self.before)
+
+    def _behind_prompt(self) -> tuple[str, int]:
+        """A text with the turn as the model writes it, and where in it the model begins to write.
+
+        That is the rendered text, where it begins with the prompt. Otherwise either the prompt says more than
+        the finished turn has, such as the beginning of a thought, or it renders the turns before otherwise.
+        """
+        text, prompt = self.text, self.prompt
+        if text.startswith(prompt):
+            return text, len(prompt)
+        history = self.template.render(self._history)
+        history_end = _before_token(self.stops, prompt, len(common_start(history, prompt)))
+        parting = _before_token(self.stops, text, len(common_start(prompt, text)))
+        if parting >= history_end:
+            return text, min(parting, self.own_start)
+        # The turn is put behind the prompt. In the text it stands behind what asks for it there.
+        asking, kept = _asking(self.template, self.stops)
+        for asked in (prompt[history_end:], asking, kept):
+            place = text.rfind(asked, 0, self.own_start)
+            start = place + len(asked)
+            is_own = not self.before or not says_anything_of(self.before[-1], text[start : self.own_start])
+            if asked and place >= 0 and is_own:
+                given = prompt.removesuffix(asking.removeprefix(kept)) if asked == kept else prompt
+                return given + text[start:], len(given)
+        if parting >= self.own_start:  # the turn goes on behind the one before, and nothing begins it
+            return text, self.own_start
+        raise ValueError(
+            f"the chat template renders the turns before turn {len(self.before) + 1} in another way once that "
+            "is written, and what the model writes of it cannot be told; use another chat template or "
+            "data.train_on all"
+        )
 
 
 def _asking(template: ChatTemplate, stops: StopTokens) -> tuple[str, str]:
@@ -206,60 +279,6 @@ def _before_token(stops: StopTokens, text: str, place: int) -> int:
         if match.end() > place:
             return match.start()
     return place
-
-
-def _shape(template: ChatTemplate, conversation: Conversation, i: int, text: str, prompt: str) -> _Shape:
-    """What the template writes around the texts of turn `i`, as `text` ends with it."""
-    message = conversation.messages[i]
-    key = (
-        conversation.messages[i - 1]["role"] if i else None,
-        bool(message.get("content")),
-        THOUGHT_END in (message.get("content") or ""),
-        bool(message.get("reasoning_content")),
-        len(message.get("tool_calls") or []),
-        bool(conversation.tools),
-        json.dumps(conversation.template_kwargs, sort_keys=True, default=str),
-    )
-    known: _Shape | None = template.turn_shapes.get(key)
-    if known is not None and text.endswith(known.tail):
-        return known
-    probe = _probe(template, conversation, i)
-    start = len(common_start(prompt, text, probe))
-    written = probe[start:]
-    places = [place for mark in (_CONTENT, _REASONING) if (place := written.find(mark)) >= 0]
-    shape = _Shape(
-        _common_suffix(text, probe),
-        written.count(_CONTENT),
-        written.count(_REASONING),
-        written[: min(places)] if places and prompt == probe[:start] else "",
-    )
-    template.turn_shapes[key] = shape
-    return shape
-
-
-def _probe(template: ChatTemplate, conversation: Conversation, i: int) -> str:
-    """The conversation up to turn `i` as text, with placeholders for that turn's texts."""
-    message = dict(conversation.messages[i])
-    calls = message.get("tool_calls")
-    if message.get("content") or not (calls or message.get("reasoning_content")):
-        message["content"] = _CONTENT
-    if message.get("reasoning_content"):
-        message["reasoning_content"] = _REASONING
-    if calls:
-        message["tool_calls"] = [
-            {**call, "function": {**function_of(call), "arguments": {_ARGUMENT: _ARGUMENT}}} for call in calls
-        ]
-    return template.render(replace(conversation, messages=[*conversation.messages[:i], message]))
-
-
-def _own_text(template: ChatTemplate, conversation: Conversation, i: int) -> str:
-    """Turn `i` as text, from its first own text on."""
-    text = template.render(up_to(conversation, i + 1))
-    return text[len(common_start(text, _probe(template, conversation, i))) :]
-
-
-def _common_suffix(first: str, second: str) -> str:
-    return common_start(first[::-1], second[::-1])[::-1]
 
 
 def _find_stop(

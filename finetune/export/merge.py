@@ -14,9 +14,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from finetune.data.chat_template import stop_ids
 from finetune.model.load import load_base
 from finetune.ops.quantized import frozen_weight
-from finetune.run.adapter import Trained, TrainedModel, load_trained
+from finetune.run.adapter import Trained, TrainedModel, add_rows_of, load_trained
 from finetune.runtime.accelerator import DTYPES
 from finetune.runtime.files import require_room, staged_folder
 
@@ -35,6 +36,7 @@ def load_unmerged(trained: Trained, opened: TrainedModel, base: str) -> peft.Pef
     """
     config = replace(trained.config.model, quantization="none")
     model = load_base(config, "no", opened.accelerator.device)
+    add_rows_of(trained.adapter, model)
     if base == DEQUANTIZED:
         _set_weights(model, opened.model.get_base_model(), DTYPES[opened.precision.actual])
     ties = model.get_input_embeddings().weight is model.get_output_embeddings().weight
@@ -100,6 +102,7 @@ def save_merged(model: Any, tokenizer: Any, dtype: torch.dtype, folder: Path) ->
         OSError: they could not be written.
     """
     model.to(dtype)
+    model.generation_config.eos_token_id = sorted(stop_ids(tokenizer))
     if hasattr(model.config, "quantization_config"):  # from a base that was loaded from a GGUF file
         del model.config.quantization_config
     folder = folder.absolute()

@@ -4,7 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from finetune.data.tokenize import Message, render
+from finetune.data.chat_template import render, stop_ids
+from finetune.data.conversations import Conversation, Message
 
 # A Go text/template that renders the same text as `_chatml`. In Ollama the system turn, including that of
 # SYSTEM, is the first of .Messages.
@@ -13,7 +14,6 @@ CHATML_IN_GO = """\
 {{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
 """
-STOPS = ("<|im_start|>", "<|im_end|>")
 _PROBES: tuple[list[Message], ...] = (
     [{"role": "user", "content": " Two\n\nlines \n"}],
     [{"role": "system", "content": " s "}, {"role": "user", "content": "q"}],
@@ -31,11 +31,14 @@ _PROBES: tuple[list[Message], ...] = (
 )
 
 
-def modelfile(gguf_name: str, tokenizer: Any, system_prompt: str | None) -> tuple[str, list[str]]:
+def modelfile(
+    gguf_name: str, tokenizer: Any, system_prompt: str | None, context_length: int
+) -> tuple[str, list[str]]:
     """Return the Modelfile for the GGUF file of that name, and a description of each line it leaves out.
 
-    It has a TEMPLATE if the chat template is ChatML. It has a SYSTEM if there is a system prompt that can be
-    quoted: the run's, or else the chat template's default.
+    It has a TEMPLATE if the chat template is ChatML, without its tools: Ollama writes those in a form of its
+    own. It has a SYSTEM if there is a system prompt that can be quoted: the run's, or else the default of the
+    chat template. It stops where `generate` does. `context_length` is in tokens.
     """
     lines, left_out = [f"FROM ./{gguf_name}"], []
     default = chatml_default(tokenizer)
@@ -45,7 +48,14 @@ def modelfile(gguf_name: str, tokenizer: Any, system_prompt: str | None) -> tupl
         )
     else:
         lines.append(f'TEMPLATE """{CHATML_IN_GO}"""')
-        lines += [f'PARAMETER stop "{stop}"' for stop in STOPS]
+    if _has_tools(tokenizer):
+        left_out.append(
+            "tools: Ollama writes them in a form of its own, not in that of the chat template; to use them, "
+            "serve with llama.cpp or vLLM"
+        )
+    stops = tokenizer.convert_ids_to_tokens(sorted(stop_ids(tokenizer)))
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
+    lines.append(f"PARAMETER num_ctx {context_length}")
     system = system_prompt if system_prompt is not None else default
     if system and not _can_be_quoted(system):
         left_out.append("SYSTEM: a Modelfile cannot hold this system prompt; send it with each request")
@@ -66,6 +76,15 @@ def chatml_default(tokenizer: Any) -> str | None:
     found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n", rendered[0], re.DOTALL)
     default = found[1] if found else ""
     return default if rendered == [_chatml(probe, default) for probe in _PROBES] else None
+
+
+def _has_tools(tokenizer: Any) -> bool:
+    """Whether the chat template writes tools."""
+    tool = {"type": "function", "function": {"name": "placeholder", "parameters": {"type": "object"}}}
+    try:
+        return "placeholder" in render(tokenizer, Conversation([{"role": "user", "content": "q"}], [tool]))
+    except ValueError:  # the template refuses them
+        return False
 
 
 def _chatml(messages: Sequence[Message], default: str) -> str:

@@ -21,6 +21,7 @@ from finetune.model.loss import TokenLoss
 from finetune.ops import decoder_layer, elementwise, lora, operators, quantized
 from finetune.ops.attention import PACKED, describe_kernel
 from finetune.ops.quantized import dequantized, dropout_off
+from finetune.ops.token_rows import frozen_layer
 from finetune.runtime.accelerator import DTYPES
 from finetune.runtime.choice import Choice
 from finetune.runtime.memory import reset_peak_memory
@@ -229,16 +230,17 @@ def _choose_head(config: Config, token_loss: TokenLoss, trial: _Trial) -> Choice
     reference = "all logits of target tokens" if token_loss.can_skip_logits else "logits of all tokens"
     if not config.fast.head:
         return Choice(name, reference, reference)
-    head = token_loss.base.get_output_embeddings()
+    outer = token_loss.base.get_output_embeddings()
+    head = frozen_layer(outer)
     if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
         return Choice(name, chunks, reference, "the head is trained, has a bias, or is no plain linear layer")
-    if trial.call(lambda batch: _computes_logits(token_loss, head, batch), trial.alone):
+    if trial.call(lambda batch: _computes_logits(token_loss, outer, batch), trial.alone):
         token_loss.head_mib = config.fast.head_mib
         return Choice(name, chunks, chunks)
     return Choice(name, chunks, reference, "the model's logits are not just its head's output")
 
 
-def _computes_logits(token_loss: TokenLoss, head: nn.Linear, batch: MicroBatch) -> bool:
+def _computes_logits(token_loss: TokenLoss, head: nn.Module, batch: MicroBatch) -> bool:
     """Whether the head's input is the decoder's hidden states, and its output is the logits.
 
     The head gets eight times its usual input, so that a soft cap on the logits would show.

@@ -10,14 +10,17 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
 from finetune.config_checks import LARGEST_WHOLE_NUMBER
-from finetune.data.tokenize import Message, render
+from finetune.data.chat_template import render, stop_ids
+from finetune.data.conversations import Conversation, Message
+from finetune.data.tokenize import IGNORE, encode
 from finetune.ops import quantized
 from finetune.ops.quantized import dropout_off, frozen_weight
 from finetune.runtime.accelerator import DTYPES
 
 
 class Answer(NamedTuple):
-    """A generated turn, without special tokens and surrounding white space."""
+    """A generated turn, as it was written: with its reasoning and its tool calls, and with special tokens in
+    it, but without the one that ends it and without surrounding white space."""
 
     text: str
     num_tokens: int
@@ -56,23 +59,43 @@ def generate_answers(
     accelerator: Any,
     model: Any,
     tokenizer: Any,
-    conversations: Sequence[list[Message]],
+    conversations: Sequence[Conversation | list[Message]],
     max_new_tokens: int = 48,
 ) -> list[Answer]:
     """Greedy answers to the last turn of each conversation, generated as one batch."""
-    prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
+    prompts = [encode_prompt(tokenizer, conversation) for conversation in conversations]
     return answer_prompts(accelerator, model, tokenizer, prompts, max_new_tokens)
 
 
-def encode_prompt(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Token ids of a conversation up to the start of the assistant's next turn.
+def encode_prompt(tokenizer: Any, conversation: Conversation | list[Message]) -> list[int]:
+    """Token ids of a conversation up to the start of the assistant's next turn, with the conversation's tools
+    and arguments of the template; those of a plain text are the text's own.
 
     Raises:
-        ValueError: the template fails on these messages.
+        ValueError: there is no template, or it fails on these messages.
     """
-    text = render(tokenizer, messages, add_generation_prompt=True)
+    if isinstance(conversation, Conversation) and conversation.text is not None:
+        text = conversation.text
+    else:
+        text = render(tokenizer, conversation, add_generation_prompt=True)
     tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return tokens
+
+
+def reference_answer(tokenizer: Any, conversation: Conversation) -> str:
+    """The answer that is the last turn of a conversation, in the form that `answer_prompts` gives answers.
+
+    Raises:
+        ValueError: as `encode`.
+    """
+    tokens = encode(tokenizer, conversation, "completion")
+    end = tokens.branches[0][0] if tokens.branches else len(tokens.input_ids)  # of the whole conversation
+    while tokens.labels[end - 1] == IGNORE:
+        end -= 1
+    start = end
+    while tokens.labels[start - 1] != IGNORE:
+        start -= 1
+    return _answer(tokenizer, tokens.input_ids[start:end], stop_ids(tokenizer)).text
 
 
 def require_room(model: Any, num_tokens: int, max_new_tokens: int) -> None:
@@ -102,7 +125,7 @@ def answer_prompts(
     # Calling the tokenizer with padding would leave padding enabled in the tokenizer that the run saves.
     padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     inputs = padded.to(accelerator.device)
-    ends = end_tokens(model, tokenizer)
+    ends = stop_ids(tokenizer)
     with dropout_off(model), _dense_head_input(model), accelerator.autocast():
         tokens = model.generate(
             **inputs,
@@ -132,19 +155,11 @@ def _dense_head_input(model: Any) -> Iterator[None]:
         hook.remove()
 
 
-def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """The tokens that end an answer: the tokenizer's EOS token and those of the model's generation config."""
-    ends = model.generation_config.eos_token_id
-    several = ends if isinstance(ends, list) else [ends]
-    return {token for token in (*several, tokenizer.eos_token_id) if token is not None}
-
-
-def _answer(tokenizer: Any, tokens: list[int], ends: set[int]) -> Answer:
-    """The answer in a sequence of generated tokens, which may be padded at its end."""
+def _answer(tokenizer: Any, tokens: list[int], ends: frozenset[int]) -> Answer:
+    """The answer in a sequence of generated tokens, which may be padded after its end."""
     end = next((index for index, token in enumerate(tokens) if token in ends), None)
-    own = tokens if end is None else tokens[: end + 1]
-    text: str = tokenizer.decode(own, skip_special_tokens=True)
-    return Answer(text.strip(), len(own), end is not None)
+    text: str = tokenizer.decode(tokens[:end], skip_special_tokens=False)
+    return Answer(text.strip(), len(tokens) if end is None else end + 1, end is not None)
 
 
 def multiply_dequantized(model: nn.Module, precision: str) -> None:

@@ -1,11 +1,13 @@
 """The tokenizer, the frozen base (bf16, int8 or nf4) and the LoRA adapter on it."""
 
 import hashlib
+import json
 import logging
 import re
 import textwrap
 import types
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +16,83 @@ import peft
 import torch
 from accelerate.utils import set_seed
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from finetune.config import Config, LoraConfig, ModelConfig
+from finetune.data.chat_template import set_stop_ids
+from finetune.data.named_templates import end_of_turn, use_template
+from finetune.model.added_tokens import add_rows, token_ids_of, trainable_token_indices
+from finetune.model.given_adapter import check_weights, find_adapter, read_settings
 from finetune.model.starter import HUB_NAME, starter_model_dir
+from finetune.ops.token_rows import frozen_layer
 from finetune.runtime.accelerator import DTYPES
 from finetune.runtime.choice import Choice
 
 
-def load_tokenizer(config: ModelConfig) -> Any:
-    """The model's tokenizer, with a padding token (the EOS token if it has none of its own).
+def load_tokenizer(config: Config, folder: Path | None = None) -> Any:
+    """The model's tokenizer with the chat template of `data.chat_template`, and a padding token (the model's
+    EOS token if it has none of its own). With `folder`, the tokenizer that was saved there, as it is.
+
+    Its `stop_ids` are its EOS token, those of the model's generation config, and the special token that ends
+    an assistant's turn in the chat template.
 
     Raises:
-        ValueError: as `load_base`.
+        ValueError: as `load_base` and `use_template`.
     """
-    source, arguments = _locate(config)
-    tokenizer = _from_pretrained(AutoTokenizer, config, source, arguments)
+    if folder is None:
+        tokenizer = _from_pretrained(AutoTokenizer, config.model, *_locate(config.model))
+    else:
+        tokenizer = _saved_tokenizer(folder)
     if not tokenizer.is_fast:
         raise ValueError(
-            f"the tokenizer of {config.name_or_path} is not a fast one: it cannot locate its tokens in a text"
+            f"the tokenizer of {config.model.name_or_path} is not a fast one: it cannot locate its tokens in "
+            "a text"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    ends = [tokenizer.eos_token_id, *generation_ends(config.model)]
+    if config.data.chat_template is not None and folder is None:
+        use_template(tokenizer, config.data.chat_template)
+    set_stop_ids(tokenizer, [end for end in (*ends, end_of_turn(tokenizer)) if end is not None])
     return tokenizer
+
+
+def _saved_tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # a broken folder can raise any error of several libraries
+        raise ValueError(f"the tokenizer in {folder} could not be loaded: {_in_one_line(error)}") from error
+
+
+def generation_ends(config: ModelConfig) -> list[int]:
+    """The tokens at which the model's generation config stops, or its configuration where it has none.
+
+    Raises:
+        ValueError: as `load_base`, or the file cannot be read.
+    """
+    source, arguments = _locate(config)
+    if "gguf_file" in arguments:  # it names one, which the tokenizer has as its EOS token
+        return []
+    for name in ("generation_config.json", "config.json"):
+        file = cached_file(
+            source,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,  # offline, of a file that the model does not have
+            **arguments,
+        )
+        if file is None:
+            continue
+        try:
+            ends = json.loads(Path(file).read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"model.name_or_path {config.name_or_path}: its {name} cannot be read: {_in_one_line(error)}"
+            ) from error
+        if ends is not None:
+            return ends if isinstance(ends, list) else [ends]
+    return []
 
 
 def load_architecture(config: ModelConfig) -> Any:
@@ -49,23 +105,54 @@ def load_architecture(config: ModelConfig) -> Any:
     return _from_pretrained(AutoConfig, config, source, arguments)
 
 
-def load_model(config: Config, precision: str, device: torch.device) -> peft.PeftModel:
+def load_model(
+    config: Config,
+    precision: str,
+    device: torch.device,
+    added_token_ids: Sequence[int] = (),
+    source: Path | None = None,
+) -> peft.PeftModel:
     """The base with a fresh adapter: only its fp32 weights are trainable, initialized from the seed.
 
+    The rows of `added_token_ids` in the embedding and the head are trained with it. Where the base has none,
+    it gets them: at first each is the mean of all others.
+
+    It has the layers that the adapter of `source`, the checkpoint that the run resumes from, has where
+    `model.adapter` is set, and those of `model.adapter` where there is no checkpoint yet. Their weights are
+    loaded later: into views of one flat tensor.
+
     Raises:
-        ValueError: the model cannot be loaded, or it does not have the target modules.
+        ValueError: the model cannot be loaded, it does not have the target modules, or the weights of
+            `model.adapter` are not those of its layers.
     """
+    given = None if config.model.adapter is None else source or find_adapter(config.model.adapter)
+    settings = None if given is None else read_settings(given)
     base = load_base(config.model, precision, device)
+    given_rows = [] if settings is None else token_ids_of(settings.trainable_token_indices)
+    if given_rows and (missing := sorted(set(added_token_ids) - set(given_rows))):
+        raise ValueError(
+            f"model.adapter {given} trains the rows of the tokens {given_rows}, and data.chat_template adds "
+            f"others: {missing}"
+        )
+    add_rows(base, [*given_rows, *added_token_ids])
     if config.train.gradient_checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
     set_seed(config.train.seed)
-    return add_adapter(base, config.lora)
+    if given is None or settings is None:
+        return add_adapter(base, config.lora, added_token_ids)
+    if added_token_ids and not given_rows:
+        settings.trainable_token_indices = trainable_token_indices(base, added_token_ids)
+    settings.lora_dropout = config.lora.lora_dropout
+    model = _adapted(base, settings, f"model.adapter {given}")
+    if source is None:
+        check_weights(given, model)
+    return model
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
     """Raise ValueError if the tokenizer has a token without an embedding in the model: the run would
     fail midway, and on a GPU without naming the cause."""
-    tokens, embeddings = len(tokenizer), model.get_input_embeddings().num_embeddings
+    tokens, embeddings = len(tokenizer), len(frozen_layer(model.get_input_embeddings()).weight)
     if tokens > embeddings:
         raise ValueError(
             f"the tokenizer has {tokens} tokens, but the model has embeddings for {embeddings}: use the "
@@ -138,7 +225,12 @@ def _init_8bit_state(layer: Any) -> None:
     type(layer).init_8bit_state(layer)
 
 
-def add_adapter(base: Any, config: LoraConfig) -> peft.PeftModel:
+def add_adapter(base: Any, config: LoraConfig, added_token_ids: Sequence[int] = ()) -> peft.PeftModel:
+    """The base with a new adapter, which trains the rows of `added_token_ids` too.
+
+    Raises:
+        ValueError: the base does not have the target modules.
+    """
     settings = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.lora_alpha,
@@ -146,18 +238,24 @@ def add_adapter(base: Any, config: LoraConfig) -> peft.PeftModel:
         target_modules=config.target_modules,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
+        trainable_token_indices=trainable_token_indices(base, added_token_ids) if added_token_ids else None,
         task_type=peft.TaskType.CAUSAL_LM,
     )
-    try:
-        model = peft.get_peft_model(base, settings)
-    except ValueError as error:
-        raise ValueError(f"lora.target_modules: {_in_one_line(error)}") from error
+    model = _adapted(base, settings, "lora.target_modules")
     if isinstance(config.target_modules, list):
         found = {name.rpartition(".")[2] for name in model.targeted_module_names}
         missing = [name for name in config.target_modules if name.rpartition(".")[2] not in found]
         if missing:  # PEFT accepts the list if one of them is found
             raise ValueError(f"lora.target_modules: the model has no {', '.join(missing)}")
     return model
+
+
+def _adapted(base: Any, settings: peft.LoraConfig, named: str) -> peft.PeftModel:
+    """The base with new LoRA layers; `named` is what a user wrote that would be at fault."""
+    try:
+        return peft.get_peft_model(base, settings)
+    except ValueError as error:
+        raise ValueError(f"{named}: {_in_one_line(error)}") from error
 
 
 def base_fingerprint(config: ModelConfig, model: Any) -> str:
@@ -196,7 +294,7 @@ def training_flop(model: Any) -> tuple[int, int]:
     The products with the frozen weights count, in the forward pass and for the gradient of the input: 2 FLOP
     per weight each. LoRA, attention and everything else are a few percent, and count as overhead.
     """
-    head = model.get_output_embeddings()
+    head = frozen_layer(model.get_output_embeddings())
     kinds = (torch.nn.Linear, bnb.nn.Linear8bitLt, bnb.nn.Linear4bit)
     weights = sum(
         module.in_features * module.out_features

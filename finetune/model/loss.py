@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from finetune.data.collate import Boundaries, MicroBatch
 from finetune.ops.chunked_head import ChunkedTokenSums, bytes_per_logit, chunked_token_stats, tokens_per_chunk
+from finetune.ops.token_rows import frozen_layer, rows_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class TokenSums:
     """Number of target tokens that were predicted correctly (argmax)"""
     count: Tensor
     """Number of target tokens"""
+    by_source: Tensor | None = None
+    """[S, 4] fp32: the four sums of each source, without a gradient; None where they are not told apart"""
 
 
 class TokenLoss(nn.Module):
@@ -43,11 +46,12 @@ class TokenLoss(nn.Module):
         """MiB for the logits of a chunk of target tokens; None: the model's own head computes all logits"""
 
     def forward(self, batch: MicroBatch) -> TokenSums:
+        targets, is_from = batch.target_ids, batch.is_from
         if self.head_mib is None:
-            return reference_token_sums(self.target_logits(batch), batch.target_ids)
-        sums: Tensor = self._through_head(ChunkedTokenSums.apply, batch, self.head_mib)
-        nll, entropy, correct = sums.unbind()
-        return TokenSums(nll, entropy.detach(), correct.detach(), _count(batch.target_ids))
+            return reference_token_sums(self.target_logits(batch), targets, is_from)
+        stats = None if is_from is None else torch.empty(len(targets), 3, device=targets.device)
+        sums: Tensor = self._through_head(ChunkedTokenSums.apply, batch, self.head_mib, stats)
+        return _token_sums(sums, targets, stats, is_from)
 
     @torch.no_grad()
     def token_stats(self, batch: MicroBatch) -> Tensor:
@@ -56,12 +60,17 @@ class TokenLoss(nn.Module):
             return reference_token_stats(self.target_logits(batch), batch.target_ids)
         return self._through_head(chunked_token_stats, batch, self.head_mib)
 
-    def _through_head(self, function: Callable[..., Tensor], batch: MicroBatch, mib: int) -> Tensor:
-        hidden, weight = self.target_hidden(batch), self.base.get_output_embeddings().weight
+    def _through_head(
+        self, function: Callable[..., Tensor], batch: MicroBatch, mib: int, *more: Tensor | None
+    ) -> Tensor:
+        hidden, head = self.target_hidden(batch), self.base.get_output_embeddings()
+        weight, rows = frozen_layer(head).weight, rows_of(head)
         with torch.autocast(hidden.device.type, enabled=False):
             weight = weight.to(hidden.dtype)
             size = bytes_per_logit(hidden.dtype, hidden.device)
-            return function(hidden, weight, batch.target_ids, tokens_per_chunk(mib, len(weight), size))
+            chunk = tokens_per_chunk(mib, len(weight), size)
+            trained = (None, None) if rows is None else (rows.values, rows.ids)
+            return function(hidden, weight, batch.target_ids, chunk, *trained, *more)
 
     def target_logits(self, batch: MicroBatch) -> Tensor:
         """[N, vocabulary]: the logits at the target positions, in the precision of the forward pass."""
@@ -91,10 +100,26 @@ class TokenLoss(nn.Module):
         return {**inputs, "attention_mask": nothing, "boundaries": limits}
 
 
-def reference_token_sums(logits: Tensor, target_ids: Tensor) -> TokenSums:
-    """Sums of logits [N, V] against target_ids [N], computed in fp32."""
-    nll, entropy, correct = reference_token_stats(logits, target_ids).sum(0).unbind()
-    return TokenSums(nll, entropy.detach(), correct.detach(), _count(target_ids))
+def reference_token_sums(logits: Tensor, target_ids: Tensor, is_from: Tensor | None = None) -> TokenSums:
+    """Sums of logits [N, V] against target_ids [N], computed in fp32; `is_from` as in MicroBatch."""
+    stats = reference_token_stats(logits, target_ids)
+    return _token_sums(stats.sum(0), target_ids, stats.detach(), is_from)
+
+
+def _token_sums(sums: Tensor, target_ids: Tensor, stats: Tensor | None, is_from: Tensor | None) -> TokenSums:
+    """TokenSums of the sums [3] of stats [N, 3]; without `stats` or `is_from` not by source."""
+    nll, entropy, correct = sums.unbind()
+    by_source = None if stats is None or is_from is None else sums_by_source(stats, is_from)
+    return TokenSums(nll, entropy.detach(), correct.detach(), _count(target_ids), by_source)
+
+
+def sums_by_source(stats: Tensor, is_from: Tensor) -> Tensor:
+    """[S, 4] fp32: the sums over each source's tokens of stats [N, 3], and their number; is_from [N, S] bool.
+
+    Selected and added up, not by `index_add_`: on a GPU that has no fixed order of addition.
+    """
+    sums = torch.where(is_from[:, :, None], stats[:, None], 0.0).sum(0)
+    return torch.cat([sums, is_from.sum(0)[:, None]], dim=1)
 
 
 def reference_token_stats(logits: Tensor, target_ids: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
 from finetune.ops.lora import int8_matmul_off
@@ -34,8 +35,10 @@ def in_fp32(model: nn.Module) -> Iterator[None]:
 
 
 def _rounded_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The module's own 16-bit parameters."""
-    own = module.parameters(recurse=False)
+    """The 16-bit parameters that the module computes with: its own, or those of the layer below its rows."""
+    own = list(module.parameters(recurse=False))
+    if isinstance(module, TrainableTokensLayer):  # it takes the weight without calling the layer
+        own += module.base_layer.parameters()
     return [p for p in own if p.is_floating_point() and p.dtype != torch.float32]
 
 

@@ -3,6 +3,8 @@
 The head is frozen under LoRA, so the backward pass needs only the gradient of the hidden states. The forward
 pass computes that gradient while a chunk's logits exist. This takes two matrix multiplications. Recomputing
 the logits in the backward pass would take three.
+
+Rows of the head that are trained, for added tokens, are few: their logits and gradients are computed apart.
 """
 
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from finetune.ops import operators
+from finetune.ops.token_rows import TokenRows
 
 
 def tokens_per_chunk(budget_mib: int, vocabulary: int, bytes_per_logit: int) -> int:
@@ -30,40 +33,74 @@ def bytes_per_logit(dtype: torch.dtype, device: torch.device) -> int:
 class ChunkedTokenSums(torch.autograd.Function):
     """Sums [3] fp32 over N target tokens: nll and entropy in nats, and the number of correct predictions.
 
-    hidden [N, d], weight [V, d] of a frozen head without bias, target_ids [N]. Only the nll has a gradient,
-    and only with respect to `hidden`. With p the softmax of a token's logits, the gradient with respect to
-    these logits is p - one_hot(target).
+    hidden [N, d], weight [V, d] of a frozen head without bias, target_ids [N]. `rows` [k, d] fp32, if given,
+    are what the rows `row_ids` [k] of the head are instead. Only the nll has a gradient, with respect to
+    `hidden` and `rows`. With p the softmax of a token's logits, the gradient with respect to these logits is
+    p - one_hot(target). `stats` [N, 3] fp32, if given, receives the values that are added up.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target_ids: Tensor, chunk: int) -> Tensor:
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target_ids: Tensor,
+        chunk: int,
+        rows: Tensor | None = None,
+        row_ids: Tensor | None = None,
+        stats: Tensor | None = None,
+    ) -> Tensor:
+        gradient = torch.empty_like(hidden) if any(ctx.needs_input_grad) else None
+        trained = None if rows is None or row_ids is None else TokenRows(row_ids, rows.to(hidden.dtype))
+        of_rows = None if rows is None else torch.zeros_like(rows)
         sums = torch.zeros(3, dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            logits = hidden[part] @ weight.t()
-            sums += operators.token_stats(logits, target_ids[part], gradient is not None).sum(0)
+            logits = _logits(hidden[part], weight, trained)
+            values = operators.token_stats(logits, target_ids[part], gradient is not None)
+            sums += values.sum(0)
+            if stats is not None:
+                stats[part] = values
             if gradient is not None:
+                at_rows = None if trained is None else logits[:, trained.ids]
+                if trained is not None:
+                    logits.index_fill_(1, trained.ids, 0)
                 torch.mm(logits, weight, out=gradient[part])
+                if trained is not None and at_rows is not None and of_rows is not None:
+                    gradient[part].addmm_(at_rows, trained.values)
+                    # In fp32: a sum over all tokens of a chunk may be too large for fp16.
+                    of_rows.addmm_(at_rows.t().float(), hidden[part].float())
             del logits  # before those of the next chunk
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(gradient, of_rows)
         return sums
 
     @staticmethod
-    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (
-            gradient * grad_sums[0],
-            None,
-            None,
-            None,
-        )  # an fp32 factor: rounding it would bias the whole gradient
+    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, of_rows = ctx.saved_tensors
+        factor = grad_sums[0]  # fp32: rounding it would bias the whole gradient
+        of_rows = None if of_rows is None else of_rows * factor
+        return gradient * factor, None, None, None, of_rows, None, None
 
 
-def chunked_token_stats(hidden: Tensor, weight: Tensor, target_ids: Tensor, chunk: int) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, rows: TokenRows | None) -> Tensor:
+    """[N, V]: the product with the head, whose trained rows are given in the data type of hidden [N, d]."""
+    logits = hidden @ weight.t()
+    return logits if rows is None else logits.index_copy_(1, rows.ids, hidden @ rows.values.t())
+
+
+@torch.no_grad()
+def chunked_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    chunk: int,
+    rows: Tensor | None = None,
+    row_ids: Tensor | None = None,
+) -> Tensor:
     """[N, 3] fp32: the values of each target token that ChunkedTokenSums adds up, without a gradient."""
+    trained = None if rows is None or row_ids is None else TokenRows(row_ids, rows.to(hidden.dtype))
     values = torch.empty(len(hidden), 3, device=hidden.device)
     for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)
-        values[part] = operators.token_stats(hidden[part] @ weight.t(), target_ids[part], False)
+        values[part] = operators.token_stats(_logits(hidden[part], weight, trained), target_ids[part], False)
     return values

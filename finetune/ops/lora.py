@@ -15,12 +15,15 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from finetune.ops import token_rows
 from finetune.ops.projection import Call, Projection
 from finetune.ops.quantized import compute_dtype, multiply
 
 
 def enable(model: nn.Module, int8_matmul: bool = False) -> tuple[int, int]:
-    """Replace the forward methods of the LoRA layers. Returns the numbers of replaced and of all LoRA layers.
+    """Replace the forward methods of the LoRA layers, and of layers with trained rows of added tokens.
+
+    Returns the numbers of replaced and of all LoRA layers.
 
     With `int8_matmul`, bitsandbytes multiplies int8 weights by int8 activations in the forward pass.
     Otherwise weights are dequantized for each multiplication.
@@ -31,11 +34,14 @@ def enable(model: nn.Module, int8_matmul: bool = False) -> tuple[int, int]:
         layer.forward = types.MethodType(_fast_forward, layer)
         layer.int8_matmul = int8_matmul
         layer.projections = {}
+    if fast:
+        token_rows.enable(model)
     return len(fast), len(layers)
 
 
 def disable(model: nn.Module) -> None:
     """Restore PEFT's forward methods, and give each frozen layer a weight of its own again."""
+    token_rows.disable(model)
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.__dict__.pop("forward", None)

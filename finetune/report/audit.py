@@ -1,7 +1,6 @@
-"""How an audit looks: its tables, the rows with their trained tokens marked, the terminal and the page."""
+"""How an audit looks: its tables, lists and rows, in the terminal and on the page."""
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,22 +11,22 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from finetune.config import DataConfig
+from finetune.config import described
+from finetune.data.anatomy import ROLES
 from finetune.data.audit import SCOPES, Audit, same_in_scope
 from finetune.data.duplicates import NEAR
-from finetune.data.files import described, read_rows
-from finetune.data.findings import Entry, Listing, Problem, find_listings, find_problems
-from finetune.data.tokenize import IGNORE, ROLES, dissect, encode, to_messages
+from finetune.data.findings import Entry, Listing, find_listings, find_problems
+from finetune.report.audited_rows import ShownRow, heading, pick_rows, print_row
 from finetune.report.html import visible, write_page
 from finetune.runtime.console import console
 
-MOST_SHOWN_ROWS = 200  # on the page
-SOUND_ROWS = 10  # on the page, behind the rows with a finding: to see what the mask is elsewhere
 ROWS_IN_TERMINAL = 3
 ENTRIES_IN_TERMINAL = 10
-CHARACTERS_IN_TERMINAL = 400  # of each segment of a row
+ROWS_NAMED = 5  # of those with which the template does something
 HISTOGRAM_BINS, HISTOGRAM_WIDTH = 16, 40
 LONG_LIST = 12  # a list of more entries is folded on the page
+LONG_TEXT, SHOWN_TEXT = 2_000, 600  # characters: the middle of a longer text that is only read is folded
+MOVED = "an answer is rewritten once others follow; it is trained as it was"
 
 
 class Table(NamedTuple):
@@ -37,24 +36,6 @@ class Table(NamedTuple):
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
-
-
-class Segment(NamedTuple):
-    """Adjacent tokens of one kind. `role` is one of tokenize.ROLES; what max_length cuts is not `kept`."""
-
-    text: str
-    role: str
-    trained: bool
-    kept: bool
-
-
-class ShownRow(NamedTuple):
-    """A row as it is trained on, with all its problems. `split` is train, eval or dropped."""
-
-    number: int
-    split: str
-    problems: Sequence[str]
-    segments: Sequence[Segment]
 
 
 class AuditView(NamedTuple):
@@ -77,7 +58,7 @@ def make_view(audit: Audit, tokenizer: Any) -> AuditView:
     return AuditView(
         title=f"Audit of {described(audit.config.data.path)}",
         tables=summary(audit),
-        histogram=length_histogram(audit.examples["num_tokens"].to_numpy()),
+        histogram=length_histogram(np.concatenate([examples.lengths for examples in audit.sets.values()])),
         listings=find_listings(audit),
         rows=rows,
         note=_what_is_shown(len(problems), rows),
@@ -89,33 +70,81 @@ def summary(audit: Audit) -> list[Table]:
     """All tables about the data set as a whole."""
     return [
         _facts_table(audit),
-        _roles_table(audit.examples),
-        _ends_table(audit.examples),
-        _lengths_table(audit.examples),
+        *_tables_if_any(_sources_table(audit), _template_table(audit), _unused_table(audit)),
+        _roles_table(audit.figures),
+        _ends_table(audit.figures),
+        _lengths_table(audit),
         _likeness_table(audit),
     ]
+
+
+def _tables_if_any(*tables: Table) -> list[Table]:
+    return [table for table in tables if table.rows]
 
 
 def _facts_table(audit: Audit) -> Table:
     rows, data = audit.rows, audit.config.data
     taken = len(rows.train) + len(rows.eval)
-    counts, cut = audit.examples["split"].value_counts(), audit.cut_rows()
+    counts = {split: len(examples.dataset) for split, examples in audit.sets.items()}
+    cut = audit.cut_rows()
     facts = [
         ("data", described(data.path)),
+        ("format", ", ".join(dict.fromkeys(rows.formats))),
         ("tokenizer", audit.config.model.name_or_path),
+        ("chat template", data.chat_template or "the tokenizer's own"),
         ("system prompt", "the chat template's own" if data.system_prompt is None else data.system_prompt),
         ("rows", f"{rows.num_read:,} read, {rows.num_kept:,} usable, {taken:,} taken"),
         ("dropped", ", ".join(f"{len(n):,} {reason}" for reason, n in audit.dropped.items()) or "none"),
-        ("examples", f"{counts.get('train', 0):,} train, {counts.get('eval', 0):,} eval"),
+        ("examples", f"{counts['train']:,} train, {counts['eval']:,} eval"),
         (f"cut at {data.max_length}", f"{len(cut):,}, {sum(lost for _, lost, *_ in cut):,} tokens lost"),
-        ("trained on", "every token" if data.train_on == "all" else "the answers and what ends them"),
+        (
+            "trained on",
+            "every token" if data.train_on == "all" else "what the model writes, to its end of turn",
+        ),
     ]
     return Table("What is trained on", (), facts)
 
 
-def _roles_table(examples: pd.DataFrame) -> Table:
+def _sources_table(audit: Audit) -> Table:
+    """One line for each source, if there are several."""
     rows = []
-    for split, part in _parts(examples):
+    names = audit.rows.source_names if len(audit.rows.source_names) > 1 else ()
+    all_targets = int(audit.figures["num_targets"].sum())
+    for place, (name, format_) in enumerate(zip(names, audit.rows.formats, strict=False)):
+        own = audit.figures[audit.figures["source"] == place]
+        counts = [int((own["split"] == split).sum()) for split in ("train", "eval")]
+        tokens, targets = int(own["num_tokens"].sum()), int(own["num_targets"].sum())
+        figures = (*counts, tokens, targets)
+        rows.append((name, format_, *(f"{figure:,}" for figure in figures), f"{targets / all_targets:.1%}"))
+    columns = ("source", "format", "train rows", "eval rows", "tokens", "trained on", "of all")
+    return Table("Sources", columns, rows)
+
+
+def _template_table(audit: Audit) -> Table:
+    moved = audit.figures.index[audit.figures["num_branches"] > 0].tolist()
+    found = {**audit.remarks, **({MOVED: moved} if moved else {})}
+    rows = [
+        (remark, f"{len(numbers):,}", f"{len(numbers) / len(audit.figures):.1%}", _such_as(numbers))
+        for remark, numbers in sorted(found.items(), key=lambda item: -len(item[1]))
+    ]
+    note = f"{int(audit.figures['num_branches'].sum()):,} answers are trained as they were." if moved else ""
+    return Table("What the chat template does with rows", ("", "rows", "of all", "such as"), rows, note)
+
+
+def _such_as(numbers: Sequence[int]) -> str:
+    first = ", ".join(map(str, sorted(numbers)[:ROWS_NAMED]))
+    return first if len(numbers) <= ROWS_NAMED else f"{first}, ..."
+
+
+def _unused_table(audit: Audit) -> Table:
+    rows = [(name, f"{count:,}") for name, count in audit.rows.unused.most_common()]
+    note = "Under --strict they stop a run. data.columns says what columns of other names are."
+    return Table("What is not used of the rows", ("", "rows"), rows, note)
+
+
+def _roles_table(figures: pd.DataFrame) -> Table:
+    rows = []
+    for split, part in _parts(figures):
         total, trained_total = int(part["num_tokens"].sum()), int(part["num_targets"].sum())
         for role in ROLES:
             tokens, trained = int(part[role].sum()), int(part[f"{role} trained"].sum())
@@ -128,13 +157,13 @@ def _roles_table(examples: pd.DataFrame) -> Table:
         "Tokens by role",
         ("", "tokens", "share", "trained on", "of them"),
         rows,
-        "template: what the chat template writes, ends of turns among it.",
+        "template: what the chat template writes by itself, such as tools and ends of turns.",
     )
 
 
-def _ends_table(examples: pd.DataFrame) -> Table:
+def _ends_table(figures: pd.DataFrame) -> Table:
     rows = []
-    for split, part in _parts(examples):
+    for split, part in _parts(figures):
         last = part["last_end"].value_counts()
         every = (part["num_ends"] > 0) & (part["num_ends"] == part["num_trained_ends"])
         counts = (
@@ -145,15 +174,20 @@ def _ends_table(examples: pd.DataFrame) -> Table:
             last.get("none", 0),
         )
         rows.append((split, *(f"{count:,}" for count in counts)))
-    columns = ("", "examples", "last one trained", "every one trained", "last one not", "none written")
+    columns = ("", "rows", "last one trained", "every one trained", "last one not", "none written")
     return Table("End-of-turn tokens of the answers", columns, rows)
 
 
-def _lengths_table(examples: pd.DataFrame) -> Table:
+def _lengths_table(audit: Audit) -> Table:
     rows = []
-    for split, part in _parts(examples):
-        for name, column in (("tokens", "num_tokens"), ("target tokens", "num_targets")):
-            lengths = part[column].to_numpy()
+    parts = [(split, [examples]) for split, examples in audit.sets.items() if len(examples.dataset) > 0]
+    parts += [("both", list(audit.sets.values()))] if len(parts) > 1 else []
+    for split, sets in parts:
+        by_name = {
+            "tokens": np.concatenate([examples.lengths for examples in sets]),
+            "target tokens": np.concatenate([examples.target_counts for examples in sets]),
+        }
+        for name, lengths in by_name.items():
             p90, p99 = np.quantile(lengths, [0.9, 0.99], method="inverted_cdf")
             figures = (lengths.min(), np.median(lengths), lengths.mean(), p90, p99, lengths.max())
             rows.append((f"{split}, {name}", *(_figure(figure) for figure in figures)))
@@ -201,69 +235,21 @@ def row_names(audit: Audit) -> dict[int, str]:
     return names | {number: f"eval {number}" for number in audit.rows.eval["row_number"]}
 
 
-def _parts(examples: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """The examples by split and, where there are two splits, together."""
-    parts = [(str(split), examples[examples["split"] == split]) for split in examples["split"].unique()]
-    return [*parts, ("both", examples)] if len(parts) > 1 else parts
+def _parts(figures: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The rows by split and, where there are two splits, together."""
+    parts = [(str(split), figures[figures["split"] == split]) for split in figures["split"].unique()]
+    return [*parts, ("both", figures)] if len(parts) > 1 else parts
 
 
 def _figure(value: float) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
 
 
-def pick_rows(audit: Audit, tokenizer: Any, problems: Mapping[int, Sequence[Problem]]) -> list[ShownRow]:
-    """The rows to show: the worst first, then a few without a problem."""
-    worst_of = {number: found[0] for number, found in problems.items()}
-    worst = sorted(worst_of, key=lambda n: (worst_of[n].severity, -worst_of[n].tokens_lost, n))
-    sound = [number for number in audit.examples.index if number not in problems]
-    picked = [*worst[:MOST_SHOWN_ROWS], *sound[:SOUND_ROWS]]
-    everything = read_rows(audit.config.data.path)  # the dropped ones too
-    shown = []
-    for number, row in zip(picked, everything.select([number - 1 for number in picked]), strict=True):
-        taken = number in audit.split_of
-        segments = segments_of(row, tokenizer, audit.config.data) if taken else _columns_of(row)
-        texts = [problem.text for problem in problems.get(number, ())]
-        shown.append(ShownRow(number, audit.split_of.get(number, "dropped"), texts, segments))
-    return shown
-
-
-def segments_of(row: Mapping[str, Any], tokenizer: Any, config: DataConfig) -> list[Segment]:
-    """The row as the template writes it, in segments of one role, each wholly trained on or not at all."""
-    messages = to_messages(row, config.system_prompt)
-    labels = encode(tokenizer, messages, config.train_on).labels
-    anatomy = dissect(tokenizer, messages, config.train_on)
-    kinds = [
-        (role, label != IGNORE and position < config.max_length, position < config.max_length)
-        for position, (role, label) in enumerate(zip(anatomy.roles, labels, strict=True))
-    ]
-    runs = [(kind, next(run)) for kind, run in groupby(range(len(kinds)), key=kinds.__getitem__)]
-    starts = [0, *(anatomy.offsets[first][0] for _, first in runs[1:]), len(anatomy.text)]
-    return [
-        Segment(anatomy.text[start:end], *kind)
-        for (kind, _), start, end in zip(runs, starts, starts[1:], strict=False)
-        if end > start
-    ]
-
-
-def _columns_of(row: Mapping[str, Any]) -> list[Segment]:
-    """A row that has no tokens, column by column."""
-    texts = {name: cell for name, cell in row.items() if name not in ("row_number", "messages")}
-    for turn, message in enumerate(row.get("messages") or [], 1):
-        texts[f"turn {turn}, {message['role']}"] = message["content"]
-    return [
-        segment
-        for name, cell in texts.items()
-        for segment in (
-            Segment(f"{name}: ", "template", trained=False, kept=True),
-            Segment(f"{cell or ''}\n", "user", trained=False, kept=True),
-        )
-    ]
-
-
 def write_view(path: Path, view: AuditView) -> None:
     """Write the page whole or not at all."""
     shown = {row.number for row in view.rows}
-    write_page(path, "audit.html", **view._asdict(), shown=shown, long=LONG_LIST)
+    values = {"shown": shown, "long": LONG_LIST, "long_text": LONG_TEXT, "shown_text": SHOWN_TEXT}
+    write_page(path, "audit.html", **view._asdict(), **values, heading=heading)
 
 
 def print_view(view: AuditView) -> None:
@@ -286,34 +272,13 @@ def print_view(view: AuditView) -> None:
         if len(entries) > ENTRIES_IN_TERMINAL:
             text += f"{separator}and {len(entries) - ENTRIES_IN_TERMINAL:,} more, on the page"
         console.print(Padding(Text(visible(text)), (0, 0, 0, 2)))
-    for row in [row for row in view.rows if row.split != "dropped"][:ROWS_IN_TERMINAL]:
-        console.print(Text(f"\nRow {row.number}, {row.split}", style="bold"))
-        for problem in row.problems:
-            console.print(Text(visible(problem), style="red"))
-        console.print(_marked(row.segments))
+    worst = [row for row in view.rows if row.problems and row.split != "dropped"][: ROWS_IN_TERMINAL - 1]
+    sound = [row for row in view.rows if not row.problems][: ROWS_IN_TERMINAL - len(worst)]
+    for row in [*worst, *sound]:
+        print_row(row)
     console.print(Text("\n[[trained on]] {{cut away}}: the rest is read, not learnt", style="dim"))
 
 
 def _entry_in_words(entry: Entry, joint: str, names: Mapping[int, str]) -> str:
     numbers = joint.join(names[number] for number in entry.numbers)
     return f"{numbers} ({entry.note})" if entry.note else numbers
-
-
-def _marked(segments: Sequence[Segment]) -> Text:
-    """The row with marks that can be read without colour as well."""
-    text = Text()
-    # Trained text is marked as one piece, although answer and end of turn differ in role.
-    for (trained, kept), run in groupby(segments, key=lambda s: (s.trained, s.kept)):
-        piece = _shortened(visible("".join(segment.text for segment in run)))
-        if not kept:
-            text.append(f"{{{{{piece}}}}}", style="dim strike")
-        elif trained:
-            text.append(f"[[{piece}]]", style="bold green")
-        else:
-            text.append(piece, style="dim")
-    return text
-
-
-def _shortened(text: str) -> str:
-    half = CHARACTERS_IN_TERMINAL // 2
-    return text if len(text) <= 2 * half else f"{text[:half]} ... {text[-half:]}"

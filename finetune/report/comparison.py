@@ -16,10 +16,11 @@ from finetune.config import flatten
 from finetune.config_parsing import config_to_dict
 from finetune.report.charts import NUM_COLOURS, Chart, draw
 from finetune.report.html import visible, write_page
-from finetune.report.intervals import between, signed
+from finetune.report.intervals import Interval, between, signed
 from finetune.report.page import line_of
 from finetune.report.records import (
     Record,
+    are_same_rows,
     changes,
     difference,
     have_same_eval_data,
@@ -46,12 +47,13 @@ class Cell(NamedTuple):
 
 class RunRow(NamedTuple):
     """A run as a line of the table: `settings` are the keys in which the runs differ, `against` compares its
-    loss with that of the first run."""
+    loss with that of the first run, `against_by_source` that of each source and eval set of both."""
 
     name: str
     settings: Sequence[tuple[str, str]]
     cells: Sequence[Cell]
     against: str
+    against_by_source: Sequence[str]
     colour: int
     dashed: bool
 
@@ -86,6 +88,7 @@ def compare(records: Sequence[Record]) -> list[RunRow]:
             settings[place],
             [*_figures(record), *_costs(record)],
             _against(record, names[place], records[0], names[0]) if place > 0 else "",
+            _against_by_source(record, records[0]) if place > 0 else [],
             colour=place % NUM_COLOURS + 1,
             dashed=place // NUM_COLOURS % 2 == 1,
         )
@@ -147,8 +150,24 @@ def _against(record: Record, name: str, first: Record, first_name: str) -> str:
         said = f"{name} is {'better' if found.value < 0 else 'worse'} than {first_name}"
     else:  # a single example has no bounds
         said = f"{name} and {first_name} cannot be told apart"
+    return f"{said}: its eval loss differs by {_with_interval(found)}."
+
+
+def _against_by_source(record: Record, first: Record) -> list[str]:
+    """Compare the last eval losses of two runs on each source and eval set that both have."""
+    if not have_same_eval_data(first, record):
+        return []
+    ours, theirs = record.sums_by_source, first.sums_by_source
+    return [
+        f"On {name} the loss differs by {_with_interval(difference(theirs[name][-1], ours[name][-1]))}."
+        for name in ours
+        if name in theirs and are_same_rows(theirs[name][-1], ours[name][-1])
+    ]
+
+
+def _with_interval(found: Interval) -> str:
     interval = between(found, 3, sign=True) or "none, of one example"
-    return f"{said}: its eval loss differs by {signed(found.value, 3)} (95 % interval: {interval})."
+    return f"{signed(found.value, 3)} (95 % interval: {interval})"
 
 
 def _costs(record: Record) -> list[Cell]:
@@ -176,7 +195,8 @@ def show_comparison(rows: Sequence[RunRow]) -> None:
         table.add_row(Text(visible(row.name)), *cells)
     console.print(table)
     for row in rows[1:]:
-        say(visible(row.against))
+        for sentence in (row.against, *row.against_by_source):
+            say(visible(sentence))
 
 
 def curves(records: Sequence[Record], rows: Sequence[RunRow]) -> list[Chart]:

@@ -14,14 +14,14 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from finetune.config import DataConfig
+from finetune.config import DataConfig, described
+from finetune.data.conversations import Conversation, Message, Row, to_conversation
 from finetune.data.examples import Examples, tokenize_rows
 from finetune.data.plan import make_plan, plan_evaluation
-from finetune.data.rows import Rows, answer_of, find_leaks, load_rows
+from finetune.data.rows import Rows, find_leaks, iterate_rows, load_rows
 from finetune.data.splits import fingerprint_of
-from finetune.data.tokenize import Message
 from finetune.model.fast_paths import choose_fast_paths
-from finetune.model.generate import Answer, generate_answers
+from finetune.model.generate import Answer, generate_answers, reference_answer
 from finetune.model.loss import TokenLoss
 from finetune.ops.quantized import dropout_off
 from finetune.report.intervals import Interval, difference_interval, mean_interval
@@ -61,6 +61,7 @@ class Written(NamedTuple):
     row_number: int
     conversation: list[Message]
     reference: str
+    """The row's answer, as the template writes it"""
     base: Answer
     tuned: Answer
 
@@ -72,6 +73,7 @@ class Evaluated:
     source: str
     rows: Dataset
     data: DataConfig
+    source_names: Sequence[str]
     run_rows: Rows | None
 
     def leaks(self) -> dict[int, Any]:
@@ -92,7 +94,7 @@ def read_rows(trained: Trained, file: str | None) -> Evaluated:
         rows = load_rows(data, sets)
         if len(rows.eval) == 0:
             raise ValueError("the run has no eval rows (data.eval_fraction is 0): give --data FILE")
-        return Evaluated(f"the eval rows of {data.path}", rows.eval, data, rows)
+        return Evaluated(f"the eval rows of {described(data.path)}", rows.eval, data, rows.source_names, rows)
     own = replace(data, path=file, num_samples=None, eval_path=None, eval_fraction=0.0)
     rows = load_rows(own)
     for reason, numbers in rows.dropped.items():
@@ -102,7 +104,7 @@ def read_rows(trained: Trained, file: str | None) -> Evaluated:
     except ValueError as error:
         say(f"Rows that were also trained on cannot be marked: {error}")
         run_rows = None
-    return Evaluated(file, rows.train, own, run_rows)
+    return Evaluated(file, rows.train, own, rows.source_names, run_rows)
 
 
 def evaluate_both(
@@ -117,7 +119,8 @@ def evaluate_both(
         environment = read_environment(trained.run_dir)
         int8, max_tokens = str(environment["int8"]), environment["token_budget"]
         if is_own and environment["data"] != fingerprint_of(train_set, examples):
-            say(f"These are NOT the rows of the run: {config.data.path} or the settings have changed since.")
+            rows = described(config.data.path)
+            say(f"These are NOT the rows of the run: {rows} or the settings have changed since.")
     token_loss = TokenLoss(opened.model)
     fast_paths = choose_fast_paths(config, opened.accelerator, token_loss, train_set, int8)
     packing = fast_paths.packed
@@ -201,10 +204,15 @@ def write_answers(
     """The answers of the base and of the tuned model to the first `count` rows that ask something."""
     asked = [
         (row, conversation)
-        for row in evaluated.rows.select(range(min(len(evaluated.rows), 2 * count)))
+        for row in iterate_rows(evaluated.rows.select(range(min(len(evaluated.rows), 2 * count))))
         for conversation in pick_conversations([row], evaluated.data.system_prompt, 1)
     ][:count]
     conversations = [conversation for _, conversation in asked]
+
+    def reference(row: Row, asked: Conversation) -> str:
+        whole = to_conversation(row, evaluated.data.system_prompt)
+        answered = replace(asked, messages=whole.messages[: len(asked.messages) + 1])
+        return reference_answer(opened.tokenizer, answered)
 
     def answers(model: AbstractContextManager[Any]) -> list[Answer]:
         found: list[Answer] = []
@@ -221,7 +229,7 @@ def write_answers(
     with console.status(f"writing {len(asked)} answers by the tuned model"):
         by_tuned = answers(nullcontext())
     return [
-        Written(row["row_number"], conversation, answer_of(row), base, tuned)
+        Written(row["row_number"], conversation.messages, reference(row, conversation), base, tuned)
         for (row, conversation), base, tuned in zip(asked, by_base, by_tuned, strict=True)
     ]
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from finetune.model import starter
 from finetune.model.load import hub_name
 from finetune.report.html import TEMPLATES
 from finetune.report.intervals import Interval
-from finetune.report.records import Record, changes, read_record
+from finetune.report.records import Change, Record, changes, loss_changes_by_source, read_record
 
 MADE_HERE = "<!-- Made from the record of the run. Without this line, `push` leaves the card as it is. -->"
 # The values that vLLM accepts for --max-lora-rank (docs.vllm.ai, vllm.config.lora, MaxLoRARanks).
@@ -25,7 +26,8 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Keys that other parts of the card show, or that do not affect the weights.
 OMITTED_KEYS = (
     *("output_dir", "resume", "strict", "log.", "checkpoint.", "eval."),
-    *("data.path", "data.system_prompt", "model.name_or_path"),
+    *("data.path", "data.eval_path", "data.chat_template", "data.system_prompt"),
+    *("model.name_or_path", "model.adapter"),
 )
 
 
@@ -64,6 +66,8 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
     figures = result_figures(record)
     base = _describe_base(config.model)
     rows = environment.get("rows")  # older versions did not record the counts
+    origin = environment["model_adapter"]
+    rank = config.lora.r if origin is None else origin["largest_rank"]
     settings = {key: value for key, value in flatten(config_to_dict(config)).items() if value is not None}
     values = {
         "front_matter": yaml.safe_dump(_metadata(config, base), sort_keys=False, allow_unicode=True),
@@ -75,22 +79,27 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
         "adapter_comment": "" if repo else "  # this folder",
         "figures": figures,
         "has_intervals": any("[" in figure.after for figure in figures),
-        "num_eval": environment["data"]["eval_examples"],
+        "figures_by_source": figures_by_source(record),
+        "num_eval": record.num_eval_examples,
         "num_target_tokens": evaluations[-1]["num_target_tokens"] if evaluations else 0,
         "without_leaks": _number(evaluations[-1].get("loss_without_leaks")) if evaluations else "",
-        "sources": ", ".join(_code(without_folder(path)) for path in paths_of(config.data.path)),
+        "sources": _in_words(paths_of(config.data.path)),
+        "eval_sources": _in_words(_eval_paths(config)),
         "rows": rows,
         "dropped": ", ".join(f"{count} {reason}" for reason, count in rows["dropped"].items()) or "none"
         if rows
         else "",
         "data": environment["data"],
+        "chat_template": without_folder(config.data.chat_template or ""),
         "num_updates": record.num_steps,
         "global_batch_size": environment["global_batch_size"],
         "hardware": _hardware(environment),
         "python": environment["python"],
         "versions": ", ".join(f"{name} {version}" for name, version in environment["packages"].items()),
         "settings": [(key, value) for key, value in settings.items() if not key.startswith(OMITTED_KEYS)],
-        "vllm_rank": next((rank for rank in VLLM_RANKS if rank >= config.lora.r), None),
+        "vllm_rank": next((accepted for accepted in VLLM_RANKS if accepted >= rank), None),
+        "has_rows": bool(environment["token_rows"]),
+        "began_from": _began_from(origin),
     }
     # No HTML escaping: text from users is in code spans, which Markdown shows verbatim.
     markdown = Environment(
@@ -113,16 +122,21 @@ def result_figures(record: Record) -> list[Figure]:
     found = changes(record)
     if not found:
         return []
-    was_measured_before = record.eval_lines[0]["step"] == 0
-    figures = []
-    for name, metric in (("loss, nats per target token", "loss"), ("token accuracy", "mean_token_accuracy")):
-        first, last, change = found[metric]
-        if first is None or change is None or not was_measured_before:
-            figures.append(Figure(name, "", _with_interval(last), ""))
-        else:
-            cells = _with_interval(first), _with_interval(last), _with_interval(change, sign="+")
-            figures.append(Figure(name, *cells))
-    return figures
+    names = {"loss": "loss, nats per target token", "mean_token_accuracy": "token accuracy"}
+    return [_figure(record, name, found[metric]) for metric, name in names.items()]
+
+
+def figures_by_source(record: Record) -> list[Figure]:
+    """The loss of each source and eval set, as `result_figures` gives that of the main eval rows; empty if
+    there are not several."""
+    return [_figure(record, _code(name), change) for name, change in loss_changes_by_source(record).items()]
+
+
+def _figure(record: Record, name: str, found: Change) -> Figure:
+    first, last, change = found
+    if first is None or change is None or record.eval_lines[0]["step"] > 0:
+        return Figure(name, "", _with_interval(last), "")
+    return Figure(name, _with_interval(first), _with_interval(last), _with_interval(change, sign="+"))
 
 
 def _with_interval(interval: Interval, sign: str = "") -> str:
@@ -172,6 +186,25 @@ def _describe_base(config: ModelConfig) -> Base:
         arguments.append("trust_remote_code=True")
     is_starter, comment = config.name_or_path == "starter", "" if on_hub else "  # its folder"
     return Base(name, on_hub is not None, is_starter, gguf, ", ".join(arguments), comment)
+
+
+def _began_from(origin: dict[str, Any] | None) -> str:
+    """Name the adapter that the run began from, without this machine's folders; empty if there is none."""
+    if origin is None:
+        return ""
+    name = origin["run"] or without_folder(origin["path"])
+    after = "" if origin["step"] is None else f" after update {origin['step']}"
+    return f"{_code(name)}{after} (SHA-256 of its weights: {_code(origin['sha256'])})"
+
+
+def _eval_paths(config: Config) -> list[str]:
+    """The paths of data.eval_path and eval.sets."""
+    given = [config.data.eval_path or [], *(config.eval.sets or {}).values()]
+    return [path for paths in given for path in paths_of(paths)]
+
+
+def _in_words(paths: Sequence[str]) -> str:
+    return ", ".join(_code(without_folder(path)) for path in paths)
 
 
 def _hardware(environment: dict[str, Any]) -> str:

@@ -7,13 +7,14 @@ from typing import Any
 
 from finetune.config_parsing import config_to_yaml
 from finetune.report import statements
-from finetune.report.charts import Chart, Line, draw
+from finetune.report.charts import NUM_COLOURS, Chart, Line, draw
 from finetune.report.html import write_page
 from finetune.report.published import comparable_metrics, published_note
 from finetune.report.records import Record, changes, read_record
 from finetune.runtime.console import say
 
 PAGE = "report.html"
+LOSS_OF = "loss/"  # and the name of a source or eval set: the key of its loss in a log line
 TRAIN, EVAL, PUBLISHED = 1, 2, 3  # colours
 
 
@@ -51,6 +52,7 @@ def write_report(run_dir: Path, page: Path) -> None:
         verdict=statements.verdict(found),
         columns=statements.columns(record),
         rows=statements.metric_rows(found),
+        source_rows=statements.source_rows(record),
         notes=statements.notes(record),
         charts=curves(record),
         published_note=published_note(record.config),
@@ -81,8 +83,19 @@ def curves(record: Record) -> list[Chart]:
     def alone(title: str, unit: str, metric: str, scale: float = 1) -> Chart | None:
         return _draw(title, unit, [line_of(train, metric, "", TRAIN, scale=scale)], from_zero=True)
 
+    def by_source(title: str, entries: Sequence[dict[str, Any]], dotted: bool) -> Chart | None:
+        lines = [
+            line_of(entries, f"{LOSS_OF}{name}", name, place % NUM_COLOURS + 1, dotted)._replace(
+                dashed=place // NUM_COLOURS % 2 == 1
+            )
+            for place, name in enumerate(source_names(record))
+        ]
+        return _draw(title, "nats per target token", lines)
+
     drawn = [
         both("Loss", "nats per target token", "loss"),
+        by_source("Train loss by source", train, dotted=False),
+        by_source("Eval loss by source", evals, dotted=True),
         both("Token accuracy", "fraction of target tokens", "mean_token_accuracy"),
         both("Entropy", "nats, of the predictions", "entropy"),
         alone("Gradient norm", "before clipping", "grad_norm"),
@@ -92,6 +105,12 @@ def curves(record: Record) -> list[Chart]:
         alone("Memory", "GiB, peak so far", "peak_memory_gib"),
     ]
     return [chart for chart in drawn if chart is not None]
+
+
+def source_names(record: Record) -> list[str]:
+    """The sources and eval sets that have a loss of their own in some log line."""
+    keys = (key for line in (*record.train_lines, *record.eval_lines) for key in line)
+    return [key.removeprefix(LOSS_OF) for key in dict.fromkeys(keys) if key.startswith(LOSS_OF)]
 
 
 def line_of(

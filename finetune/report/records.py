@@ -12,6 +12,7 @@ import pandas as pd
 
 from finetune.config import Config
 from finetune.config_parsing import parse_config
+from finetune.data.by_source import is_main
 from finetune.report.intervals import Interval, difference_interval, mean_interval
 from finetune.run.bad_update import RECORD as BAD_UPDATE
 from finetune.run.folder import (
@@ -19,6 +20,7 @@ from finetune.run.folder import (
     CONFIG,
     METRICS,
     RESULT,
+    SOURCE,
     example_sums_file,
     read_environment,
     read_example_sums,
@@ -77,17 +79,43 @@ class Record:
 
     @cached_property
     def first_sums(self) -> pd.DataFrame | None:
-        """Per-example sums of the first evaluation; None if the run did not record them"""
-        return self._sums_of(0)
+        """Per-example sums of the first evaluation, of the main examples (`is_main`); None if the run did not
+        record them"""
+        return self._main(self._all_sums(0))
 
     @cached_property
     def last_sums(self) -> pd.DataFrame | None:
-        """Per-example sums of the last evaluation; None if the run did not record them"""
-        return self._sums_of(-1)
+        """Those of the last evaluation"""
+        return self._main(self._all_sums(-1))
 
-    def _sums_of(self, place: int) -> pd.DataFrame | None:
+    @cached_property
+    def sums_by_source(self) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
+        """Per-example sums of the first and the last evaluation of each source and eval set; empty if the run
+        evaluated on one alone"""
+        first, last = self._all_sums(0), self._all_sums(-1)
+        if first is None or last is None or SOURCE not in last or not are_same_rows(first, last):
+            return {}
+        return {name: (_of_source(first, name), _of_source(last, name)) for name in last[SOURCE].unique()}
+
+    @property
+    def num_eval_examples(self) -> int:
+        """The main eval examples: those that the overall figures are of"""
+        sums = self.last_sums if self.eval_lines else None
+        return int(self.environment["data"]["eval_examples"]) if sums is None else len(sums)
+
+    def _all_sums(self, place: int) -> pd.DataFrame | None:
         step = self.eval_lines[place]["step"]
         return read_example_sums(self.folder, step) if example_sums_file(self.folder, step).exists() else None
+
+    def _main(self, sums: pd.DataFrame | None) -> pd.DataFrame | None:
+        if sums is None or SOURCE not in sums:
+            return sums
+        main = is_main(sums[SOURCE].to_numpy(dtype=object), self.config.eval.sets or ())
+        return sums[main].reset_index(drop=True)
+
+
+def _of_source(sums: pd.DataFrame, name: str) -> pd.DataFrame:
+    return sums[sums[SOURCE] == name].reset_index(drop=True)
 
 
 def read_record(folder: Path) -> Record:
@@ -138,16 +166,28 @@ def changes(record: Record) -> dict[str, Change]:
     if not lines:
         return {}
     before, after = record.first_sums, record.last_sums
-    if after is None:
+    if after is None or (len(lines) > 1 and (before is None or not are_same_rows(before, after))):
         return {metric: _without_sums(lines, metric) for metric in SUMS_OF}
-    if len(lines) == 1:
-        return {metric: Change(None, _mean(after, column), None) for metric, column in SUMS_OF.items()}
-    if before is None or not are_same_rows(before, after):
-        return {metric: _without_sums(lines, metric) for metric in SUMS_OF}
+    return {metric: _change(lines, before, after, column) for metric, column in SUMS_OF.items()}
+
+
+def loss_changes_by_source(record: Record) -> dict[str, Change]:
+    """Compute the change of the loss of each source and eval set; empty if there are not several, or if the
+    run did not record the per-example sums."""
+    if not record.eval_lines:
+        return {}
     return {
-        metric: Change(_mean(before, column), _mean(after, column), difference(before, after, column))
-        for metric, column in SUMS_OF.items()
+        name: _change(record.eval_lines, before, after, "nll")
+        for name, (before, after) in record.sums_by_source.items()
     }
+
+
+def _change(
+    lines: list[dict[str, Any]], before: pd.DataFrame | None, after: pd.DataFrame, column: str
+) -> Change:
+    if before is None or len(lines) == 1:
+        return Change(None, _mean(after, column), None)
+    return Change(_mean(before, column), _mean(after, column), difference(before, after, column))
 
 
 def _without_sums(lines: list[dict[str, Any]], metric: str) -> Change:

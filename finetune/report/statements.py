@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from finetune.config import Config, described
+from finetune.data.rows import text_of
 from finetune.report.intervals import Interval, between, signed
-from finetune.report.records import Change, Record, rounding
+from finetune.report.records import Change, Record, loss_changes_by_source, rounding
 from finetune.run.summary import launch_command
 from finetune.training.evaluate import best_of
 
@@ -34,8 +35,9 @@ def lead(record: Record) -> str:
     config = record.config
     quantization = config.model.quantization
     base = "base not quantized" if quantization == "none" else f"base in {quantization}"
-    data = described(config.data.path)
-    return f"{config.model.name_or_path} ({base}) with LoRA r={config.lora.r}, on {data}"
+    data, adapter = described(config.data.path), config.model.adapter
+    began = "" if adapter is None else f", trained on from {adapter}"
+    return f"{config.model.name_or_path} ({base}) with LoRA r={config.lora.r}{began}, on {data}"
 
 
 # --- Before and after ---
@@ -75,6 +77,15 @@ def metric_rows(found: dict[str, Change]) -> list[MetricRow]:
         _perplexity_row(loss),
         _row("token accuracy", "likeliest token is the target", accuracy, 4),
         _row("entropy", "nats, of the predictions", entropy, 4),
+    ]
+
+
+def source_rows(record: Record) -> list[MetricRow]:
+    """The table of the loss by source and eval set, before and after; empty if there are not several."""
+    last = record.eval_lines[-1] if record.eval_lines else {}
+    return [
+        _row(name, f"{last[f'num_target_tokens/{name}']:,} target tokens", change, 4)
+        for name, change in loss_changes_by_source(record).items()
     ]
 
 
@@ -126,10 +137,17 @@ def notes(record: Record) -> list[str]:
     what = "every token" if record.config.data.train_on == "all" else "the answers alone"
     same = "" if len(lines) == 1 else "; that of a change is over the same examples before and after"
     remarks = [
-        f"Over {record.environment['data']['eval_examples']:,} eval examples with "
+        f"Over {record.num_eval_examples:,} eval examples with "
         f"{lines[-1]['num_target_tokens']:,} target tokens: {what}. Intervals hold 95 % of the means of "
         f"examples drawn anew (bootstrap){same}."
     ]
+    if record.config.eval.sets:
+        has_main = record.num_eval_examples < record.environment["data"]["eval_examples"]
+        remarks.append(
+            "The rows of eval.sets are not among them, and have figures of their own."
+            if has_main
+            else "They are the rows of all eval.sets together."
+        )
     if "loss_without_leaks" in lines[-1]:
         losses = [lines[-1]] if len(lines) == 1 else [lines[0], lines[-1]]
         values = " and ".join(f"{line['loss_without_leaks']:.4f} {_after(line['step'])}" for line in losses)
@@ -160,7 +178,7 @@ def pair_answers(record: Record) -> list[Answers]:
     shown = [first, last] if len(lines) > 1 and asked[0] == asked[1] else [last]
     pairs = []
     for number, messages in enumerate(asked[1]):
-        turns = [(m["role"], m["content"]) for m in messages if m["role"] != "system"]
+        turns = [(m["role"], text_of(m)) for m in messages if m["role"] != "system"]
         texts = [(_after(line["step"]), line["answers"][number]["answer"]) for line in shown]
         pairs.append(Answers(turns, texts))
     return pairs

@@ -14,22 +14,24 @@ from safetensors import safe_open
 
 from finetune.config import Config, ModelConfig
 from finetune.config_parsing import config_to_yaml, parse_config
-from finetune.model.load import base_fingerprint, check_vocabulary, load_base, load_tokenizer
-from finetune.run.checkpoint import (
+from finetune.model.added_tokens import add_rows, token_ids_of
+from finetune.model.given_adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     MANIFEST,
-    STATE,
-    TRAINING_CONFIG,
     adapter_weights,
-    fault_of,
-    list_checkpoints,
+    read_raw_settings,
 )
-from finetune.run.folder import CONFIG, ENVIRONMENT, RESULT, read_environment
+from finetune.model.load import base_fingerprint, check_vocabulary, load_base, load_tokenizer
+from finetune.ops import token_rows
+from finetune.run.checkpoint import STATE, TRAINING_CONFIG, fault_of, list_checkpoints
+from finetune.run.folder import CHAT_TEMPLATE, CONFIG, ENVIRONMENT, RESULT, read_environment
 from finetune.runtime.accelerator import choose_precision, create_accelerator
 from finetune.runtime.choice import Choice
 from finetune.runtime.cli import CommandParser, split_arguments
 from finetune.runtime.console import say
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class Trained:
     config: Config
     run_dir: Path | None
     """The run's folder, if the adapter is still in one"""
+    own_tokenizer: bool = False
+    """Whether its tokenizer, with its chat template, lies beside the adapter; else it is the base's, with the
+    chat template of the configuration"""
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ def find_trained(path: Path, settings: Sequence[str] = ()) -> Trained:
     Of an unfinished run it is that of its newest whole checkpoint. `settings` are arguments as train.py takes
     them; they override the configuration of the run. An adapter from elsewhere has none: then it is the
     default one, with the base that the adapter names, not quantized.
+    The chat template is the one that was trained with, unless the settings name another.
     `model.trust_remote_code` counts in the configuration of a run, not in a file beside an adapter.
 
     Raises:
@@ -92,23 +98,29 @@ def find_trained(path: Path, settings: Sequence[str] = ()) -> Trained:
     """
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder: name a run's folder, a checkpoint, or an adapter")
-    adapter, run_dir = _adapter_in(path), _run_of(path)
+    adapter, run_dir = _adapter_in(path), run_of(path)
     for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
         if not (adapter / name).is_file():
             raise ValueError(f"{path} holds no adapter: {adapter / name} is not there")
     if (adapter / MANIFEST).exists() and (fault := fault_of(adapter)):
         raise ValueError(f"{adapter} is not an intact checkpoint: {fault}")
+    given = any(text.partition("=")[0] == "--data.chat_template" for text in settings)
+    own_tokenizer = not given and (adapter / TOKENIZER_CONFIG).is_file()
     recorded = adapter / TRAINING_CONFIG if run_dir is None else run_dir / CONFIG
     if recorded.is_file():
         # The files beside an adapter may be anybody's: only the user decides whose code to run.
-        trust = [] if run_dir else ["--model.trust_remote_code", "false"]
-        return Trained(adapter, parse_config(["--config", str(recorded), *trust, *settings]), run_dir)
+        fixed = [] if run_dir else ["--model.trust_remote_code", "false"]
+        if run_dir and not own_tokenizer and (run_dir / CHAT_TEMPLATE).is_file():
+            # The file that the configuration names may have changed.
+            fixed += ["--data.chat_template", str(run_dir / CHAT_TEMPLATE)]
+        config = parse_config(["--config", str(recorded), *fixed, *settings])
+        return Trained(adapter, config, run_dir, own_tokenizer)
     say(f"{adapter} does not say how it was trained: its base is taken as it names it, without quantization.")
     config = Config(model=ModelConfig(name_or_path=_named_base(adapter), quantization="none"))
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         file.write(config_to_yaml(config))
         file.flush()
-        return Trained(adapter, parse_config(["--config", file.name, *settings]), None)
+        return Trained(adapter, parse_config(["--config", file.name, *settings]), None, own_tokenizer)
 
 
 def _adapter_in(path: Path) -> Path:
@@ -130,7 +142,7 @@ def _adapter_in(path: Path) -> Path:
     raise ValueError(f"the run in {path} has not saved anything yet")
 
 
-def _run_of(path: Path) -> Path | None:
+def run_of(path: Path) -> Path | None:
     """The run's folder that `path` is, or that contains it as its adapter or one of its checkpoints."""
     here = path.resolve()
     return next((folder for folder in (here, here.parent, here.parent.parent) if _is_run(folder)), None)
@@ -152,6 +164,15 @@ def _named_base(adapter: Path) -> str:
     return str(base)
 
 
+def load_trained_tokenizer(trained: Trained) -> Any:
+    """The tokenizer that the adapter was trained with.
+
+    Raises:
+        ValueError: as `load_tokenizer`.
+    """
+    return load_tokenizer(trained.config, trained.adapter if trained.own_tokenizer else None)
+
+
 def load_trained(trained: Trained) -> TrainedModel:
     """The base with the adapter on it, in the precision of the run, and its tokenizer.
 
@@ -161,9 +182,10 @@ def load_trained(trained: Trained) -> TrainedModel:
     config = trained.config
     precision = choose_precision(config.train.mixed_precision)
     accelerator = create_accelerator(config, precision.actual)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_trained_tokenizer(trained)
     base = load_base(config.model, precision.actual, accelerator.device)
     _check_base(trained, base)
+    add_rows_of(trained.adapter, base)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # checked below
@@ -175,7 +197,17 @@ def load_trained(trained: Trained) -> TrainedModel:
         ) from error
     _check_all_loaded(trained, model)
     check_vocabulary(model, tokenizer)
+    token_rows.enable(model)
     return TrainedModel(accelerator, precision, tokenizer, model)
+
+
+def add_rows_of(adapter: Path, base: Any) -> None:
+    """Give the base rows for the tokens that were added when the adapter was trained.
+
+    Raises:
+        ValueError: the adapter's configuration cannot be read.
+    """
+    add_rows(base, token_ids_of(read_raw_settings(adapter).get("trainable_token_indices")))
 
 
 def _check_base(trained: Trained, base: Any) -> None:

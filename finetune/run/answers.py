@@ -9,7 +9,7 @@ import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +20,18 @@ from datasets import Dataset
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from finetune.data.cleaning import turns_asked
-from finetune.data.tokenize import Message, to_messages
+from finetune.data.conversations import Conversation, to_conversation
+from finetune.data.rows import iterate_rows
 from finetune.model.generate import Answer, Sampler, answer_prompts, encode_prompt, require_room
+from finetune.model.given_adapter import ADAPTER_WEIGHTS
 from finetune.run.adapter import Trained, TrainedModel
-from finetune.run.checkpoint import ADAPTER_WEIGHTS
 from finetune.runtime.console import console
 from finetune.runtime.files import file_sha256, write_atomically
 
-PROMPT_COLUMNS = ("messages", "instruction", "input", "prompt")
+PROMPT_COLUMNS = (
+    *("messages", "instruction", "input", "history", "prompt", "text"),
+    *("system", "tools", "chat_template_kwargs"),
+)
 MODELS = {"tuned": ("tuned",), "base": ("base",), "both": ("tuned", "base")}
 ANSWER_COLUMNS = ("answer", "num_tokens", "ended")
 
@@ -63,6 +67,7 @@ def settings_of(request: Request, rows: Path, trained: Trained) -> Record:
         "revision": model.revision,
         "quantization": model.quantization,
         "mixed_precision": trained.config.train.mixed_precision,
+        "chat_template": trained.config.data.chat_template,
         **asdict(request),
     }
 
@@ -102,13 +107,13 @@ def _difference(key: str, before: Any, now: Any) -> str:
     return f"{key} was {short[0]}, is {short[1]}"
 
 
-def encode_question(model: TrainedModel, messages: list[Message], max_new_tokens: int) -> list[int]:
+def encode_question(model: TrainedModel, conversation: Conversation, max_new_tokens: int) -> list[int]:
     """The prompt, as token ids, that asks for the answer to a conversation.
 
     Raises:
-        ValueError: the chat template refuses the messages, or they leave no room for an answer.
+        ValueError: the chat template refuses the conversation, or it leaves no room for an answer.
     """
-    prompt = encode_prompt(model.tokenizer, messages)
+    prompt = encode_prompt(model.tokenizer, conversation)
     require_room(model.model, len(prompt), max_new_tokens)
     return prompt
 
@@ -131,9 +136,10 @@ def answer(
 def encode_questions(model: TrainedModel, rows: Dataset, request: Request) -> list[Question]:
     """The prompts, longest first: batches waste little padding, and too little memory shows immediately."""
     questions = []
-    for row in rows:
+    for row in iterate_rows(rows):
         try:
-            asked = turns_asked(to_messages(row, request.system_prompt))
+            conversation = to_conversation(row, request.system_prompt)
+            asked = replace(conversation, messages=turns_asked(conversation.messages))
             prompt = encode_question(model, asked, request.max_new_tokens)
         except ValueError as error:
             raise ValueError(f"row {row['row_number']}: {error}") from error
@@ -195,17 +201,19 @@ def _seed_of(seed: int, row_number: int) -> int:
 
 
 def format_answers(rows: Dataset, records: Mapping[int, Record], suffix: str) -> str:
-    """The text of the output file: a line for each row, in the file's order, with its prompt columns."""
-    columns = [column for column in rows.column_names if column in PROMPT_COLUMNS]
+    """The text of the output file: a line for each row, in the file's order, with its prompt columns; in a
+    CSV file, lists and objects are JSON text."""
     lines = []
-    for row in rows:
+    for row in iterate_rows(rows):
         answers = records[row["row_number"]]
-        prompt = {column: row[column] for column in columns}
+        prompt = {column: row[column] for column in PROMPT_COLUMNS if column in row}
         lines.append({"row_number": row["row_number"], **prompt, **answers})
     if suffix == ".jsonl":
         return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    frame = pd.DataFrame(lines)
-    if "messages" in columns:
-        frame["messages"] = [json.dumps(messages, ensure_ascii=False) for messages in frame["messages"]]
+    frame = pd.DataFrame([{column: _as_cell(value) for column, value in line.items()} for line in lines])
     # A carriage return in an answer would end the line, unquoted.
     return frame.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)
+
+
+def _as_cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value

@@ -12,12 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from finetune.config import CheckpointConfig, Config
 from finetune.model.flat_adapter import FlatAdapter
+from finetune.model.given_adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MANIFEST,
+    adapter_weights,
+    find_adapter,
+    load_weights,
+)
 from finetune.runtime.files import atomic_folder, file_sha256, tensor_bytes
 from finetune.runtime.processes import on_main
 from finetune.training.evaluate import best_of
@@ -26,13 +33,7 @@ from finetune.training.metrics import SumWindow
 from finetune.training.optim import state_bytes
 from finetune.training.optim_state import kind_of, load_state, split_state
 
-ADAPTER_WEIGHTS, ADAPTER_CONFIG, OPTIMIZER, STATE, MANIFEST = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "optimizer.safetensors",
-    "state.json",
-    "manifest.json",
-)
+OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 TRAINING_CONFIG = "training_config.yaml"  # beside a result: the configuration of its run
 
 CARD = "README.md"  # and what it is, as the Hugging Face Hub shows it
@@ -52,6 +53,8 @@ class TrainState:
     """Updates made"""
     window_sums: list[float] = field(default_factory=lambda: [0.0] * 4)
     """TokenSums since the last log line, over all ranks"""
+    window_sums_by_source: dict[str, list[float]] = field(default_factory=dict)
+    """Those of each source, where there are several"""
 
 
 @dataclass(frozen=True)
@@ -77,16 +80,20 @@ class Checkpointer:
         self._accelerator, self._window = accelerator, window
 
     def resume(self, source: Path | None, base: str) -> TrainState:
-        """Restore the checkpoint `source`, or start from scratch; `base` is the base model's fingerprint.
+        """Restore the checkpoint `source`; without one, start from scratch or from `model.adapter`.
+
+        `base` is the base model's fingerprint.
 
         Raises:
-            ValueError: as `load_checkpoint`.
+            ValueError: as `load_checkpoint` and `load_weights`.
         """
         if source is None:
+            if self.config.model.adapter is not None:
+                load_weights(find_adapter(self.config.model.adapter), self.trained.model)
             return TrainState(base)
         state = load_checkpoint(source, base, self.trained)
         if self._accelerator.is_main_process:  # sums over all ranks: they must count once
-            self._window.restore(state.window_sums)
+            self._window.restore(state.window_sums, state.window_sums_by_source)
         return state
 
     def save(self, state: TrainState, history: History) -> None:
@@ -94,7 +101,8 @@ class Checkpointer:
 
         With `keep_best`, `history` says which checkpoint to keep besides the newest.
         """
-        state.window_sums = self._window.total(self._accelerator).tolist()
+        state.window_sums, *by_source = self._window.total(self._accelerator).tolist()
+        state.window_sums_by_source = dict(zip(self._window.source_names, by_source, strict=True))
         if state.step > 0:
             on_main(
                 self._accelerator,
@@ -117,12 +125,6 @@ class Checkpointer:
     def estimate_bytes(self) -> int:
         """Approximate size of one checkpoint on disk."""
         return estimate_bytes(self.trained.model, self.config.optim.name)
-
-
-def adapter_weights(model: PeftModel) -> dict[str, Tensor]:
-    """The adapter's weights. By default PEFT asks the hub at each save whether the vocabulary has grown."""
-    weights: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return weights
 
 
 def checkpoints_dir(run_dir: Path) -> Path:
@@ -189,7 +191,7 @@ def write_checkpoint(folder: Path, state: TrainState, trained: Trained) -> None:
         save_adapter(trained.model, staging)
         save_file(tensors, staging / OPTIMIZER)
         record = {
-            **asdict(state),
+            **{key: value for key, value in asdict(state).items() if value != {}},
             "loss_scaler": trained.loss_scale.state_dict(),
             "optimizer_kind": kind_of(trained.optimizer),
             "optimizer": values,
@@ -283,7 +285,7 @@ def load_checkpoint(folder: Path, base: str, trained: Trained) -> TrainState:
         raise ValueError(f"checkpoint {folder} was saved with {saved_kind}, not with {kind}")
     load_state(trained.optimizer, trained.adapter, load_file(folder / OPTIMIZER), state["optimizer"])
     trained.loss_scale.load_state_dict(state["loss_scaler"])
-    return TrainState(base, state["step"], state["window_sums"])
+    return TrainState(base, state["step"], state["window_sums"], state.get("window_sums_by_source", {}))
 
 
 def load_adapter(folder: Path, model: PeftModel) -> None:

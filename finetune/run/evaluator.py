@@ -6,6 +6,7 @@ from torch import Tensor
 
 from finetune.config import Config
 from finetune.data.plan import Indices, Plan, plan_evaluation
+from finetune.data.rows import iterate_rows
 from finetune.data.splits import Data
 from finetune.model.generate import generate_answers
 from finetune.model.loss import TokenLoss
@@ -48,7 +49,7 @@ class Evaluator:
         self._batches = plan_evaluation(plan, data.eval)
         self._probe = plan_evaluation(plan, data.eval, PROBED)
         self._rounds = accelerator.mixed_precision != "no" and config.eval.precision == "run"
-        self._conversations = pick_conversations(data.rows.eval, config.data.system_prompt)
+        self._conversations = pick_conversations(iterate_rows(data.rows.eval), config.data.system_prompt)
         self._tracker, self._stop, self._history = tracker, stop, history
 
     def is_over(self, step: int) -> bool:
@@ -74,7 +75,7 @@ class Evaluator:
         sums = self._sums(self._batches, self._config.eval.precision)
         if sums is None:  # stopped midway: it is made when the run resumes
             return
-        metrics = evaluation_metrics(sums, self._eval_set, self._leaks)
+        metrics = evaluation_metrics(sums, self._eval_set, self._leaks, self._config.eval.sets or ())
         if self._rounds:
             exact = self._sums(self._probe, "fp32")
             if exact is None:

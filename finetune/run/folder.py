@@ -12,20 +12,25 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 from torch import Tensor
 
-from finetune.config import Config, flatten
+from finetune.config import Config, described, flatten
 from finetune.config_parsing import config_to_dict, config_to_yaml, with_current_values
 from finetune.data.plan import Plan
 from finetune.data.splits import Data, fingerprint_of
+from finetune.model import given_adapter
 from finetune.run.checkpoint import checkpoints_dir, fault_of, list_checkpoints
 from finetune.runtime.files import require_room, write_atomically
 
-CONFIG, ENVIRONMENT, RESULT = "config.yaml", "environment.json", "adapter"
+CONFIG, ENVIRONMENT = given_adapter.RUN_FILES
+RESULT, CHAT_TEMPLATE = given_adapter.RESULT, "chat_template.jinja"
 METRICS, ANSWERS, EVALUATIONS = "metrics.jsonl", "answers.jsonl", "evaluations"
+SOURCE = "source"
 EXAMPLE_SUMS = ["nll", "entropy", "correct", "num_target_tokens"]
 RECORDED = {"base", "int8", "data", "global_batch_size", "num_processes", "started_from"}
 # Keys that change what is shown and kept, or how an update is laid out, not what it is.
@@ -82,7 +87,10 @@ def run_status(config: Config) -> RunStatus:
 
 def _is_leftover(path: Path) -> bool:
     """Whether this was left by a start that was killed before its last step, writing config.yaml."""
-    return path.name in (ENVIRONMENT, f".{ENVIRONMENT}.partial", f".{CONFIG}.partial")
+    written_before = (ENVIRONMENT, CHAT_TEMPLATE)
+    return path.name in written_before or path.name in [
+        f".{name}.partial" for name in (*written_before, CONFIG)
+    ]
 
 
 @contextmanager
@@ -134,10 +142,10 @@ def training_config(config: Config) -> str:
     """The configuration (YAML) without the keys that do not change what an update is, so that two runs which
     make the same updates write the same text."""
     kept: dict[str, Any] = {}
-    for key, value in flatten(config_to_dict(config)).items():
-        if not key.startswith(FREE_KEYS):
-            section, _, name = key.partition(".")
-            kept.setdefault(section, {})[name] = value
+    for section, keys in config_to_dict(config).items():
+        for name, value in keys.items() if isinstance(keys, dict) else ():
+            if not f"{section}.{name}".startswith(FREE_KEYS):
+                kept.setdefault(section, {})[name] = value
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
 
 
@@ -146,17 +154,19 @@ def start_run(
     environment: dict[str, Any],
     plan: Plan,
     data: Data,
+    chat_template: str | None,
     checkpoint: Path | None,
     step: int,
     checkpoint_bytes: int,
 ) -> None:
-    """Write environment.json and config.yaml, and remove what a kill left half written.
+    """Write environment.json, the chat template and config.yaml, and remove what a kill left half written.
 
-    `checkpoint`, saved after update `step`, is what the run resumes from.
+    `chat_template` is the text of that of `data.chat_template`, None for the model's own. `checkpoint`, saved
+    after update `step`, is what the run resumes from.
 
     Raises:
-        ValueError: the run resumes, but with other rows or with updates of another size; or the disk has no
-            room for the checkpoints that the run keeps and the one being written.
+        ValueError: the run resumes, but with another chat template, other rows or updates of another size; or
+            the disk has no room for the checkpoints that the run keeps and the one being written.
     """
     folder = Path(config.output_dir)
     started_from = _started_from(folder)
@@ -168,11 +178,19 @@ def start_run(
             )
     fingerprint = fingerprint_of(data.train, data.eval)
     if (folder / CONFIG).exists():
+        if (
+            chat_template is not None
+            and (folder / CHAT_TEMPLATE).read_text(encoding="utf-8") != chat_template
+        ):
+            raise ValueError(
+                f"data.chat_template {config.data.chat_template} is not the one that the run in {folder} was "
+                f"trained with, which is {folder / CHAT_TEMPLATE}; restore it, or choose another output_dir"
+            )
         before = read_environment(folder)
         if before["data"] != fingerprint:
             raise ValueError(
-                f"the rows of {config.data.path} are not those that the run in {folder} was trained on; "
-                "restore them, or choose another output_dir"
+                f"the rows of {described(config.data.path)} are not those that the run in {folder} was "
+                "trained on; restore them, or choose another output_dir"
             )
         if before["global_batch_size"] != plan.global_batch_size:
             raise ValueError(
@@ -193,6 +211,8 @@ def start_run(
         "started_from": None if started_from is None else str(started_from),
     }
     write_atomically(folder / ENVIRONMENT, json.dumps(environment, indent=1, ensure_ascii=False))
+    if chat_template is not None:
+        write_atomically(folder / CHAT_TEMPLATE, chat_template)
     write_atomically(folder / CONFIG, config_to_yaml(replace(config, resume="auto")))
 
 
@@ -226,8 +246,9 @@ def _with_current_names(environment: dict[str, Any]) -> dict[str, Any]:
         for choice in environment.get("settings", [])
     ]
     int8 = "dequantize" if environment["int8"] == "dequantise" else environment["int8"]
-    budget = environment.get("token_budget")  # older runs chose none
-    return {**environment, "int8": int8, "token_budget": budget, "settings": choices}
+    # Older runs chose no budget, began from no adapter, and trained no rows of added tokens.
+    later: dict[str, Any] = {"token_budget": None, "model_adapter": None, "token_rows": []}
+    return {**later, **environment, "int8": int8, "settings": choices}
 
 
 def _started_from(folder: Path) -> Path | None:
@@ -317,31 +338,41 @@ def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
     return [entry for entry in read_lines(run_dir / METRICS) if entry["split"] == "eval"]
 
 
-def write_example_sums(run_dir: Path, step: int, row_numbers: Sequence[int], sums: Tensor) -> None:
+def write_example_sums(
+    run_dir: Path,
+    step: int,
+    row_numbers: Sequence[int],
+    sums: Tensor,
+    sources: NDArray[np.object_] | None = None,
+) -> None:
     """Write the sums of each eval example, one line each, as `evaluate` returns them.
 
-    sums [E, 4] float64: nll and entropy in nats, correct, number of target tokens.
+    sums [E, 4] float64: nll and entropy in nats, correct, number of target tokens. `sources` [E]: the name
+    of each example's source, where there are several.
     """
     frame = pd.DataFrame(sums.numpy(), columns=EXAMPLE_SUMS)
     frame = frame.astype({"correct": int, "num_target_tokens": int})
     frame.insert(0, "row_number", row_numbers)
+    if sources is not None:
+        frame[SOURCE] = sources
     path = example_sums_file(run_dir, step)
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, frame.to_csv(index=False))
 
 
 def read_example_sums(run_dir: Path, step: int) -> pd.DataFrame:
-    """What `write_example_sums` wrote after `step` updates.
+    """What `write_example_sums` wrote after `step` updates; the column `source` is there if it was given.
 
     Raises:
         ValueError: it is not there, or cannot be read.
     """
     path = example_sums_file(run_dir, step)
     try:
-        frame = pd.read_csv(path, float_precision="round_trip")
+        # A source may be called 1, or NA: its name is text.
+        frame = pd.read_csv(path, float_precision="round_trip", dtype={SOURCE: str}, keep_default_na=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if list(frame.columns) != ["row_number", *EXAMPLE_SUMS]:
+    if [column for column in frame.columns if column != SOURCE] != ["row_number", *EXAMPLE_SUMS]:
         raise ValueError(f"{path} is not the record of an evaluation")
     return frame
 

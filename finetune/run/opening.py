@@ -7,12 +7,15 @@ from typing import Any
 
 from finetune.config import Config
 from finetune.data.duplicates import Match
+from finetune.data.named_templates import describe_template
 from finetune.data.plan import Plan
 from finetune.data.splits import Data, in_words
+from finetune.model.added_tokens import token_ids_of
 from finetune.model.fast_paths import FastPaths
 from finetune.model.load import count_parameters
 from finetune.run import folder, summary
 from finetune.run.checkpoint import Checkpointer, TrainState
+from finetune.run.origin import describe_origin, origin_record
 from finetune.run.token_budget import TokenBudget
 from finetune.runtime.accelerator import device_name, environment
 from finetune.runtime.choice import Choice
@@ -24,6 +27,7 @@ class RunFacts:
 
     config: Config
     model: Any
+    tokenizer: Any
     data: Data
     plan: Plan
     choices: Sequence[Choice]
@@ -48,21 +52,25 @@ def open_run(
     `source` is the checkpoint that the run resumes from; `remarks` are those of `find_checkpoint`.
 
     Raises:
-        ValueError: as `folder.start_run`.
+        ValueError: as `folder.start_run` and `origin_record`.
     """
-    described = describe(facts) + batch_arithmetic(facts.config, facts.plan)
+    origin = origin_record(facts.config, facts.model, state.base, state.step)
+    began = describe_origin(origin, facts.config.lora)
+    described = [*describe(facts), *began, *batch_arithmetic(facts.config, facts.plan)]
     record = {
         **environment(accelerator),
         "base": state.base,
+        "model_adapter": origin,
+        "token_rows": token_ids_of(facts.model.peft_config["default"].trainable_token_indices),
         "int8": facts.fast_paths.int8.actual,
         "token_budget": facts.token_budget.to_record,
         "described": described,
         "settings": [asdict(choice) for choice in facts.choices],
         "rows": facts.data.counts(),
     }
-    folder.start_run(
-        facts.config, record, facts.plan, facts.data, source, state.step, checkpointer.estimate_bytes()
-    )
+    template = None if facts.config.data.chat_template is None else facts.tokenizer.chat_template
+    size = checkpointer.estimate_bytes()
+    folder.start_run(facts.config, record, facts.plan, facts.data, template, source, state.step, size)
     folder.keep_lines_until(Path(facts.config.output_dir), state.step)
     summary.show_start(facts.config, facts.choices, described)
     summary.show_checkpoint(source, remarks, state.step)
@@ -74,11 +82,15 @@ def describe(facts: RunFacts) -> list[tuple[str, str]]:
     config, model, data = facts.config, facts.model, facts.data
     rows, dropped, unused = data.rows, data.dropped(), data.unused()
     trainable, total = count_parameters(model)
+    added = token_ids_of(model.peft_config["default"].trainable_token_indices)
+    rows_trained = [("trained rows", f"{len(added)} tokens of the embedding and the head")] if added else []
     num_taken = len(rows.train) + len(rows.eval)
     return [
         ("device", f"{device_name(model.device)}; {facts.flop_per_second / 1e9:,.0f} GFLOP/s in matmuls"),
         ("model", f"{config.model.name_or_path}, base in {config.model.quantization}"),
         ("parameters", f"{trainable:,} trainable of {total:,} ({trainable / total:.2%})"),
+        *rows_trained,
+        ("chat template", describe_template(config.data.chat_template, facts.tokenizer)),
         (
             "rows",
             f"{rows.num_read:,} read, {rows.num_kept:,} usable, {num_taken:,} taken; "

@@ -91,17 +91,19 @@ def show_end(
         before, after = evaluations[0], of_adapter[-1]
         columns = ("eval", f"step {before['step']}", f"step {after['step']}", "change")
         table = Table(*columns, title="Before and after", title_justify="left")
-        for key in ("loss", "entropy", "mean_token_accuracy"):
-            name, pattern = SHOWN[key]
+        shown = [(key, *SHOWN[key]) for key in ("loss", "entropy", "mean_token_accuracy")]
+        by_source = [key for key in after if key.startswith("loss/")]
+        shown += [(key, f"loss of {key.removeprefix('loss/')}", SHOWN["loss"][1]) for key in by_source]
+        for key, name, pattern in shown:
             change = f"{after[key] / before[key] - 1:+.1%}" if before[key] else ""
-            table.add_row(name, pattern.format(before[key]), pattern.format(after[key]), change)
+            table.add_row(Text(name), pattern.format(before[key]), pattern.format(after[key]), change)
         console.print(table)
     if len(evaluations) > 1 and evaluations[0]["step"] == 0 and best_of(evaluations) is evaluations[0]:
         first = evaluations[0]
         loss = f"{first['loss']:.4f}"
         if "loss_error" in first:
             loss += f" by more than the error of both ({first['loss_error']:.4f})"
-        say(f"No evaluation after training had a lower loss than the untrained model's {loss}.")
+        say(f"No evaluation after training had a lower loss than that before it, {loss}.")
     if config.checkpoint.keep_best and of_adapter:
         say(f"The adapter is the one after update {adapter_step}, which had the lowest eval loss.")
     say(f"adapter      {run_dir / 'adapter'}")

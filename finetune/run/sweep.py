@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 
 from finetune.config import Config, flatten
-from finetune.config_parsing import config_to_dict, parse_config
+from finetune.config_parsing import config_to_dict
+from finetune.model.given_adapter import parse_training_config
 from finetune.run.folder import RunStatus, read_environment, read_evaluations, run_status
 from finetune.runtime.console import say
 from finetune.runtime.files import write_atomically
@@ -102,10 +103,10 @@ def make_trial(combination: Mapping[str, str], settings: Sequence[str], folder: 
     """The run of one combination, in a folder of `folder` that its values name.
 
     Raises:
-        ValueError: as `parse_config`, or a key is a section.
+        ValueError: as `parse_training_config`, or a key is a section.
     """
     arguments = [*settings, *(f"--{key}={text}" for key, text in combination.items())]
-    config = parse_config(arguments)
+    config = parse_training_config(arguments)
     flat = flatten(config_to_dict(config))
     if sections := [key for key in combination if key not in flat]:
         raise ValueError(f"--over {sections[0]}: it is no key of the configuration that holds one value")

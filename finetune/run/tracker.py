@@ -17,9 +17,11 @@ from torch.utils.tensorboard.summary import hparams
 
 from finetune.config import Config, flatten
 from finetune.config_parsing import config_to_dict
+from finetune.data.by_source import several_sources, source_of_each
+from finetune.data.conversations import Conversation
 from finetune.data.examples import Examples
 from finetune.data.plan import Plan
-from finetune.data.tokenize import Message
+from finetune.data.rows import text_of
 from finetune.model.generate import Answer
 from finetune.run.folder import ANSWERS, METRICS, read_lines, write_example_sums
 from finetune.run.summary import SHOWN
@@ -104,16 +106,17 @@ class Tracker:
         """Write the sums of each example as `evaluate` returns them: intervals are computed from these."""
         if self._main:
             with _saying_where(self._run_dir):
-                write_example_sums(self._run_dir, step, eval_set.dataset["row_number"], sums)
+                sources = source_of_each(eval_set) if several_sources(eval_set) else None
+                write_example_sums(self._run_dir, step, eval_set.dataset["row_number"], sums, sources)
 
     def log_answers(
-        self, step: int, conversations: Sequence[list[Message]], answers: Sequence[Answer]
+        self, step: int, conversations: Sequence[Conversation], answers: Sequence[Answer]
     ) -> None:
-        """Write a generated answer to each conversation, as text."""
+        """Write a generated answer to each conversation, as text: its reasoning and calls as they are."""
         if self._main:
             entries = [
-                {"messages": messages, "answer": answer.text}
-                for messages, answer in zip(conversations, answers, strict=True)
+                {"messages": conversation.messages, "answer": answer.text}
+                for conversation, answer in zip(conversations, answers, strict=True)
             ]
             with _saying_where(self._run_dir):
                 _append(self._answers_file, {"step": step, "answers": entries})
@@ -139,7 +142,7 @@ class Tracker:
 
     def _show_answers(self, step: int, entries: Sequence[dict[str, Any]]) -> None:
         for number, entry in enumerate(entries, 1):
-            question = _as_markdown(entry["messages"][-1]["content"])
+            question = _as_markdown(text_of(entry["messages"][-1]))
             text = f"**{question}**\n\n{_as_markdown(entry['answer'])}"
             self._accelerator.log({f"answers/{number}": text}, step=step)
 

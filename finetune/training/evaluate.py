@@ -1,23 +1,26 @@
 """Evaluation: exact sums of each eval example, their token-weighted means, and the sample conversations."""
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
+from finetune.data.by_source import is_main, several_sources, source_of_each
 from finetune.data.collate import iterate_batches
+from finetune.data.conversations import SYSTEM_ROLES, Conversation, Row, to_conversation
 from finetune.data.examples import Examples
 from finetune.data.plan import Indices
-from finetune.data.tokenize import Message, to_messages
+from finetune.data.targets import is_trained
 from finetune.model.loss import TokenLoss
 from finetune.model.precision import in_fp32
 from finetune.ops.quantized import dropout_off
 from finetune.runtime.signals import StopRequest
-from finetune.training.metrics import COUNT, Metrics, means
+from finetune.training.metrics import COUNT, Metrics, means, means_by_source
 
 
 @torch.no_grad()
@@ -59,16 +62,26 @@ def evaluate(
     return total
 
 
-def evaluation_metrics(sums: Tensor, eval_set: Examples, leaks: Container[int]) -> Metrics:
-    """The means over all examples. If some of their rows are in `leaks` (rows that are also trained on),
-    `loss_without_leaks` is the loss of the others.
+def evaluation_metrics(
+    sums: Tensor, eval_set: Examples, leaks: Container[int], eval_sets: Collection[str] = ()
+) -> Metrics:
+    """The means over the main examples, as `is_main` tells them from those of `eval_sets` (the names of
+    eval.sets); then, if the examples come from several sources or sets, those of each.
 
-    sums [E, 4] as `evaluate` returns them.
+    `loss`, by which `keep_best` and patience go, is therefore not that of an eval set unless there are no
+    other eval rows. If some of the main rows are in `leaks` (rows that are also trained on),
+    `loss_without_leaks` is the loss of the others. sums [E, 4] as `evaluate` returns them.
     """
-    metrics = means(sums.sum(0))
-    clean = torch.tensor([number not in leaks for number in eval_set.dataset["row_number"]])
-    if not clean.all() and float(sums[clean].sum(0)[COUNT]) > 0:
+    assert set(eval_sets) <= set(eval_set.source_names), "a set is named as in the configuration"
+    main = torch.from_numpy(is_main(source_of_each(eval_set), eval_sets))
+    metrics = means(sums[main].sum(0))
+    clean = main & torch.tensor([number not in leaks for number in eval_set.dataset["row_number"]])
+    if not clean.equal(main) and float(sums[clean].sum(0)[COUNT]) > 0:
         metrics["loss_without_leaks"] = means(sums[clean].sum(0))["loss"]
+    if sources := several_sources(eval_set):
+        own = torch.from_numpy(eval_set.sources)
+        of_each = torch.stack([sums[own == source].sum(0) for source in sources])
+        metrics |= means_by_source(sources.values(), of_each)
     return metrics
 
 
@@ -91,7 +104,8 @@ def is_lower(entry: Mapping[str, Any], than: Mapping[str, Any]) -> bool:
 
 
 def best_of(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The eval line with the lowest loss: a later one replaces an earlier one only if `is_lower` holds."""
+    """The eval line with the lowest `loss`, that of the main eval rows: a later one replaces an earlier one
+    only if `is_lower` holds."""
     best = evaluations[0]
     for entry in evaluations[1:]:
         if is_lower(entry, best):
@@ -110,17 +124,20 @@ def is_out_of_patience(evaluations: Sequence[dict[str, Any]], patience: int | No
     return len(evaluations) - evaluations.index(best_of(evaluations)) > patience
 
 
-def pick_conversations(rows: Dataset, system_prompt: str | None, count: int = 10) -> list[list[Message]]:
-    """The first eval rows up to their last assistant turn, which the model answers before and after training.
+def pick_conversations(rows: Iterable[Row], system_prompt: str | None, count: int = 10) -> list[Conversation]:
+    """The first eval rows up to the last assistant turn that is trained on, with the tools and the template's
+    arguments: what the model answers before and after training.
 
-    Rows without a message before the assistant's turn are skipped: templates may refuse to open such a turn.
+    Rows without a message before that turn are skipped: templates may refuse to open such a turn.
     """
-    conversations: list[list[Message]] = []
+    conversations: list[Conversation] = []
     for row in rows:
         if len(conversations) == count:
             break
-        messages = to_messages(row, system_prompt)
-        last = max(turn for turn, message in enumerate(messages) if message["role"] == "assistant")
-        if any(message["role"] != "system" for message in messages[:last]):
-            conversations.append(messages[:last])
+        conversation = to_conversation(row, system_prompt)
+        messages = conversation.messages
+        trained = [turn for turn, message in enumerate(messages) if is_trained(message)]
+        last = max(trained, default=0)
+        if any(message["role"] not in SYSTEM_ROLES for message in messages[:last]):
+            conversations.append(replace(conversation, messages=messages[:last]))
     return conversations

@@ -22,6 +22,7 @@ from finetune.data.plan import Plan, count_tokens, plan_evaluation
 from finetune.model.loss import TokenLoss
 from finetune.ops import chunked_head, torch_makers
 from finetune.ops.quantized import dropout_off
+from finetune.ops.token_rows import frozen_layer, is_wrapper
 from finetune.runtime.accelerator import DTYPES, reseed
 from finetune.runtime.memory import GIB, held_bytes, peak_memory_gib, peak_reserved_gib, reset_peak_memory
 from finetune.training.metrics import SumWindow
@@ -148,7 +149,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 def _head_bytes(token_loss: TokenLoss, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Bytes of a target token's logits and of the passes over them, and the most that exist at once."""
-    vocabulary = token_loss.base.get_output_embeddings().weight.shape[0]
+    vocabulary = frozen_layer(token_loss.base.get_output_embeddings()).weight.shape[0]
     if token_loss.head_mib is None:
         # The logits, and in fp32: the logits, their log-probabilities and their gradient.
         return {"head_per_token": vocabulary * (dtype.itemsize + 3 * 4), "head_most": math.inf}
@@ -224,8 +225,9 @@ def _start_measuring(device: torch.device) -> None:
 
 
 def _linear_layers(model: Any) -> list[Any]:
-    output = model.get_output_embeddings()
-    return [m for m in model.modules() if hasattr(m, "in_features") and m is not output]
+    output = frozen_layer(model.get_output_embeddings())
+    linear = [m for m in model.modules() if hasattr(m, "in_features") and m is not output]
+    return [m for m in linear if not is_wrapper(m)]
 
 
 def _quantization_states(model: Any) -> list[Tensor]:

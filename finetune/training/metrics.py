@@ -1,7 +1,7 @@
 """Sums over a window of updates, kept on the device, and their means, computed once per log line."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
@@ -16,17 +16,21 @@ from finetune.runtime.processes import all_reduce_max
 
 Metrics = dict[str, float | int]
 COUNT = 3  # index of the number of target tokens among the sums
+BY_SOURCE = ("loss", "mean_token_accuracy", "num_target_tokens")  # the metrics that are given by source
 
 
 class SumWindow:
     """Adds up TokenSums on the device; only `reduce` waits for the device.
 
-    Those of the current update are apart until it is made, since it may be repeated.
+    Those of the current update are apart until it is made, since it may be repeated. If `source_names` are
+    given, the sums of each source are kept too.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        # nll, entropy, correct, count; fp64 resolves one token's part of a million nats.
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, source_names: Sequence[str] = ()) -> None:
+        self.source_names = source_names
+        # nll, entropy, correct, count: of all tokens, then of each source. fp64 resolves one token's part of
+        # a million nats.
+        self._sums = torch.zeros(1 + len(source_names), 4, dtype=torch.float64, device=device)
         self._of_update = torch.zeros_like(self._sums)
 
     def begin_update(self) -> None:
@@ -35,30 +39,39 @@ class SumWindow:
 
     def add(self, sums: TokenSums) -> None:
         """Add a micro-batch to the current update."""
-        self._of_update += torch.stack([sums.nll.detach(), sums.entropy, sums.correct, sums.count])
+        of_all = torch.stack([sums.nll.detach(), sums.entropy, sums.correct, sums.count])
+        self._of_update += of_all if sums.by_source is None else torch.cat([of_all[None], sums.by_source])
 
     def keep_update(self) -> None:
         """Take the current update into the window."""
         self._sums += self._of_update
 
     def total(self, accelerator: Any) -> Tensor:
-        """The sums over all ranks: [4] float64, without those of the current update."""
+        """The sums over all ranks, without those of the current update: [1 + S, 4] float64, of all tokens and
+        of each of the S sources."""
         total: Tensor = accelerator.reduce(self._sums, reduction="sum")
         return total
 
     def reduce(self, accelerator: Any) -> Metrics:
-        """The means per target token over all ranks; the window is empty afterwards."""
-        metrics = means(self.total(accelerator))
+        """The means per target token over all ranks, and those of each source; the window is empty
+        afterwards."""
+        total = self.total(accelerator).cpu()
         self._sums.zero_()
-        return metrics
+        return means(total[0]) | means_by_source(self.source_names, total[1:])
 
     def is_finite(self) -> Tensor:
         """Whether all sums of the current update are finite: a bool scalar on the device."""
         return self._of_update.isfinite().all()
 
-    def restore(self, sums: list[float]) -> None:
-        """Continue from sums over all ranks. Only one rank may call this, or they would count twice."""
-        self._sums += torch.tensor(sums, dtype=torch.float64, device=self._sums.device)
+    def restore(self, sums: list[float], by_source: Mapping[str, list[float]]) -> None:
+        """Continue from sums over all ranks, and those of each source. Only one rank may call this, or they
+        would count twice.
+
+        A source that `by_source` lacks, as those of older runs do, starts at zero: in the next log line its
+        means are over fewer tokens, which their number says.
+        """
+        rows = [sums, *(by_source.get(name, [0.0] * 4) for name in self.source_names)]
+        self._sums += torch.tensor(rows, dtype=torch.float64, device=self._sums.device)
 
 
 def means(sums: Tensor) -> Metrics:
@@ -70,6 +83,17 @@ def means(sums: Tensor) -> Metrics:
         "mean_token_accuracy": correct / count,
         "num_target_tokens": int(count),
     }
+
+
+def means_by_source(names: Collection[str], sums: Tensor) -> Metrics:
+    """`loss/NAME`, `mean_token_accuracy/NAME` and `num_target_tokens/NAME` of each source that has a target
+    token, from sums [S, 4] of nll, entropy, correct and count."""
+    metrics: Metrics = {}
+    for name, of_source in zip(names, sums, strict=True):
+        if of_source[COUNT] > 0:
+            own = means(of_source)
+            metrics |= {f"{metric}/{name}": own[metric] for metric in BY_SOURCE}
+    return metrics
 
 
 class Numbers(IntEnum):

@@ -1,5 +1,6 @@
 """The command shows what training would use, on a page that needs nothing but itself."""
 
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from conftest import ROOT
 
 from finetune.__main__ import main
 from finetune.config import DataConfig
-from finetune.data.tokenize import IGNORE, encode, to_messages
+from finetune.data.conversations import to_messages
+from finetune.data.tokenize import IGNORE, encode
 
 HOSTILE = "<script>alert('1')</script> & \x1b[31m </mark> <img src=x onerror=y> \u202e"
 
@@ -238,8 +240,12 @@ def test_a_failing_audit_leaves_the_page_before_it_as_it_was(run_audit_command, 
     assert (code, page) == (2, "before")
     assert "no usable row" in printed.err
 
-    def full(*_):
-        raise OSError(28, "No space left on device", "audit.html")
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target).name == "audit.html":
+            raise OSError(28, "No space left on device", "audit.html")
+        replace(source, target)
 
     monkeypatch.setattr("os.replace", full)
     code, printed, page = run_audit_command([row("a"), row("b")])

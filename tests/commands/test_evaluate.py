@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from conftest import read_metrics
+from sources import in_sources
 
 from finetune.__main__ import main
 from finetune.run.folder import read_example_sums
@@ -89,6 +90,18 @@ def test_a_slice_by_input_is_of_those_rows(run_dir, figures):
     assert group["loss"]["tuned"]["value"] == pytest.approx(
         own["nll"].sum() / own["num_target_tokens"].sum(), rel=1e-4
     )
+
+
+def test_each_source_is_a_slice(run_train, rows_file, figures):
+    run_dir = run_train(**SETTINGS, data__path=in_sources(rows_file))
+    found, _ = figures(run_dir, "--generate", 0)
+    last = [line for line in read_metrics(run_dir) if line["split"] == "eval"][-1]
+    by_name = {one["name"]: one for one in found["slices"]}
+    of_sources_alone = {key.partition("/")[2] for key in last if key.startswith("loss/")}
+    assert len(of_sources_alone) > 1
+    for name in of_sources_alone:
+        assert by_name[name]["loss"]["tuned"]["value"] == pytest.approx(last[f"loss/{name}"], rel=1e-4)
+        assert by_name[name]["num_target_tokens"] == last[f"num_target_tokens/{name}"]
 
 
 def test_a_file_is_evaluated_whole_and_by_any_of_its_columns(run_dir, rows_file, tmp_path, figures):

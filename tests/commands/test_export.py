@@ -267,14 +267,13 @@ def test_the_commands_on_screen_are_those_of_this_adapter(run_train, tmp_path, c
     ],
 )
 def test_the_modelfile_of_a_chatml_model(prompt, system):
-    text, left_out = modelfile("x.gguf", tiny_tokenizer(), prompt)
+    text, left_out = modelfile("x.gguf", tiny_tokenizer(), prompt, 8192)
     template = (
         "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}"
         "<|im_start|>assistant\n"
     )
     expected = (
-        f'FROM ./x.gguf\nTEMPLATE """{template}"""\n'
-        'PARAMETER stop "<|im_start|>"\nPARAMETER stop "<|im_end|>"\n'
+        f'FROM ./x.gguf\nTEMPLATE """{template}"""\nPARAMETER stop "<|im_end|>"\nPARAMETER num_ctx 8192\n'
     )
     assert text == expected + (f'SYSTEM """{system}"""\n' if system else "")
     assert [remark.partition(":")[0] for remark in left_out] == ([] if system else ["SYSTEM"])
@@ -290,15 +289,16 @@ def test_the_modelfile_of_a_chatml_model(prompt, system):
     ],
 )
 def test_another_chat_template_is_not_guessed(template):
-    text, left_out = modelfile("x.gguf", tiny_tokenizer(template), "Be kind.")
+    text, left_out = modelfile("x.gguf", tiny_tokenizer(template), "Be kind.", 512)
     assert template != QWEN2_TEMPLATE
-    assert text == 'FROM ./x.gguf\nSYSTEM """Be kind."""\n'
+    stops = 'PARAMETER stop "<|im_end|>"\nPARAMETER num_ctx 512\n'
+    assert text == f'FROM ./x.gguf\n{stops}SYSTEM """Be kind."""\n'
     assert [remark.partition(":")[0] for remark in left_out] == ["TEMPLATE"]
 
 
 def test_the_starters_template_is_chatml(starter_dir):
     tokenizer = AutoTokenizer.from_pretrained(starter_dir)
-    text, left_out = modelfile("x.gguf", tokenizer, None)
+    text, left_out = modelfile("x.gguf", tokenizer, None, 4096)
     assert 'SYSTEM """You are a helpful AI assistant named SmolLM, trained by Hugging Face"""' in text
     assert left_out == []
     assert unsupported(LlamaConfig.from_pretrained(starter_dir), tokenizer) is None

@@ -9,9 +9,11 @@ from conftest import tiny_tokenizer
 from transformers import AutoTokenizer
 
 from finetune.config import DataConfig
-from finetune.data.rows import load_rows
+from finetune.data.anatomy import ROLES
+from finetune.data.conversations import to_messages
+from finetune.data.rows import iterate_rows, load_rows
 from finetune.data.splits import tokenize_splits
-from finetune.data.tokenize import IGNORE, ROLES, encode, to_messages
+from finetune.data.tokenize import IGNORE, encode
 
 
 def test_counts_by_role_are_those_of_all_examples_and_their_own_labels():
@@ -20,7 +22,7 @@ def test_counts_by_role_are_those_of_all_examples_and_their_own_labels():
         load_rows(DataConfig(path=SAMPLE)), TOKENIZER, DataConfig(path=SAMPLE, max_length=128)
     )
     for split, examples in (("train", train), ("eval", evaluation)):
-        part = audit.examples[audit.examples["split"] == split]
+        part = audit.figures[audit.figures["split"] == split]
         assert part.index.tolist() == examples.dataset["row_number"][:]
         assert part["num_tokens"].tolist() == examples.lengths.tolist()
         assert part["num_targets"].tolist() == examples.target_counts.tolist()
@@ -38,7 +40,7 @@ def test_rows_are_cut_where_counting_the_templates_own_tokens_says_so():
             TOKENIZER.apply_chat_template(to_messages(r, None), tokenize=True, return_dict=True)["input_ids"]
         )
         for part in (rows.train, rows.eval)
-        for r in part
+        for r in iterate_rows(part)
     }
     audit = audit_of(SAMPLE, max_length=200)
     unanswered = audit.dropped.pop("without a target token")  # cut within the question
@@ -55,7 +57,7 @@ def test_rows_are_cut_where_counting_the_templates_own_tokens_says_so():
 def test_of_a_cut_conversation_the_ends_before_the_cut_are_trained(tmp_path):
     conversation = {"messages": turns("What?", "A coin.", "And?", "A long answer. " * 20)}
     path = write(tmp_path / "rows.jsonl", [conversation, {"messages": turns("a", "b", "c", "d")}])
-    examples = audit_of(path, max_length=60, eval_fraction=0).examples
+    examples = audit_of(path, max_length=60, eval_fraction=0).figures
     figures = ["num_ends", "num_trained_ends", "last_end"]
     assert examples.loc[1, figures].tolist() == [2, 1, "untrained"]
     assert examples.loc[2, figures].tolist() == [2, 2, "trained"]
@@ -63,13 +65,13 @@ def test_of_a_cut_conversation_the_ends_before_the_cut_are_trained(tmp_path):
 
 def test_where_every_token_is_trained_all_roles_are(tmp_path):
     path = write(tmp_path / "rows.jsonl", [row("Name a coin.")])
-    figures = audit_of(path, train_on="all", eval_fraction=0, system_prompt="Be kind.").examples.loc[1]
+    figures = audit_of(path, train_on="all", eval_fraction=0, system_prompt="Be kind.").figures.loc[1]
     for role in ("system", "user", "assistant"):
         assert figures[f"{role} trained"] == figures[role] > 0
     assert figures["template trained"] == figures["template"] - 1  # nothing predicts the first token
     bare = tiny_tokenizer("{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ '\n' }}{% endfor %}")
     audit = audit_of(path, bare, train_on="all", eval_fraction=0)
-    assert audit.examples.loc[1, "last_end"] == "none"
+    assert audit.figures.loc[1, "last_end"] == "none"
     assert listed(audit)["Template writes no end-of-turn token"] == [(1,)]
 
 
@@ -82,7 +84,7 @@ def test_dropped_rows_are_named_by_number_and_reason_whoever_dropped_them(tmp_pa
         "without instruction": [4],
         "without a target token": [3],
     }
-    assert audit.examples.index.tolist() == [2, 6]
+    assert audit.figures.index.tolist() == [2, 6]
     dropped = audit_of(path, max_length=100, eval_fraction=0, overlong="drop")
     assert dropped.dropped["over 100 tokens"] == [3]
     assert listed(dropped)["Dropped: over 100 tokens"] == [(3,)]
@@ -93,14 +95,14 @@ def test_labels_that_training_would_not_use_stop_the_audit(monkeypatch):
         tokens = encode(*arguments)
         return tokens._replace(labels=[IGNORE, *tokens.labels[:-1]])
 
-    monkeypatch.setattr("finetune.data.audit.encode", shifted)
+    monkeypatch.setattr("finetune.data.anatomy.encode", shifted)
     with pytest.raises(AssertionError):
         audit_of(SAMPLE)
 
 
 def test_every_planted_repetition_is_found_by_row_number_and_nothing_else(tmp_path):
     frame = load_rows(DataConfig(path=SAMPLE, eval_fraction=0)).train.select(range(150))
-    rows = [{key: r[key] for key in ("instruction", "input", "output")} for r in frame]
+    rows = [{key: r[key] for key in ("instruction", "input", "output")} for r in iterate_rows(frame)]
     assert not any("ame " in title for title in listed(audit_of(write(tmp_path / "rows.jsonl", rows))))
     count = len(rows)
     planted = {5: "  {}!", 17: "{}", 40: '"{}"', 41: "{}"}
@@ -162,4 +164,4 @@ def test_repeated_prompts_of_real_conversations_are_found(shared_data, starter_d
     audit = audit_of(str(path), AutoTokenizer.from_pretrained(starter_dir), eval_fraction=0)
     assert len(expected) == 5
     assert expected <= {group[0] for group in audit.likeness["prompt"].same}
-    assert audit.examples["system"].min() > 0
+    assert audit.figures["system"].min() > 0

@@ -1,9 +1,9 @@
-"""data.tokenize.dissect: each token has the role of the turn whose text it is."""
+"""data.anatomy.dissect: each token has the role of the turn whose text it is."""
 
-from audits import TOKENIZER, texts_by_role, turns
+from audits import TOKENIZER, dissect_messages, texts_by_role, turns
 from conftest import QWEN2_TEMPLATE, tiny_tokenizer
 
-from finetune.data.tokenize import IGNORE, dissect, encode
+from finetune.data.tokenize import IGNORE, encode
 
 
 def test_each_token_is_of_the_turn_whose_text_it_is():
@@ -50,7 +50,7 @@ def test_a_turn_that_may_hold_only_some_words_is_the_templates():
 def test_turns_of_other_roles_are_told_apart_from_the_template():
     messages = [*turns("What?", "Wait."), {"role": "tool", "content": "coin"}, *turns("?", "A coin.")[1:]]
     roles = texts_by_role(TOKENIZER, messages)
-    assert (roles["other"], roles["assistant"]) == ("coin", "Wait.A coin.")
+    assert (roles["tool"], roles["assistant"]) == ("coin", "Wait.A coin.")
 
 
 def test_a_token_that_reaches_into_an_answer_is_the_answers():
@@ -81,11 +81,11 @@ def test_what_follows_the_last_answer_counts_only_where_every_token_is_trained()
 
 
 def test_ends_of_turns_are_found_or_said_to_be_none():
-    anatomy = dissect(TOKENIZER, turns("a", "b", "c", "d"), "completion")
+    anatomy = dissect_messages(turns("a", "b", "c", "d"))
     input_ids = encode(TOKENIZER, turns("a", "b", "c", "d"), "completion").input_ids
     assert len(anatomy.ends_of_turn) == 2
     assert [input_ids[end] for end in anatomy.ends_of_turn] == 2 * [TOKENIZER.eos_token_id]
     bare = tiny_tokenizer("{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ '\n' }}{% endfor %}")
-    assert dissect(bare, turns("a", "b"), "all").ends_of_turn == [None]
+    assert dissect_messages(turns("a", "b"), "all", bare).ends_of_turn == [None]
     upper = tiny_tokenizer(QWEN2_TEMPLATE.replace("turn.content", "turn.content | upper"))
-    assert dissect(upper, turns("a", "b"), "all").ends_of_turn == [None]
+    assert dissect_messages(turns("a", "b"), "all", upper).ends_of_turn == [None]

@@ -17,7 +17,7 @@ def test_a_token_too_many_costs_the_end_of_turn_and_one_fewer_does_not(tmp_path)
     ]
     # The template's newline is the last token, the end of turn the one before it.
     whole, no_newline, no_end = (
-        audit_of(path, max_length=lengths[1] - less, eval_fraction=0).examples.loc[2] for less in (0, 1, 2)
+        audit_of(path, max_length=lengths[1] - less, eval_fraction=0).figures.loc[2] for less in (0, 1, 2)
     )
     assert [e["last_end"] for e in (whole, no_newline, no_end)] == ["trained", "trained", "untrained"]
     audit = audit_of(path, max_length=lengths[1] - 2, eval_fraction=0)

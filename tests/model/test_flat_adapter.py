@@ -14,11 +14,11 @@ from torch import nn
 from finetune.config import LoraConfig
 from finetune.data.collate import collate
 from finetune.model.flat_adapter import BLOCK, SMALLEST_8BIT, FlatAdapter
+from finetune.model.given_adapter import adapter_weights
 from finetune.model.load import add_adapter
 from finetune.model.loss import TokenLoss
 from finetune.ops import lora
 from finetune.ops.adapter_weights import in_dtype
-from finetune.run.checkpoint import adapter_weights
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

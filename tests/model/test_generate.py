@@ -13,7 +13,7 @@ from conftest import ROOT, tiny_model, tiny_tokenizer
 from tiny import conversation, fill_adapter, with_adapter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from finetune.config import LoraConfig, ModelConfig
+from finetune.config import Config, LoraConfig, ModelConfig
 from finetune.model.generate import (
     Answer,
     Sampler,
@@ -104,7 +104,7 @@ def test_sixteen_at_a_time_get_the_answers_of_one_at_a_time(accelerator):
 
 def test_sixteen_at_a_time_get_the_answers_of_one_at_a_time_from_the_starter(accelerator, starter_dir):
     config = ModelConfig(name_or_path=str(starter_dir), quantization="none")
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(Config(model=config))
     model = load_base(config, "no", accelerator.device)
     prompts = [encode_prompt(tokenizer, one) for one in sample_conversations(16)]
     together = answer_prompts(accelerator, model, tokenizer, prompts, 5)
@@ -148,7 +148,7 @@ def test_weights_held_dequantized_give_the_same_answers(tiny_model_dir, quantiza
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     config = ModelConfig(name_or_path=str(tiny_model_dir), quantization=quantization)
     base = load_base(config, precision, accelerator.device)
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(Config(model=config))
     model = fill_adapter(add_adapter(base, LoraConfig(r=4)))
     ids = torch.tensor([encode_prompt(tokenizer, CONVERSATIONS[2])])
 

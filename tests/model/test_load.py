@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from finetune.config import Config, LoraConfig, ModelConfig, TrainConfig
+from finetune.data.chat_template import stop_ids
 from finetune.data.collate import collate
 from finetune.model.load import count_parameters, load_base, load_model, load_tokenizer
 from finetune.model.loss import TokenLoss
@@ -253,7 +254,7 @@ def test_loading_training_and_evaluating_say_nothing(quantization, tiny_model_di
             for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
                 warnings.simplefilter("ignore", category)
             config = config_for(tiny_model_dir, quantization, gradient_checkpointing=True)
-            load_tokenizer(config.model)
+            load_tokenizer(config)
             model = load_model(config, "bf16", CPU)
             forward_and_backward(model, autocast=True)
             with torch.no_grad(), dropout_off(model), torch.autocast("cpu", torch.bfloat16):
@@ -270,7 +271,7 @@ def test_loading_training_and_evaluating_say_nothing(quantization, tiny_model_di
 
 
 def test_the_tokenizer_of_a_folder_is_its_own(tiny_model_dir):
-    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(tiny_model_dir)))
+    tokenizer = load_tokenizer(Config(model=ModelConfig(name_or_path=str(tiny_model_dir))))
     expected = tiny_tokenizer()
     text = "<|im_start|>user\nWhat is a bond?<|im_end|>\n"
     assert tokenizer(text)["input_ids"] == expected(text)["input_ids"]
@@ -282,7 +283,7 @@ def test_a_tokenizer_without_padding_token_pads_with_its_eos(tmp_path):
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
     tiny_model(800).save_pretrained(tmp_path)
-    loaded = load_tokenizer(ModelConfig(name_or_path=str(tmp_path)))
+    loaded = load_tokenizer(Config(model=ModelConfig(name_or_path=str(tmp_path))))
     assert loaded.pad_token == loaded.eos_token == "<|im_end|>"
 
 
@@ -291,11 +292,11 @@ def test_a_padding_token_of_its_own_is_kept(tmp_path):
     tokenizer.pad_token = "<|endoftext|>"
     tokenizer.save_pretrained(tmp_path)
     tiny_model(800).save_pretrained(tmp_path)
-    assert load_tokenizer(ModelConfig(name_or_path=str(tmp_path))).pad_token == "<|endoftext|>"
+    assert load_tokenizer(Config(model=ModelConfig(name_or_path=str(tmp_path)))).pad_token == "<|endoftext|>"
 
 
 def test_starter_is_the_name_of_the_starter_model(starter_dir):
-    tokenizer = load_tokenizer(ModelConfig(name_or_path="starter"))
+    tokenizer = load_tokenizer(Config(model=ModelConfig(name_or_path="starter")))
     assert tokenizer.chat_template == (starter_dir / "chat_template.jinja").read_text(encoding="utf-8")
 
 
@@ -339,7 +340,7 @@ def gguf_file(tmp_path: Path) -> Path:
 
 def test_a_gguf_file_gives_the_model_the_tokenizer_and_a_trainable_adapter(gguf_file):
     config = config_for(gguf_file)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config)
     text = "<|im_start|>user\nWhat is a bond?<|im_end|>\n"
     assert tokenizer(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
     assert tokenizer.chat_template == QWEN2_TEMPLATE
@@ -359,6 +360,43 @@ def test_a_gguf_file_is_not_quantized_again(quantization, gguf_file):
         load_base(ModelConfig(name_or_path=str(gguf_file), quantization=quantization), "bf16", CPU)
 
 
+def with_ends(folder: Path, **ends: Any) -> Path:
+    """A folder of a tokenizer whose EOS is <|im_end|>, where these files name tokens at which to stop."""
+    tiny_tokenizer().save_pretrained(folder)
+    for name, ids in ends.items():
+        (folder / f"{name}.json").write_text(json.dumps({"eos_token_id": ids, "model_type": "qwen2"}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ({"generation_config": [0, 2], "config": 5}, {0, 2}),
+        ({"generation_config": None, "config": 5}, {2, 5}),
+        ({"config": [7, 8]}, {2, 7, 8}),
+        ({"generation_config": 0}, {0, 2}),
+    ],
+)
+def test_generation_stops_where_the_generation_config_says_and_at_eos(tmp_path, ends, expected):
+    config = Config(model=ModelConfig(name_or_path=str(with_ends(tmp_path, **ends))))
+    assert stop_ids(load_tokenizer(config)) == expected
+
+
+def test_generation_stops_at_the_end_of_the_templates_turn(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = "<|endoftext|>"
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(Config(model=ModelConfig(name_or_path=str(tmp_path))))
+    assert (stop_ids(loaded), loaded.eos_token) == ({0, 2}, "<|endoftext|>")
+
+
+def test_a_generation_config_that_cannot_be_read_is_named(tmp_path):
+    with_ends(tmp_path)
+    (tmp_path / "generation_config.json").write_text("[")
+    with pytest.raises(ValueError, match=r"its generation_config\.json cannot be read"):
+        load_tokenizer(Config(model=ModelConfig(name_or_path=str(tmp_path))))
+
+
 # What cannot be loaded
 
 
@@ -367,7 +405,7 @@ def assert_refused(name: str | Path, *loads: str) -> None:
     config = ModelConfig(name_or_path=str(name), quantization="none")
     for load in loads or ("tokenizer", "base"):
         with pytest.raises(ValueError, match=r"model\.name_or_path") as error:
-            load_tokenizer(config) if load == "tokenizer" else load_base(config, "no", CPU)
+            load_tokenizer(Config(model=config)) if load == "tokenizer" else load_base(config, "no", CPU)
         message = str(error.value)
         assert str(name) in message
         assert "\n" not in message

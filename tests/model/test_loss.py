@@ -27,12 +27,12 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
 
 from finetune.config import Config, LoraConfig, ModelConfig
-from finetune.data.collate import collate
+from finetune.data.collate import collate, iterate_batches
 from finetune.data.plan import Layout, Plan
 from finetune.data.tokenize import IGNORE
 from finetune.model.fast_paths import use_reference_paths
 from finetune.model.load import load_model, load_tokenizer
-from finetune.model.loss import TokenLoss, TokenSums
+from finetune.model.loss import TokenLoss, TokenSums, sums_by_source
 from finetune.ops import lora
 from finetune.ops.attention import PACKED
 
@@ -115,7 +115,7 @@ def test_sums_and_gradients_are_the_plain_ones_on_the_starter_model(starter_dir,
     source = ModelConfig(name_or_path=str(starter_dir), quantization="none")
     config = Config(model=source, lora=LoraConfig(lora_dropout=0.0))
     model = fill_adapter(load_model(config, "no", CPU))
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config)
     examples = []
     for text in (
         "The capital of France is Paris.",
@@ -210,11 +210,54 @@ def test_only_sums_come_out_and_they_are_single_numbers_in_fp32(packing, autocas
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         sums = token_loss(collate(random_examples(LENGTHS), packing))
     assert type(sums) is TokenSums
-    assert [field.name for field in fields(sums)] == list(NAMES)
+    assert [field.name for field in fields(sums)] == [*NAMES, "by_source"]
+    assert sums.by_source is None
     for name in NAMES:
         value = getattr(sums, name)
         assert (value.shape, value.dtype) == ((), torch.float32), name
         assert value.requires_grad == (name == "nll")
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_sums_of_each_source_are_those_of_its_examples(packing, autocast, fast):
+    model = with_adapter(tiny_model(VOCABULARY))
+    token_loss = make_token_loss(model, fast, packing)
+    sources = [1, 1, 3, 0, 3, 1, 0, 3, 1]  # none is of source 2
+    examples = random_examples(LENGTHS)
+    rows = [{**row, "source": of} for row, of in zip(examples, sources, strict=True)]
+    (batch,) = iterate_batches([list(range(len(rows)))], rows, packing, CPU, range(4))
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        sums = token_loss(batch)
+        alone = token_loss(batch._replace(is_from=None))
+    assert sums.by_source.shape == (4, 4)
+    assert sums.by_source.dtype == torch.float32
+    assert not sums.by_source.requires_grad
+    for name in NAMES:
+        assert torch.equal(getattr(sums, name), getattr(alone, name))  # the same bits as without sources
+    for source, own in enumerate(sums.by_source.tolist()):
+        plain = sums_one_by_one(model, [row for row in rows if row["source"] == source])
+        tolerance = {"rel": 0.05, "abs": 1.5} if autocast else {"rel": 1e-4}
+        assert own == pytest.approx([float(plain[name]) for name in NAMES], **tolerance)
+        assert own[3] == plain["count"]
+    assert sums.by_source[2].tolist() == [0, 0, 0, 0]
+    of_all = [float(getattr(sums, name)) for name in NAMES]
+    assert sums.by_source.sum(0).tolist() == pytest.approx(of_all, rel=1e-6)
+
+
+def test_a_source_s_infinite_loss_stays_its_own():
+    stats = torch.tensor([[float("inf"), 1.0, 0.0], [2.0, 3.0, 1.0]])
+    own = sums_by_source(stats, torch.tensor([[True, False], [False, True]]))
+    assert own.tolist() == [[float("inf"), 1, 0, 1], [2, 3, 1, 1]]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_process_without_examples_has_no_sums_of_any_source(packing, fast):
+    token_loss = make_token_loss(with_adapter(tiny_model(VOCABULARY)), fast, packing)
+    (batch,) = iterate_batches([[]], [], packing, CPU, range(3))
+    assert token_loss(batch).by_source.tolist() == [[0, 0, 0, 0]] * 3
 
 
 @pytest.mark.parametrize("fast", [False, True])

@@ -3,20 +3,22 @@
 import re
 
 import pytest
-from audits import LONG_TEXT, SAMPLE, TOKENIZER, audit_of, listed, row, turns, write
+from audits import LONG_TEXT, SAMPLE, TOKENIZER, audit_of, dissect_messages, listed, row, turns, write
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from finetune.config import DataConfig
+from finetune.data.anatomy import ROLES
 from finetune.data.findings import find_problems
-from finetune.data.tokenize import IGNORE, ROLES, dissect, encode
-from finetune.report.audit import length_histogram, pick_rows, segments_of
+from finetune.data.tokenize import IGNORE, encode
+from finetune.report.audit import length_histogram
+from finetune.report.audited_rows import pick_rows, trained_parts
 
 
 def test_what_is_cut_away_is_shown_as_not_trained():
     messages = turns("What?", "A long answer. " * 20)
-    segments = segments_of({"messages": messages}, TOKENIZER, DataConfig(path="x", max_length=50))
-    assert [(s.role, s.trained, s.kept) for s in segments][-3:] == [
+    [part] = trained_parts({"messages": messages}, TOKENIZER, DataConfig(path="x", max_length=50))[0]
+    assert [(s.role, s.trained, s.kept) for s in part.segments][-3:] == [
         ("assistant", True, True),
         ("assistant", False, False),
         ("template", False, False),
@@ -35,7 +37,7 @@ def test_roles_part_all_tokens_and_what_is_trained_is_answers_and_their_ends(sys
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     tokens = encode(TOKENIZER, messages, "completion")
-    anatomy = dissect(TOKENIZER, messages, "completion")
+    anatomy = dissect_messages(messages)
     assert len(anatomy.roles) == len(anatomy.offsets) == len(tokens.input_ids)
     assert set(anatomy.roles) <= set(ROLES)
     trained = {t for t, label in enumerate(tokens.labels) if label != IGNORE}
@@ -45,9 +47,9 @@ def test_roles_part_all_tokens_and_what_is_trained_is_answers_and_their_ends(sys
     assert not answers & set(anatomy.ends_of_turn)
 
     # The pieces to be shown are the whole conversation, and the marked ones the targets.
-    segments = segments_of({"messages": messages}, TOKENIZER, DataConfig(path="x", max_length=10**6))
-    assert "".join(segment.text for segment in segments) == anatomy.text
-    assert all(segment.role in ("assistant", "template") for segment in segments if segment.trained)
+    [part] = trained_parts({"messages": messages}, TOKENIZER, DataConfig(path="x", max_length=10**6))[0]
+    assert "".join(segment.text for segment in part.segments) == anatomy.text
+    assert all(segment.role in ("assistant", "template") for segment in part.segments if segment.trained)
 
 
 @pytest.mark.parametrize(
@@ -61,15 +63,15 @@ def test_roles_part_all_tokens_and_what_is_trained_is_answers_and_their_ends(sys
 )
 def test_rows_of_every_format_are_audited(tmp_path, rows):
     audit = audit_of(write(tmp_path / "rows.jsonl", [*rows, *rows]), eval_fraction=0)
-    assert audit.examples["num_ends"].equals(audit.examples["num_trained_ends"])
-    assert (audit.examples["user"] > 0).all()
+    assert audit.figures["num_ends"].equals(audit.figures["num_trained_ends"])
+    assert (audit.figures["user"] > 0).all()
     assert listed(audit)["Same prompt and answer within a split"] == [(1, 3), (2, 4)]
     for shown in pick_rows(audit, TOKENIZER, find_problems(audit)):
-        assert any(segment.trained for segment in shown.segments)
+        assert any(segment.trained for part in shown.parts for segment in part.segments)
 
 
 def test_the_histogram_counts_every_example_once():
-    lengths = audit_of(SAMPLE).examples["num_tokens"]
+    lengths = audit_of(SAMPLE).figures["num_tokens"]
     text = length_histogram(lengths.to_numpy())
     bins = [
         (int(a), int(b), int(n.replace(",", "")))

@@ -91,8 +91,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(
         def apply(hidden, *others):
             return ChunkedTokenSums.apply(hidden, *others) + (hidden * 0).sum().sqrt()
 
-    def with_a_steep_slope(logits, target_ids):
-        sums = reference_token_sums(logits, target_ids)
+    def with_a_steep_slope(logits, target_ids, is_from):
+        sums = reference_token_sums(logits, target_ids, is_from)
         return TokenSums(sums.nll + (logits * 0).sum().sqrt(), *list(vars(sums).values())[1:])
 
     monkeypatch.setattr("finetune.model.loss.ChunkedTokenSums", SteepSums)

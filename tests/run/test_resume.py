@@ -33,11 +33,11 @@ import finetune.run.checkpoint as checkpoint_module
 import train
 from finetune.config import CheckpointConfig, LoraConfig, OptimConfig
 from finetune.model.flat_adapter import FlatAdapter
+from finetune.model.given_adapter import adapter_weights
 from finetune.model.load import add_adapter
 from finetune.run.checkpoint import (
     Trained,
     TrainState,
-    adapter_weights,
     fault_of,
     load_checkpoint,
     save_checkpoint,

@@ -88,7 +88,7 @@ def test_answers_to_the_first_eval_rows_are_shown_before_and_after(run_train, ev
         assert re.match(r"\*\*What is (\d+) plus \1\?", before)
         assert before.splitlines()[0] == after.splitlines()[0]
         assert before != after
-        assert "<|im" not in before + after
+        assert "<|im_end|>" not in before + after
 
 
 # Lines, where the output is no terminal

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 from conftest import ROOT, read_metrics
+from sources import NAMES, in_sources
 
 import train
 
@@ -114,6 +115,21 @@ def test_two_processes_make_the_updates_of_one(
     assert len([line for line in lines if line.startswith("adapter ")]) == 1
     assert "1 x 3 x 2 process" in result.stdout
     assert {path.name for path in (tmp_path / "both").iterdir()} == {path.name for path in alone.iterdir()}
+
+
+def test_two_processes_give_the_figures_of_each_source_that_one_gives(run_train, launch, rows_file, tmp_path):
+    # The last update of an epoch is of one example, so that one process has none.
+    settings = {**SETTINGS, "log__every_steps": 1, "data__path": in_sources(rows_file)}
+    result = launch(output_dir=tmp_path / "both", **settings, **EACH_OF_TWO)
+    assert result.returncode == 0, result.stderr
+    alone = run_train(output_dir=tmp_path / "alone", **settings, **ONE)
+    assert_same_metrics(tmp_path / "both", alone)
+    seen = set()
+    for line, other in zip(read_metrics(tmp_path / "both"), read_metrics(alone), strict=True):
+        by_source = {key: value for key, value in line.items() if "/" in key}
+        assert by_source == pytest.approx({key: other[key] for key in other if "/" in key}, rel=1e-5)
+        seen |= by_source.keys()
+    assert {f"loss/{name}" for name in NAMES} <= seen
 
 
 def test_two_processes_end_together_where_one_does_and_take_the_same_best_checkpoint(

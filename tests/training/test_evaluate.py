@@ -23,6 +23,7 @@ from tiny import (
 )
 
 from finetune.config import Config, LoraConfig, ModelConfig
+from finetune.data.conversations import Conversation
 from finetune.data.examples import Examples
 from finetune.data.plan import Plan, plan_evaluation
 from finetune.model.load import load_model
@@ -120,6 +121,52 @@ def test_where_all_examples_are_trained_on_too_there_is_no_loss_without_them(acc
     assert evaluation_metrics(sums, eval_set, {1, 2}) == evaluation_metrics(sums, eval_set, set())
 
 
+# By source and eval set: five examples of 1, 2, 4, 8 and 16 nats.
+
+NATS = torch.tensor([[1.0, 0, 0, 1], [2, 0, 0, 1], [4, 0, 1, 1], [8, 0, 0, 2], [16, 0, 0, 4]]).double()
+
+
+def eval_set_from(sources: list[int], names: list[str]) -> Examples:
+    columns = {"row_number": [1, 2, 3, 4, 5], "source": sources}
+    return Examples(Dataset.from_dict(columns), truncated=[], dropped={}, source_names=names)
+
+
+def test_the_loss_is_that_of_the_main_rows_and_each_set_has_its_own():
+    eval_set = eval_set_from([0, 0, 1, 1, 2], ["rows", "math", "code"])
+    metrics = evaluation_metrics(NATS, eval_set, {}, {"math": "math.jsonl", "code": "code.jsonl"})
+    assert (metrics["loss"], metrics["num_target_tokens"]) == (1.5, 2)
+    assert [metrics[f"loss/{name}"] for name in eval_set.source_names] == [1.5, 4, 4]
+    assert [metrics[f"num_target_tokens/{name}"] for name in eval_set.source_names] == [2, 3, 4]
+    assert metrics["mean_token_accuracy/math"] == pytest.approx(1 / 3)
+
+
+def test_without_main_rows_the_loss_is_that_of_all_sets_together():
+    eval_set = eval_set_from([1, 1, 2, 2, 2], ["trained on", "math", "code"])
+    metrics = evaluation_metrics(NATS, eval_set, {}, ["math", "code"])
+    assert (metrics["loss"], metrics["num_target_tokens"]) == (31 / 9, 9)
+    assert metrics["loss/math"] == 1.5
+    assert "loss/trained on" not in metrics
+
+
+def test_sources_that_are_no_sets_count_together():
+    metrics = evaluation_metrics(NATS, eval_set_from([0, 0, 1, 1, 1], ["a", "b"]), {})
+    assert (metrics["loss"], metrics["loss/a"], metrics["loss/b"]) == (31 / 9, 1.5, 4)
+
+
+@pytest.mark.parametrize("names", [["rows"], ["trained on alone", "rows"]])
+def test_of_one_source_alone_no_figures_are_given_apart(names):
+    metrics = evaluation_metrics(NATS, eval_set_from([len(names) - 1] * 5, names), {})
+    assert set(metrics) == {*NAMES, "num_target_tokens"}
+
+
+@pytest.mark.parametrize(("leaks", "without"), [({1}, 2), ({1, 5}, 2), ({4, 5}, None), ({1, 2}, None)])
+def test_the_loss_without_leaks_is_that_of_the_main_rows(leaks, without):
+    eval_set = eval_set_from([0, 0, 1, 1, 1], ["rows", "math"])
+    metrics = evaluation_metrics(NATS, eval_set, leaks, ["math"])
+    assert metrics["loss"] == 1.5
+    assert metrics.get("loss_without_leaks") == without
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("head_mib", [None, 1])
 def test_each_example_has_its_own_sums(accelerator, layout, head_mib):
@@ -201,6 +248,10 @@ def test_a_failing_evaluation_leaves_the_mode_as_it_was(accelerator):
 # Conversations
 
 
+def asked_of(*arguments: Any, **settings: Any) -> list[list[dict[str, Any]]]:
+    return [asked.messages for asked in pick_conversations(*arguments, **settings)]
+
+
 def test_the_first_rows_are_asked_without_their_answer():
     rows = Dataset.from_list(
         [
@@ -209,31 +260,49 @@ def test_the_first_rows_are_asked_without_their_answer():
             {"instruction": "Not asked.", "input": None, "output": "No."},
         ]
     )
-    assert pick_conversations(rows, "Be brief.", count=2) == [
+    assert asked_of(rows, "Be brief.", count=2) == [
         [
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": "Add.\n Context:1 and 2"},
         ],
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say hi."}],
     ]
-    assert pick_conversations(rows, None, count=1) == [
-        [{"role": "user", "content": "Add.\n Context:1 and 2"}]
-    ]
+    assert asked_of(rows, None, count=1) == [[{"role": "user", "content": "Add.\n Context:1 and 2"}]]
 
 
 def test_a_longer_conversation_is_asked_up_to_its_last_answer():
     turns = conversation("One?", "1", "Two?", "2", "Thanks.")
     rows = Dataset.from_list([{"messages": turns}])
-    assert pick_conversations(rows, None) == [turns[:3]]
+    assert asked_of(rows, None) == [turns[:3]]
 
 
 def test_a_row_that_opens_with_its_only_answer_is_nothing_to_be_asked():
     opening = [{"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "Hello."}]
     asked = conversation("One?", "1")
     rows = Dataset.from_list([{"messages": turns} for turns in (opening, opening[1:], asked, opening)])
-    assert pick_conversations(rows, "Be kind.", count=1) == [
-        [{"role": "system", "content": "Be kind."}, asked[0]]
+    assert asked_of(rows, "Be kind.", count=1) == [[{"role": "system", "content": "Be kind."}, asked[0]]]
+
+
+def test_a_row_with_tools_is_asked_with_them_up_to_the_last_turn_that_is_trained_on():
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+    turns = [
+        {"role": "user", "content": "Add."},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "1"},
+        {"role": "assistant", "content": "It is 2."},
+        {"role": "user", "content": "Thanks."},
+        {"role": "assistant", "content": "Not at all.", "train": False},
     ]
+    row = {
+        "messages": turns,
+        "tools": [{"type": "function"}],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    (asked,) = pick_conversations([row], "Be brief.")
+    assert asked == Conversation(
+        [{"role": "system", "content": "Be brief."}, *turns[:3]], row["tools"], row["chat_template_kwargs"]
+    )
+    assert pick_conversations([{"text": "Once upon a time"}], None) == []
 
 
 def test_few_rows_or_none_give_as_many_conversations():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from finetune.model.loss import TokenSums
+from finetune.model.loss import TokenSums, sums_by_source
 from finetune.training.metrics import Numbers, Stopwatch, SumWindow, check_numbers, means
 
 CPU = torch.device("cpu")
@@ -60,19 +60,19 @@ def test_a_window_is_empty_after_it_was_reduced(accelerator):
     window.reduce(accelerator)
     add_update(window, sums(4, 2, 1, 2))
     assert window.reduce(accelerator)["loss"] == 2
-    assert window.total(accelerator).tolist() == [0, 0, 0, 0]
+    assert window.total(accelerator)[0].tolist() == [0, 0, 0, 0]
 
 
 def test_the_total_leaves_the_window_as_it_is_and_can_be_restored(accelerator):
     window = SumWindow(CPU)
     add_update(window, sums(1, 2, 3, 4))
-    saved = window.total(accelerator).tolist()
+    saved = window.total(accelerator)[0].tolist()
     add_update(window, sums(5, 6, 7, 8))
     again = SumWindow(CPU)
-    again.restore(saved)
+    again.restore(saved, {})
     add_update(again, sums(5, 6, 7, 8))
     assert saved == [1, 2, 3, 4]
-    assert again.total(accelerator).tolist() == window.total(accelerator).tolist() == [6, 8, 10, 12]
+    assert again.total(accelerator)[0].tolist() == window.total(accelerator)[0].tolist() == [6, 8, 10, 12]
 
 
 def test_the_window_sums_over_all_processes():
@@ -95,10 +95,10 @@ def test_the_window_sums_over_all_processes():
 
 def test_one_more_token_still_counts_after_very_many(accelerator):
     window = SumWindow(CPU)
-    window.restore([2.0**24] * 4)  # in fp32 adding one to this gives the same number
+    window.restore([2.0**24] * 4, {})  # in fp32 adding one to this gives the same number
     for _ in range(3):
         add_update(window, sums(1, 1, 1, 1))
-    assert window.total(accelerator).tolist() == [2**24 + 3] * 4
+    assert window.total(accelerator)[0].tolist() == [2**24 + 3] * 4
 
 
 def test_an_update_that_is_not_kept_leaves_no_trace(accelerator):
@@ -107,10 +107,59 @@ def test_an_update_that_is_not_kept_leaves_no_trace(accelerator):
     window.begin_update()
     window.add(sums(float("nan"), 1, 1, 1))
     assert not window.is_finite()
-    assert window.total(accelerator).tolist() == [1, 2, 3, 4]
+    assert window.total(accelerator)[0].tolist() == [1, 2, 3, 4]
     add_update(window, sums(5, 6, 7, 8))
     assert window.is_finite()
-    assert window.total(accelerator).tolist() == [6, 8, 10, 12]
+    assert window.total(accelerator)[0].tolist() == [6, 8, 10, 12]
+
+
+# By source
+
+
+def sums_of_sources(*by_source: list[float]) -> TokenSums:
+    """Of a micro-batch of several sources."""
+    rows = torch.tensor(by_source)
+    return TokenSums(*rows.sum(0), by_source=rows)
+
+
+def test_each_source_has_means_over_its_own_tokens_and_none_without_a_token(accelerator):
+    window = SumWindow(CPU, ["a", "b", "c"])
+    add_update(window, sums_of_sources([2, 1, 1, 2], [0, 0, 0, 0], [9, 9, 0, 1]))
+    add_update(window, sums_of_sources([4, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 1]))
+    assert window.reduce(accelerator) == {
+        "loss": 3,
+        "entropy": 2.2,
+        "mean_token_accuracy": 0.4,
+        "num_target_tokens": 5,
+        "loss/a": 2,
+        "mean_token_accuracy/a": pytest.approx(1 / 3),
+        "num_target_tokens/a": 3,
+        "loss/c": 4.5,
+        "mean_token_accuracy/c": 0.5,
+        "num_target_tokens/c": 2,
+    }
+    assert not window.total(accelerator).any()
+
+
+def test_a_resumed_window_finds_its_sources_by_their_names(accelerator):
+    window = SumWindow(CPU, ["new", "same"])
+    window.restore([6, 0, 0, 3], {"same": [4, 0, 0, 2], "gone": [2, 0, 0, 1]})
+    add_update(window, sums_of_sources([1, 0, 0, 1], [2, 0, 0, 1]))
+    metrics = window.reduce(accelerator)
+    assert (metrics["loss"], metrics["num_target_tokens"]) == (9 / 5, 5)
+    assert (metrics["loss/same"], metrics["num_target_tokens/same"]) == (2, 3)
+    assert (metrics["loss/new"], metrics["num_target_tokens/new"]) == (1, 1)
+
+
+def test_telling_sources_apart_does_not_wait_for_the_device():
+    # On `meta`, whoever asks for a value gets an error.
+    stats = torch.ones(5, 3, device="meta")
+    by_source = sums_by_source(stats, torch.ones(5, 2, dtype=torch.bool, device="meta"))
+    window = SumWindow(torch.device("meta"), ["a", "b"])
+    window.begin_update()
+    window.add(TokenSums(*torch.ones(4, device="meta"), by_source=by_source))
+    window.keep_update()
+    assert window._sums.shape == (3, 4)
 
 
 @pytest.mark.parametrize("nll", [1.0, float("nan"), float("inf")])

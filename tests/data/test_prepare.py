@@ -1,0 +1,335 @@
+"""A preparation that is killed resumes at the chunks that are missing, and gives the same files on any number
+of processes; what is kept is not taken for other rows, settings or code."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pytest
+from conftest import ROOT, tiny_tokenizer
+
+from finetune.config import Config, DataConfig, EvalConfig, SourceConfig
+from finetune.data import prepare, row_tables
+from finetune.data.examples import tokenize_rows
+from finetune.data.prepare import Chunk, make_chunks, read_chunk
+from finetune.data.row_tables import cache_folder
+from finetune.data.rows import find_leaks, iterate_rows, load_rows
+from finetune.data.splits import load_data
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    for module in (prepare, row_tables):
+        monkeypatch.setattr(module, "CHUNK_ROWS", 10)
+
+
+def use_processes(monkeypatch, count: int) -> None:
+    monkeypatch.setattr(prepare, "FEW_ROWS", 0)
+    monkeypatch.setattr(prepare, "available_cpus", lambda: count)
+
+
+def write(path: Path, num_rows: int, **more) -> str:
+    rows = [{"instruction": f"Name coin {n}.", "output": f"Coin {n}", **more} for n in range(num_rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+# --- Jobs for make_chunks, which other processes import ---
+
+
+def double(numbers: list[int]) -> pa.Table:
+    return pa.table({"n": [2 * n for n in numbers], "pid": [os.getpid()] * len(numbers)})
+
+
+def refuse_seven(numbers: list[int]) -> pa.Table:
+    if 7 in numbers:
+        raise ValueError("row 7: no")
+    if 9 in numbers:
+        raise ValueError("row 9: no")
+    return double(numbers)
+
+
+def end_at_five(numbers: list[int]) -> pa.Table:
+    if 5 in numbers:
+        os._exit(1)
+    return double(numbers)
+
+
+def chunks_of(num_rows: int, asked: list[int] | None = None) -> list[Chunk]:
+    def payload(n: int) -> list[int]:
+        if asked is not None:
+            asked.append(n)
+        return [n]
+
+    return [Chunk(1, partial(payload, n)) for n in range(num_rows)]
+
+
+def numbers_in(paths: list[Path]) -> list[int]:
+    return [n for path in paths for n in read_chunk(path)["n"].to_pylist()]
+
+
+# --- Chunks ---
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_chunks_are_made_in_order_by_as_many_processes_as_may_work(tmp_path, monkeypatch, processes):
+    use_processes(monkeypatch, processes)
+    paths = make_chunks(tmp_path / "made", chunks_of(20), double, "Working")
+    assert numbers_in(paths) == [2 * n for n in range(20)]
+    makers = {read_chunk(path)["pid"][0].as_py() for path in paths}
+    assert (makers == {os.getpid()}) == (processes == 1)
+    assert len(makers) <= processes
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == [path.name for path in paths]
+    assert not [p for p in psutil.Process().children() if p.pid in makers]  # none is left behind
+
+
+def test_few_rows_start_no_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "available_cpus", lambda: 2)
+    monkeypatch.setattr(prepare, "_run_in_others", lambda *_: pytest.fail("started"))
+    assert len(make_chunks(tmp_path, chunks_of(prepare.FEW_ROWS), double, "Working")) == prepare.FEW_ROWS
+
+
+def test_only_missing_chunks_are_made_and_their_rows_alone_are_asked_for(tmp_path):
+    paths = make_chunks(tmp_path, chunks_of(6), double, "Working")
+    before = [path.stat().st_mtime_ns for path in paths]
+    for number in (2, 5):
+        paths[number].unlink()
+    (tmp_path / ".00002.arrow.99.partial").write_bytes(b"half")
+    asked: list[int] = []
+    assert make_chunks(tmp_path, chunks_of(6, asked), double, "Working") == paths
+    assert asked == [2, 5]
+    assert numbers_in(paths) == [0, 2, 4, 6, 8, 10]
+    changed = [path.stat().st_mtime_ns != old for path, old in zip(paths, before, strict=True)]
+    assert changed == [False, False, True, False, False, True]
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in paths}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_first_row_that_is_refused_is_named_and_what_came_before_is_kept(
+    tmp_path, monkeypatch, processes
+):
+    use_processes(monkeypatch, processes)
+    with pytest.raises(ValueError, match=r"^row 7: no$"):
+        make_chunks(tmp_path, chunks_of(12), refuse_seven, "Working")
+    assert {f"{number:05}.arrow" for number in range(7)} <= {path.name for path in tmp_path.iterdir()}
+    assert not (tmp_path / "00007.arrow").exists()
+
+
+def test_a_worker_that_is_killed_is_said_with_what_to_do(tmp_path, monkeypatch):
+    use_processes(monkeypatch, 2)
+    with pytest.raises(ValueError, match="rerun the same command to resume"):
+        make_chunks(tmp_path, chunks_of(12), end_at_five, "Working")
+    assert len(make_chunks(tmp_path, chunks_of(12), double, "Working")) == 12
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_the_variable_that_moves_it(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file/made .*HF_DATASETS_CACHE"):
+        make_chunks(tmp_path / "file" / "made", chunks_of(2), double, "Working")
+
+
+# --- Rows and examples ---
+
+
+def test_one_and_two_processes_give_the_same_files(tmp_path, monkeypatch, small_chunks):
+    path = write(tmp_path / "rows.jsonl", 95, score=1)
+    kept = []
+    for processes in (1, 2):
+        cache = tmp_path / f"cache-{processes}"
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+        use_processes(monkeypatch, processes)
+        data = load_data(Config(data=DataConfig(path=path)), tiny_tokenizer())
+        kept.append(files_of(cache))
+        assert data.unused() == {'column "score"': 95}
+        assert len(data.train.dataset) + len(data.eval.dataset) == 95
+    assert len(kept[0]) > 20
+    assert kept[0] == kept[1]
+
+
+PREPARE = """
+import sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+import datasets
+datasets.config.HF_DATASETS_CACHE = {cache!r}
+from finetune.config import Config, DataConfig
+from finetune.data import encoding, prepare, row_tables
+from finetune.data.splits import load_data
+from conftest import tiny_tokenizer
+prepare.available_cpus = lambda: 2
+prepare.FEW_ROWS = 100
+if __name__ == "__main__":
+    load_data(Config(data=DataConfig(path={path!r}, eval_fraction=0.0)), tiny_tokenizer())
+"""
+
+
+def test_a_preparation_that_is_killed_resumes_and_gives_the_same(tmp_path, monkeypatch):
+    path, cache = write(tmp_path / "rows.jsonl", 40_000), tmp_path / "cache"
+    script = tmp_path / "prepare.py"
+    text = PREPARE.format(root=str(ROOT), tests=str(ROOT / "tests"), cache=str(cache), path=path)
+    script.write_text(text, encoding="utf-8")
+    process = subprocess.Popen([sys.executable, str(script)], cwd=ROOT)
+    deadline = time.monotonic() + 120
+    workers: list[psutil.Process] = []
+    while True:
+        tokenized = [p for p in cache.rglob("*.arrow") if "input_ids" in read_chunk(p).column_names]
+        if len(tokenized) >= 3:
+            workers = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGKILL)
+            break
+        assert process.poll() is None, "it was done before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
+    kept = {p: p.stat().st_mtime_ns for p in cache.rglob("*.arrow") if not p.name.startswith(".")}
+    tokenizer, config = tiny_tokenizer(), Config(data=DataConfig(path=path, eval_fraction=0.0))
+    resumed = load_data(config, tokenizer).train
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "other")
+    whole = load_data(config, tokenizer).train
+    assert len(whole.dataset) == 40_000
+    assert (resumed.fingerprint, resumed.lengths.tolist()) == (whole.fingerprint, whole.lengths.tolist())
+    assert not list(cache.rglob(".*.partial"))
+
+
+def read_anew(monkeypatch, config: DataConfig) -> bool:
+    """Whether rows had to be converted."""
+    converted = []
+    convert = row_tables.ReadRows.__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(row_tables.ReadRows, "__call__", lambda *a: converted.append(1) or convert(*a))
+        load_rows(config)
+    return bool(converted)
+
+
+def test_files_are_read_once_and_again_when_they_or_the_settings_change(tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", 30)
+    config = DataConfig(path=path, eval_fraction=0.0)
+    assert read_anew(monkeypatch, config)
+    assert not read_anew(monkeypatch, config)
+    # What is taken of the rows does not change them.
+    assert not read_anew(monkeypatch, DataConfig(path=path, num_samples=5, eval_fraction=0.5, max_length=99))
+    assert read_anew(monkeypatch, DataConfig(path=path, columns={"output": "input", "instruction": "text"}))
+    source = SourceConfig(path=path, system_prompt="Be kind.")
+    assert read_anew(monkeypatch, DataConfig(path=[source]))
+    stat = os.stat(path)
+    Path(path).write_text(Path(path).read_text().replace("Coin 7", "Note 7"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert read_anew(monkeypatch, config)
+    assert any(row["output"] == "Note 7" for row in iterate_rows(load_rows(config).train))
+    monkeypatch.setattr(row_tables, "_code_digest", lambda: "other code")
+    assert read_anew(monkeypatch, config)
+
+
+def test_a_system_prompt_of_a_source_is_of_its_rows_alone(tmp_path):
+    paths = [write(tmp_path / f"{name}.jsonl", 3) for name in "ab"]
+    sources = [SourceConfig(path=paths[0]), SourceConfig(path=paths[1], system_prompt="Be kind.")]
+    rows = load_rows(DataConfig(path=sources, eval_fraction=0.0, system_prompt="Be brief."))
+    assert [row.get("system") for row in iterate_rows(rows.train)] == [None] * 3 + ["Be kind."] * 3
+
+
+def test_leaks_are_found_once_and_then_read(tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", 12)
+    Path(path).write_text(Path(path).read_text() * 2)
+    rows = load_rows(DataConfig(path=path, eval_fraction=0.5))
+    leaks = find_leaks(rows)
+    assert leaks
+    trained = {row["instruction"] for row in iterate_rows(rows.train)}
+    for number, match in leaks.items():
+        assert match.exact
+        assert list(iterate_rows(rows.train))[match.position]["instruction"] in trained
+        assert number in list(rows.eval["row_number"])
+    monkeypatch.setattr("finetune.data.rows.find_matches", lambda *_: pytest.fail("compared again"))
+    assert find_leaks(load_rows(DataConfig(path=path, eval_fraction=0.5))) == leaks
+
+
+def test_tokens_come_from_the_cache_for_rows_that_were_read_again(tmp_path, monkeypatch):
+    """Their key is that of the files and the numbers of the rows, so no text has to be looked at."""
+    config = DataConfig(path=write(tmp_path / "rows.jsonl", 30), eval_fraction=0.0)
+    first = tokenize_rows(load_rows(config).train, tiny_tokenizer(), config)
+    monkeypatch.setattr("finetune.data.encoding.encode_batch", lambda *_: pytest.fail("encoded again"))
+    again = tokenize_rows(load_rows(config).train, tiny_tokenizer(), config)
+    assert again.fingerprint == first.fingerprint
+    folder = cache_folder({})
+    assert folder.parent.is_dir()
+    with pytest.raises(BaseException, match="encoded again"):
+        tokenize_rows(load_rows(config).train.select([1, 0]), tiny_tokenizer(), config)
+
+
+# --- What is not used ---
+
+
+def test_what_is_not_used_is_counted_and_refused_under_strict(tmp_path):
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "One?"},
+                {"role": "assistant", "content": "1", "logprobs": 2},
+            ]
+        },
+        {"messages": [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2"}], "id": 7},
+        {"messages": [{"role": "user", "content": "Six?"}, {"role": "assistant", "content": "6"}], "id": 8},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = Config(data=DataConfig(path=str(path), eval_fraction=0.0))
+    data = load_data(config, tiny_tokenizer())
+    assert data.unused()['column "id"'] == 2
+    assert [count for what, count in data.unused().items() if "logprobs" in what] == [1]
+    assert data.counts()["unused"] == dict(data.unused())
+    strict = Config(data=config.data, strict=True)
+    with pytest.raises(ValueError, match=r'column "id" \(2 rows\), .*logprobs.* \(1 rows?\)'):
+        load_data(strict, tiny_tokenizer())
+    clean = Config(data=DataConfig(path=write(tmp_path / "clean.jsonl", 3), eval_fraction=0.0), strict=True)
+    assert load_data(clean, tiny_tokenizer()).unused() == Counter()
+
+
+def test_a_row_that_is_refused_is_named_with_its_file_where_there_are_several(tmp_path):
+    paths = [write(tmp_path / f"{name}.jsonl", 4) for name in "ab"]
+    template = (
+        "{% for m in messages %}{% if m.content == 'Coin 2' and loop.length == 2 and bad is not defined %}"
+        "{{ raise_exception('no coins') }}{% endif %}{{ m.content ~ '<|im_end|>' }}{% endfor %}"
+    )
+    Path(paths[0]).write_text(Path(paths[0]).read_text().replace("Coin 2", "Coin 9"))
+    both = Config(data=DataConfig(path=paths, eval_fraction=0.0))
+    with pytest.raises(ValueError, match=r"^row 7 \(.*b\.jsonl, row 3\): .*no coins"):
+        load_data(both, tiny_tokenizer(template))
+    one = Config(data=DataConfig(path=paths[1], eval_fraction=0.0))
+    with pytest.raises(ValueError, match=r"^row 3: .*no coins"):
+        load_data(one, tiny_tokenizer(template))
+
+
+def test_eval_sets_are_rows_of_their_own_with_their_names(tmp_path):
+    paths = {name: write(tmp_path / f"{name}.jsonl", 6) for name in ("own", "math", "law")}
+    config = Config(
+        data=DataConfig(path=paths["own"], eval_path=paths["math"], eval_fraction=0.0),
+        eval=EvalConfig(sets={"contracts": paths["law"]}),
+    )
+    data = load_data(config, tiny_tokenizer())
+    assert list(data.eval.source_names) == ["own", "math", "contracts"]
+    assert data.train.sources.tolist() == [0] * 6
+    assert data.eval.sources.tolist() == [1] * 6 + [2] * 6
+    assert data.taken() == {"own": 6, "math": 6, "contracts": 6}
+    assert len(data.leaks) == 12  # each prompt is trained on
