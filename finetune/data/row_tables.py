@@ -190,7 +190,7 @@ def _identity(source: Source) -> dict[str, Any]:
         try:
             digests.append(file_sha256(Path(file)))
         except OSError as error:
-            raise ValueError(f"data.path {file}: {error.strerror or error}") from error
+            raise ValueError(f"{source.key} {file}: {error.strerror or error}") from error
     return {**identity, "sha256": digests}
 
 

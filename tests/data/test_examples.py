@@ -167,7 +167,7 @@ def test_no_rows_give_no_examples(qwen2):
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(qwen2):
-    with pytest.raises(ValueError, match="no chat template; take the model's instruct or chat version"):
+    with pytest.raises(ValueError, match="no chat template; set data"):
         tokenize_rows(table(), tiny_tokenizer(chat_template=None), config())
 
 

@@ -156,13 +156,15 @@ def test_sources_without_a_name_get_one_that_no_other_has(paths, names, tmp_path
 
 
 def test_eval_sets_are_eval_path_and_then_the_named_sets(folder):
-    data = DataConfig(eval_path="rows/a.csv", system_prompt="Be kind.")
-    found = eval_sources(data, {"math": "rows/b.jsonl", "c": ["rows/c.json.gz", "rows/d.jsonl.zst"]})
+    data = DataConfig(eval_path="rows/a.csv", eval_fraction=0, system_prompt="Be kind.")
+    found = eval_sources(data, {"math": "rows/b.jsonl", "more": ["rows/c.json.gz", "rows/d.jsonl.zst"]})
     assert [(source.name, source.files) for source in found] == [
         ("a", ("rows/a.csv",)),
         ("math", ("rows/b.jsonl",)),
-        ("c", ("rows/c.json.gz", "rows/d.jsonl.zst")),
+        ("more", ("rows/c.json.gz", "rows/d.jsonl.zst")),
     ]
+    with pytest.raises(ValueError, match=r"eval.sets.a: a source of data.eval_path is called a too"):
+        eval_sources(data, {"a": "rows/b.jsonl"})
     assert {source.system_prompt for source in found} == {"Be kind."}
     assert eval_sources(DataConfig(), None) == []
     with pytest.raises(ValueError, match=r"data.eval_path no/\*.csv matches no file"):

@@ -76,13 +76,13 @@ def model_of(path: str) -> Any:
 
 
 def assert_near(got: list[Tensor], expected: list[Tensor]) -> None:
-    """The sums to 1e-6, each gradient to 1e-5; in one that is nearly zero, rounding is that of the others."""
+    """The sums to 1e-6, or to the rounding of a few logits, and each gradient to 5e-5."""
     assert len(got) == len(expected)
     for one, other in zip(got[:3], expected[:3], strict=True):
-        assert float(one) == pytest.approx(float(other), rel=1e-6, abs=1e-6)
+        assert float(one) == pytest.approx(float(other), rel=1e-6, abs=1e-5)
     largest = max(float(gradient.norm()) for gradient in expected[3:])
     for one, other in zip(got[3:], expected[3:], strict=True):
-        assert float((one - other).norm()) < 1e-5 * max(float(other.norm()), 0.1 * largest)
+        assert float((one - other).norm()) < 5e-5 * max(float(other.norm()), 0.1 * largest)
 
 
 @any_examples

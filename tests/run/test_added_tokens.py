@@ -108,6 +108,10 @@ def test_the_rows_are_trained_saved_loaded_and_merged(run_chatml, base, tied, tm
     torch.testing.assert_close(
         logits(load_trained(trained).model.eval(), tokens), expected, rtol=0, atol=1e-5
     )
+    (checkpoint,) = (run / "checkpoints").glob(f"step_{read_metrics(run)[-1]['step']:06d}")
+    of_checkpoint = load_trained(find_trained(checkpoint))  # it has no tokenizer beside it
+    torch.testing.assert_close(logits(of_checkpoint.model.eval(), tokens), expected, rtol=0, atol=1e-5)
+    assert of_checkpoint.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == ids
     assert main(["merge", str(run), "--output", str(tmp_path / "merged"), "--dtype", "fp32"]) == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.config.vocab_size == 502
