@@ -259,8 +259,8 @@ def break_training_config(adapter: Path) -> None:
     ("damage", "words"),
     [
         (truncate, "could not be loaded onto"),
-        (break_config, "could not be loaded onto"),
-        (empty_config, "could not be loaded onto"),
+        (break_config, "adapter_config.json cannot be read"),
+        (empty_config, "adapter_config.json is not the configuration of an adapter"),
         (break_training_config, "learning_rat"),
     ],
 )
