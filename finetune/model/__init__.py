@@ -1,11 +1,11 @@
 """The base model with its adapter: loading, the loss, fast paths and generation.
 
 A configuration comes in; a PEFT model and sums over target tokens come out. Read `load` first
-(tokenizer, quantized base, LoRA adapter; `given_adapter` is the one that a run begins from, and
-`added_tokens` makes the rows of tokens that the base lacks), then `flat_adapter` (the adapter's weights
-and gradients as two flat tensors), then `loss` (the sums that an update needs), then `fast_paths` (which
-fast paths run, each compared with its reference path). `starter` fetches the default model. `generate`
-generates answers. `precision` makes the model compute in fp32 temporarily.
+(tokenizer, quantized base, LoRA adapter), then `flat_adapter` (the adapter's weights and gradients as
+two flat tensors), then `loss` (the sums that an update needs), then `fast_paths` (which fast paths run,
+each compared with its reference path). `given_adapter` finds and checks the adapter that a run begins
+from, and `added_tokens` makes rows for tokens that the base lacks. `starter` fetches the default model.
+`generate` generates answers. `precision` makes the model compute in fp32 temporarily.
 
 May import: ops, data, runtime, the configuration.
 """

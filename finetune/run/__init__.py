@@ -5,8 +5,8 @@ unfinished or finished, and what lies in it), then `checkpoint` (written whole o
 `token_budget` (how many tokens a micro-batch may have), `opening` and `summary` (what a run shows
 at its start and end), `tracker` (metrics.jsonl, TensorBoard, the progress bar) and `evaluator` (when
 evaluations are due). `bad_update` records an update that is not finite, and `out_of_memory` says
-what to lower when memory runs out. `adapter` opens what a run has trained, and `answers` has it
-answer rows. `origin` records the adapter that a run began from. `sweep` makes several runs.
+what to lower when memory runs out. `origin` records the adapter that a run began from. `adapter` opens
+what a run has trained, and `answers` has it answer rows. `sweep` makes several runs.
 
 May import: training, model, ops, data, runtime, the configuration.
 """

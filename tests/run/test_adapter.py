@@ -260,7 +260,7 @@ def break_training_config(adapter: Path) -> None:
     [
         (truncate, "could not be loaded onto"),
         (break_config, "adapter_config.json cannot be read"),
-        (empty_config, "is not the configuration of an adapter"),
+        (empty_config, "adapter_config.json is not the configuration of an adapter"),
         (break_training_config, "learning_rat"),
     ],
 )
