@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateSyntaxError
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from finetune.data.conversations import Conversation, Message
 
@@ -63,6 +63,10 @@ class ChatTemplate:
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.source) is not None
 
     @cached_property
+    def _compiled(self) -> Any:
+        return _compile_jinja_template(self.source)
+
+    @cached_property
     def habits(self) -> Habits:
         """How it wants its messages: found out when first asked for."""
         no_content, as_text = self._habit_of_calls()
@@ -75,6 +79,16 @@ class ChatTemplate:
                 for role, turns in _surroundings(_calling(as_text, no_content)).items()
                 if self._wants_parts(role, turns)
             ),
+        )
+
+    @cached_property
+    def writes_tools(self) -> bool:
+        """Whether it writes the tools that a conversation may call."""
+        tool = {"name": _CALL_WORDS[0], "description": _CALL_WORDS[2], "parameters": _NO_PARAMETERS}
+        tools = [{"type": "function", "function": tool}]
+        beginnings = [_USER], [{"role": "system", "content": "sloe"}, _USER]
+        return any(
+            _CALL_WORDS[0] in (self._try(self.prepare(turns), True, tools) or "") for turns in beginnings
         )
 
     @cached_property
@@ -147,21 +161,36 @@ class ChatTemplate:
         tools: list[dict[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
-        texts, spans = render_jinja_template(
-            conversations=[messages],
+        others = {**self._special_tokens, **(template_kwargs or {})}
+        if tagged:
+            texts, spans = render_jinja_template(
+                conversations=[messages],
+                tools=tools or None,
+                chat_template=self.source,
+                return_assistant_tokens_mask=True,
+                add_generation_prompt=add_generation_prompt,
+                **others,
+            )
+            return texts[0], list(spans[0])
+        # The same but for a copy of each value, which takes as long as rendering: ours are plain JSON.
+        text: str = self._compiled.render(
+            messages=messages,
             tools=tools or None,
-            chat_template=self.source,
-            return_assistant_tokens_mask=tagged,
+            documents=None,
             add_generation_prompt=add_generation_prompt,
-            **{**self._special_tokens, **(template_kwargs or {})},
+            **others,
         )
-        text: str = texts[0]
-        return text, list(spans[0]) if tagged else []
+        return text, []
 
-    def _try(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str | None:
+    def _try(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> str | None:
         """What the template writes of prepared messages; None where it fails."""
         try:
-            return self._render_prepared(messages, add_generation_prompt)[0]
+            return self._render_prepared(messages, add_generation_prompt, tools=tools)[0]
         except Exception:  # as in `_render`
             return None
 
@@ -204,6 +233,7 @@ class ChatTemplate:
 _CALL_WORDS = ("hawthorn", "elderberry", "damson")
 _CONTENT = ChatTemplate.ANSWER
 _USER: dict[str, Any] = {"role": "user", "content": "sloe"}
+_NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "required": []}
 
 
 def _calling(as_text: bool, no_content: Any) -> dict[str, Any]:

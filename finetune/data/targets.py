@@ -105,7 +105,7 @@ def find_targets(
             texts.append(holder)
         holder.spans.insert(0, span)
     texts[1:] = reversed(texts[1:])
-    remarks.extend(remarks_on_prompt(conversation, texts[0].text))
+    remarks.extend(remarks_on_prompt(template, conversation, texts[0].text))
     return texts, remarks
 
 
@@ -367,5 +367,5 @@ def find_tagged(template: ChatTemplate, conversation: Conversation) -> tuple[lis
     own = "".join(text[start:end] for start, end in tagged)
     for i in trained:
         remarks += check_tagged(conversation.messages[i], i + 1, own)
-    remarks.extend(remarks_on_prompt(conversation, text))
+    remarks.extend(remarks_on_prompt(template, conversation, text))
     return [Text(text, [Span(start, end - 1) for start, end in tagged if end > start])], remarks

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from finetune.data.chat_template import function_of
+from finetune.data.chat_template import ChatTemplate, function_of
 from finetune.data.conversations import Conversation, Message
 
 THOUGHT_END = "</think>"
@@ -71,9 +71,11 @@ def check_tagged(message: Message, number: int, tagged: str) -> list[str]:
     return remarks
 
 
-def remarks_on_prompt(conversation: Conversation, text: str) -> Iterator[str]:
+def remarks_on_prompt(template: ChatTemplate, conversation: Conversation, text: str) -> Iterator[str]:
     """What of the other turns and of the tools the template left out or changed in `text`."""
-    if not all(function_of_tool(tool).get("name", "") in text for tool in conversation.tools or []):
+    # The name alone proves nothing: it stands in the text of a call too.
+    names = [function_of_tool(tool).get("name", "") for tool in conversation.tools or []]
+    if names and not (template.writes_tools and all(name in text for name in names)):
         yield "tools is not written"
     for message in conversation.messages:
         content = message.get("content")
@@ -123,7 +125,8 @@ def _check_call(function: Mapping[str, Any], number: int, text: str) -> None:
     name, arguments = function["name"], function.get("arguments") or {}
     if name not in text:
         raise ValueError(
-            f"the chat template leaves out the tool call {name!r} of turn {number}; use another chat template"
+            f"the chat template leaves out the tool call {name!r} of turn {number}; use one that writes tool "
+            "calls, such as data.chat_template chatml"
         )
     if isinstance(arguments, str):
         arguments = json.loads(arguments or "{}")

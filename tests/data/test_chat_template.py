@@ -9,6 +9,7 @@ from small_templates import SMALL_TEMPLATES, byte_tokenizer
 
 from finetune.data.chat_template import render, set_stop_ids, stop_ids, template_of
 from finetune.data.conversations import Conversation
+from finetune.data.targets import up_to
 from finetune.data.tokenize import IGNORE, encode
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
@@ -62,6 +63,17 @@ def test_a_call_whose_arguments_the_template_changes_is_refused():
         ValueError, match=r"arguments of the tool call 'weather' of turn 2 .*'city' is missing"
     ):
         trained(tokenizer, calling({"city": "Zürich"}))
+
+
+def test_tools_that_are_not_written_are_remarked_on_though_a_call_names_them():
+    template = SMALL_TEMPLATES["concatenating"]
+    assert "weather" not in render(byte_tokenizer(template), up_to(calling({"city": "Zürich"}), 1))
+    assert encode(byte_tokenizer(template), calling({"city": "Zürich"}), "completion").remarks == (
+        "tools is not written",
+    )
+    hermes = byte_tokenizer(SMALL_TEMPLATES["hermes"])
+    assert "weather" in render(hermes, up_to(calling({"city": "Zürich"}), 1))
+    assert encode(hermes, calling({"city": "Zürich"}), "completion").remarks == ()
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
