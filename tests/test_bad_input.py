@@ -441,7 +441,7 @@ QUICK_CASES = [
     model("T5", model_with(turn_into_t5), "model.name_or_path model could not be loaded"),
     model("a template that is no jinja", with_template("{% for %}"), "chat template", "line 1"),
     run("unfinished, another config", unfinished(), "train.seed was 42, is 1", settings={"train.seed": "1"}),
-    data("header.csv", "instruction,output\n", "header.csv has no usable row"),
+    data("header.csv", "instruction,output\n", "header.csv is empty"),
     data("other.txt", "a\n", "other.txt", ".csv, .parquet, .json, .jsonl"),
     key("data.num_samples=13", "data.num_samples", "13", "12 rows"),
     config("not YAML", "lora: [\n", "line 2"),

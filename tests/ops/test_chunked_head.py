@@ -106,7 +106,7 @@ def test_large_logits_make_no_inf_and_no_nan(dtype, tolerance, sign):
 def test_the_values_that_are_added_up_are_those_of_each_token(chunk):
     hidden, weight, target_ids = random_batch(40, 200, largest=6.0, dtype=torch.float32)
     stats = torch.full((40, 3), float("nan"))
-    sums = ChunkedTokenSums.apply(hidden, weight, target_ids, chunk, stats)
+    sums = ChunkedTokenSums.apply(hidden, weight, target_ids, chunk, None, None, stats)
     assert torch.equal(sums, ChunkedTokenSums.apply(hidden, weight, target_ids, chunk))
     assert torch.equal(stats, chunked_token_stats(hidden.detach(), weight, target_ids, chunk))
     assert torch.allclose(stats.sum(0), sums)
