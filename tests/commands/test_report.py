@@ -128,7 +128,7 @@ def test_data_settings_machine_and_command_are_the_run_s(finished):
     said = text_of(report(finished))
     environment = json.loads((finished / "environment.json").read_text(encoding="utf-8"))
     described = dict(environment["described"])
-    assert described["rows"] == "20 read, 20 usable, 20 taken"
+    assert described["rows"] == "20 read, 20 usable, 20 taken; instruction and output"
     for name, value in described.items():
         assert f"{name} {' '.join(value.split())}" in said
     assert "examples per update 2 x 3 x 1 process = 6" in said

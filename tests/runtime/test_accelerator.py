@@ -98,6 +98,8 @@ def test_the_record_of_a_run_says_what_it_ran_on_and_with(run_train, tmp_path, r
         "adapter_step",
         "base",
         "int8",
+        "model_adapter",
+        "token_rows",
         "token_budget",
         "described",
         "settings",
