@@ -173,7 +173,7 @@ def test_the_start_counts_the_rows_that_were_dropped_and_cut(run_train, rows_fil
         file.write('{"instruction": "", "input": "", "output": "What?"}\n')
     run_train(**SIX, data__max_length=75)
     text = capsys.readouterr().out
-    assert cells(text, "rows") == ["23 read, 20 usable, 20 taken"]
+    assert cells(text, "rows") == ["23 read, 20 usable, 20 taken; instruction and output"]
     assert cells(text, "dropped")[0].split(", ") == ["2 without output", "1 without instruction"]
     assert re.fullmatch(r"[1-9] train, \d eval", cells(text, "cut at max_length")[0])
 
