@@ -59,6 +59,19 @@ def encode(tokenizer: Any, conversation: Conversation | Sequence[Message], train
     return tokens
 
 
+def trunk_text(tokenizer: Any, conversation: Conversation, train_on: str) -> str:
+    """The text whose tokens are the trunk that `encode` gives of a conversation with messages.
+
+    It is not always what the template renders of the conversation: what the model writes last stands behind
+    the prompt that asks for it, and ends with the token at which generation stops.
+
+    Raises:
+        ValueError: as `encode`.
+    """
+    stops = StopTokens(tokenizer, stop_ids(tokenizer))
+    return _plan(tokenizer, conversation, train_on, stops).texts[0].text
+
+
 def encode_batch(
     tokenizer: Any, conversations: Sequence[Conversation | Sequence[Message]], train_on: str
 ) -> list[Tokens | ValueError]:
