@@ -227,6 +227,14 @@ def test_the_targets_are_right_with_generation_tags_and_the_same_as_these_mark(a
     assert [int(label != IGNORE) for label in tokens.labels] == marked["assistant_masks"]
 
 
+def test_tags_may_end_with_characters_that_the_tokenizer_leaves_out():
+    tokenizer = tiny_tokenizer(
+        GENERATION_TEMPLATE.replace("'<|im_end|>' }}{% endg", "'<|im_end|>\n' }}{% endg")
+    )
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\n", "")
+    assert trained(tokenizer, turns("What is it?", "\nA coin.", "?", "\n")) == "A coin.<|im_end|><|im_end|>"
+
+
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_the_targets_are_right_where_the_end_of_turn_is_not_the_eos(llama3, answer):
     assert llama3.eos_token == "<|end_of_text|>"
