@@ -19,9 +19,9 @@ _PLACEHOLDER = "placeholder"
 class Anatomy(NamedTuple):
     """What the T tokens of a conversation are, not yet cut to any length: those that `encode` gives.
 
-    `text` is that of the trunk, and `offsets` say where in it each of its tokens stands ([start, end)). `roles` [T] has a role of ROLES for each token, those of branches included.
-    `ends_of_turn` has for each answer, in the order of the tokens, the index of the special token that ends
-    it, None where none does.
+    `text` is that of the trunk, and `offsets` say where in it each of its tokens stands ([start, end)).
+    `roles` [T] has a role of ROLES for each token, those of branches included. `ends_of_turn` has for each
+    answer, in the order of the tokens, the index of the special token that ends it, None where none does.
     """
 
     tokens: Tokens

@@ -94,7 +94,9 @@ def test_ends_of_turns_are_found_or_said_to_be_none():
 
 def test_a_trunk_that_ends_with_the_token_of_the_next_turn_is_taken_apart():
     """As GLM's: the text of the trunk is longer than the conversation that the template renders."""
-    roles = texts_by_role(byte_tokenizer(SMALL_TEMPLATES["glm"]), turns("What?", "A coin.", "And?", "A note."))
+    roles = texts_by_role(
+        byte_tokenizer(SMALL_TEMPLATES["glm"]), turns("What?", "A coin.", "And?", "A note.")
+    )
     assert (roles["user"], roles["assistant"]) == ("What?And?", "\nA coin.\nA note.")
     assert roles["template"].endswith("<|user|>")
 
