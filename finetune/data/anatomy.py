@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from finetune.data.chat_template import render, stop_ids
 from finetune.data.conversations import Conversation
 from finetune.data.targets import is_trained, up_to
-from finetune.data.tokenize import IGNORE, Tokens, cut, encode
+from finetune.data.tokenize import IGNORE, Tokens, cut, encode, trunk_text
 
 # Whose text a token belongs to: the answers (with reasoning and tool calls), a turn of another role, a plain
 # text, or what the chat template writes by itself.
@@ -19,10 +19,9 @@ _PLACEHOLDER = "placeholder"
 class Anatomy(NamedTuple):
     """What the T tokens of a conversation are, not yet cut to any length: those that `encode` gives.
 
-    `text` is the conversation as the template writes it, and `offsets` say where in it each token of the
-    trunk stands ([start, end)). `roles` [T] has a role of ROLES for each token, those of branches included.
-    `ends_of_turn` has for each answer, in the order of the tokens, the index of the special token that ends
-    it, None where none does.
+    `text` is that of the trunk, and `offsets` say where in it each of its tokens stands ([start, end)).
+    `roles` [T] has a role of ROLES for each token, those of branches included. `ends_of_turn` has for each
+    answer, in the order of the tokens, the index of the special token that ends it, None where none does.
     """
 
     tokens: Tokens
@@ -46,7 +45,7 @@ def dissect(tokenizer: Any, conversation: Conversation, train_on: str) -> Anatom
     if conversation.text is not None:
         return _of_plain_text(tokenizer, conversation.text, tokens)
     used = conversation if train_on == "all" else _up_to_last_answer(conversation)
-    text = render(tokenizer, used)
+    text = trunk_text(tokenizer, conversation, train_on)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     offsets: list[tuple[int, int]] = encoded["offset_mapping"]
     trunk_end = tokens.branches[0][0] if tokens.branches else len(tokens.input_ids)
@@ -107,11 +106,13 @@ def _roles_of_turns(
     white space (lstrip or rstrip).
     """
     roles = ["template"] * len(input_ids)
+    rendered = render(tokenizer, conversation)
     by_role = sorted(
         range(len(conversation.messages)), key=lambda turn: conversation.messages[turn]["role"] == "assistant"
     )
     for turn in by_role:
-        span = _turn_span(tokenizer, conversation, text, turn)
+        span = _turn_span(tokenizer, conversation, rendered, turn)
+        span = span and _place_in(text, rendered, *span)
         if span is None:
             continue
         role = conversation.messages[turn]["role"]
@@ -165,6 +166,15 @@ def _runs(tokens: Tokens) -> list[tuple[int, int]]:
         else:
             runs.append((position, position))
     return runs
+
+
+def _place_in(text: str, rendered: str, start: int, end: int) -> tuple[int, int] | None:
+    """Where what the rendered conversation has in [start, end) stands in the text of the trunk, which begins
+    or ends as it does."""
+    if text.startswith(rendered[:end]):
+        return start, end
+    moved = len(text) - len(rendered)
+    return (start + moved, end + moved) if text.endswith(rendered[start:]) else None
 
 
 class Kept(NamedTuple):

@@ -209,6 +209,8 @@ class _Turn:
         lead = shape.lead.strip()
         if lead and text.startswith(shape.lead, start) and set(self.message) <= _PLAIN:
             own_remarks.append(f"{lead!r} is added before an answer")
+        if missing := self.prompt[start:].strip():
+            own_remarks.append(f"{missing!r} of the generation prompt is missing before an answer")
         tail_start = max(start, len(text) - len(shape.tail))
         stop = _find_stop(self.template, text, tail_start, self.has_calls, self.stops)
         if stop is None and (next_turn := _next_turn_start(self.template, self.has_calls, self.stops)):
@@ -225,12 +227,19 @@ class _Turn:
     def _prompt(self) -> str:
         """What the model is given before it writes the turn."""
         try:
-            return self.template.render(self._history, add_generation_prompt=True)
+            prompt = self.template.render(self._history, add_generation_prompt=True)
         except ValueError:
             if self.before:
                 raise
-            # Nobody asks for an answer to nothing, and a template may fail on it.
-            return self.text[: self.own_start]
+            prompt = None
+        if prompt is not None and (self.before or self.text.startswith(prompt)):
+            return prompt
+        # Nobody asks for an answer to nothing: a template may fail on it, or leave out how all texts begin.
+        for asked in _asking(self.template, self.stops):
+            place = self.text.rfind(asked, 0, self.own_start)
+            if asked and place >= 0:
+                return self.text[: place + len(asked)]
+        return self.text[: self.own_start]
 
     @property
     def _history(self) -> Conversation:

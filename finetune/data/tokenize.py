@@ -59,6 +59,19 @@ def encode(tokenizer: Any, conversation: Conversation | Sequence[Message], train
     return tokens
 
 
+def trunk_text(tokenizer: Any, conversation: Conversation, train_on: str) -> str:
+    """The text whose tokens are the trunk that `encode` gives of a conversation with messages.
+
+    It is not always what the template renders of the conversation: what the model writes last stands behind
+    the prompt that asks for it, and ends with the token at which generation stops.
+
+    Raises:
+        ValueError: as `encode`.
+    """
+    stops = StopTokens(tokenizer, stop_ids(tokenizer))
+    return _plan(tokenizer, conversation, train_on, stops).texts[0].text
+
+
 def encode_batch(
     tokenizer: Any, conversations: Sequence[Conversation | Sequence[Message]], train_on: str
 ) -> list[Tokens | ValueError]:
@@ -158,14 +171,18 @@ def _labels(plan: _Plan, number: int, encoding: Any, special: frozenset[int]) ->
     """The labels of one text's tokens.
 
     A token that reaches into a span belongs to it, so that no part of an answer is left untrained. The
-    exception is a special token of the template that absorbs the white space behind it.
+    exception is a special token of the template that absorbs the white space behind it. A tokenizer may leave
+    out characters at either end, such as line breaks.
     """
     ids: list[int] = encoding.ids
     labels = [IGNORE] * len(ids)
     for start, last in plan.texts[number].spans:
-        end = encoding.char_to_token(last)
-        inside = map(encoding.char_to_token, range(start, last + 1))
-        first = next((token for token in inside if token is not None), end)
+        first, end = (
+            next((token for token in map(encoding.char_to_token, places) if token is not None), None)
+            for places in (range(start, last + 1), range(last, start - 1, -1))
+        )
+        if first is None or end is None:
+            continue
         if (
             plan.kind == "found"
             and first < end

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 
 def add_rows(base: Any, token_ids: Sequence[int]) -> None:
     """Give the embedding and the head rows for these tokens, where they have none: each the mean of all that
@@ -11,7 +13,8 @@ def add_rows(base: Any, token_ids: Sequence[int]) -> None:
     before, needed = len(layers[0].weight), max(token_ids, default=-1) + 1
     if needed <= before:
         return
-    means = [layer.weight.float().mean(0) for layer in layers]
+    # Not `weight.float()`: on a GPU that would be a copy of all the rows, at twice their size.
+    means = [layer.weight.mean(0, dtype=torch.float32) for layer in layers]
     base.resize_token_embeddings(needed, mean_resizing=False)
     for layer, mean in zip((base.get_input_embeddings(), base.get_output_embeddings()), means, strict=True):
         layer.weight.data[before:] = mean.to(layer.weight.dtype)

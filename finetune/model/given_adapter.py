@@ -218,7 +218,7 @@ def largest_rank(folder: Path) -> int:
         ValueError: as `read_raw_settings`.
     """
     raw = read_raw_settings(folder)
-    ranks: list[int] = [raw["r"], *(raw.get("rank_pattern") or {}).values()]
+    ranks: list[int] = [raw.get("r") or peft.LoraConfig().r, *(raw.get("rank_pattern") or {}).values()]
     return max(ranks)
 
 

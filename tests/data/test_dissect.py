@@ -2,6 +2,7 @@
 
 from audits import TOKENIZER, dissect_messages, texts_by_role, turns
 from conftest import QWEN2_TEMPLATE, tiny_tokenizer
+from small_templates import QWEN3, SMALL_TEMPLATES, byte_tokenizer
 
 from finetune.data.tokenize import IGNORE, encode
 
@@ -89,3 +90,23 @@ def test_ends_of_turns_are_found_or_said_to_be_none():
     assert dissect_messages(turns("a", "b"), "all", bare).ends_of_turn == [None]
     upper = tiny_tokenizer(QWEN2_TEMPLATE.replace("turn.content", "turn.content | upper"))
     assert dissect_messages(turns("a", "b"), "all", upper).ends_of_turn == [None]
+
+
+def test_a_trunk_that_ends_with_the_token_of_the_next_turn_is_taken_apart():
+    """As GLM's: the text of the trunk is longer than the conversation that the template renders."""
+    roles = texts_by_role(
+        byte_tokenizer(SMALL_TEMPLATES["glm"]), turns("What?", "A coin.", "And?", "A note.")
+    )
+    assert (roles["user"], roles["assistant"]) == ("What?And?", "\nA coin.\nA note.")
+    assert roles["template"].endswith("<|user|>")
+
+
+def test_a_trunk_that_asks_in_another_way_than_the_conversation_is_rendered_is_taken_apart():
+    """As Qwen3's where an answer follows another: when it is asked for, that one is still the last."""
+    messages = [*turns("What?", "A coin."), {"role": "assistant", "content": "A note."}]
+    roles = texts_by_role(tiny_tokenizer(QWEN3), messages)
+    thought = "<think>\n\n</think>\n\n"
+    assert (roles["user"], roles["assistant"]) == ("What?", f"{thought}A coin.{thought}A note.")
+    messages[1] = {**messages[1], "train": False}
+    roles = texts_by_role(tiny_tokenizer(QWEN3), messages)
+    assert (roles["user"], roles["assistant"]) == ("What?", f"A coin.{thought}A note.")

@@ -138,6 +138,20 @@ def test_gemma_refuses_what_it_has_no_form_for():
         render(tokenizer, Conversation(row["messages"]))
 
 
+@pytest.mark.parametrize("name", ["gemma", "mistral"])
+def test_a_system_prompt_that_no_question_follows_is_refused_and_not_written_into_an_answer(name):
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "assistant", "content": "Hello."}]
+    with pytest.raises(ValueError, match="writes a system prompt into the user turn after it"):
+        encode(with_template(name), messages, "completion")
+
+
+@pytest.mark.parametrize("name", ["gemma", "mistral"])
+def test_an_empty_system_prompt_leaves_the_user_turn_as_it_is(name):
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A coin."}]
+    tokenizer = with_template(name)
+    assert render(tokenizer, [{"role": "system", "content": ""}, *turns]) == render(tokenizer, turns)
+
+
 def test_a_file_is_a_template_whose_own_tokens_are_added(tmp_path):
     file = tmp_path / "mine.jinja"
     file.write_text(

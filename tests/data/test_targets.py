@@ -7,6 +7,7 @@ import pytest
 from small_templates import SMALL_TEMPLATES, SmallTemplate, byte_tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from finetune.data.anatomy import dissect, keep, parts_of
 from finetune.data.chat_template import template_of
 from finetune.data.conversations import Conversation
 from finetune.data.tokenize import IGNORE, Tokens, encode_batch
@@ -172,3 +173,22 @@ def test_any_conversation_gets_a_right_mask_or_a_clear_line(name):
             check_mask(tokenizer, tokens, pairs)
             outcomes.append(bool(pairs))
     assert any(outcomes) == (name != "no end")
+
+
+@pytest.mark.parametrize("name", SMALL_TEMPLATES)
+@pytest.mark.parametrize("train_on", ["completion", "all"])
+def test_what_is_encoded_is_taken_apart_for_an_audit(name, train_on):
+    tokenizer = byte_tokenizer(SMALL_TEMPLATES[name])
+    rng = random.Random(name)
+    conversations = [random_conversation(rng) for _ in range(CONVERSATIONS_EACH // 5)]
+    encoded = zip(conversations, encode_batch(tokenizer, conversations, train_on), strict=True)
+    for conversation, tokens in encoded:
+        if isinstance(tokens, ValueError):
+            continue
+        anatomy = dissect(tokenizer, conversation, train_on)
+        assert anatomy.tokens == tokens
+        trunk, *branches = parts_of(tokenizer, anatomy, keep(tokens, len(tokens.input_ids)))
+        assert "".join(segment.text for segment in trunk.segments) == anatomy.text
+        segments = [segment for part in (trunk, *branches) for segment in part.segments]
+        targets = tokenizer.decode([label for label in tokens.labels if label != IGNORE])
+        assert "".join(segment.text for segment in segments if segment.trained) == targets

@@ -31,6 +31,11 @@ GENERATION_TEMPLATE = (
     "{% else %}{{ m.content ~ '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+CHATML_TURN = (
+    "{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ '<call>' ~ c.function | tojson }}{% endfor %}{{ '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 # The end of a turn is a special token other than the EOS; texts are trimmed.
 LLAMA3_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
@@ -227,6 +232,14 @@ def test_the_targets_are_right_with_generation_tags_and_the_same_as_these_mark(a
     assert [int(label != IGNORE) for label in tokens.labels] == marked["assistant_masks"]
 
 
+def test_tags_may_end_with_characters_that_the_tokenizer_leaves_out():
+    tokenizer = tiny_tokenizer(
+        GENERATION_TEMPLATE.replace("'<|im_end|>' }}{% endg", "'<|im_end|>\n' }}{% endg")
+    )
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\n", "")
+    assert trained(tokenizer, turns("What is it?", "\nA coin.", "?", "\n")) == "A coin.<|im_end|><|im_end|>"
+
+
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_the_targets_are_right_where_the_end_of_turn_is_not_the_eos(llama3, answer):
     assert llama3.eos_token == "<|end_of_text|>"
@@ -366,6 +379,32 @@ def test_every_answer_of_a_conversation_is_trained_and_nothing_else(qwen2, smoll
 def test_an_answer_that_opens_the_conversation_is_trained(qwen2):
     messages = [{"role": "assistant", "content": "Hello!"}, *turns("What?", "A coin.")]
     assert trained(qwen2, messages) == "Hello!<|im_end|>A coin.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        # As Llama 3's, Qwen2.5-VL's and Qwen3's: of no messages the prompt lacks how texts begin, or fails.
+        "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}" + CHATML_TURN,
+        "{% for m in messages %}{% if loop.first %}{{ '<|im_start|>system\nHi.<|im_end|>\n' }}{% endif %}"
+        + CHATML_TURN,
+        "{% if messages[0].role == 'system' %}{% endif %}{% for m in messages %}" + CHATML_TURN,
+    ],
+)
+def test_an_opening_answer_begins_where_others_do_if_the_template_cannot_ask_for_it(template):
+    tokenizer = tiny_tokenizer(template)
+    call = {"type": "function", "function": {"name": "find", "arguments": {"x": 1}}}
+    opening = {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert trained(tokenizer, turns("", "A coin.")[1:]) == "A coin.<|im_end|>"
+    expected = '<call>{"name": "find", "arguments": {"x": 1}}<|im_end|>It is.<|im_end|>'
+    assert trained(tokenizer, [opening, *turns("What?", "It is.")]) == expected
+
+
+def test_what_of_the_generation_prompt_a_finished_turn_lacks_is_remarked_on():
+    tokens = encode(tiny_tokenizer(THINKING_PROMPT_TEMPLATE), turns("What?", "A coin."), "completion")
+    assert tokens.remarks == ("'<think>' of the generation prompt is missing before an answer",)
+    tokens = encode(tiny_tokenizer(), turns("What?", "A coin."), "completion")
+    assert tokens.remarks == ()
 
 
 def test_the_eos_is_trained_though_it_is_the_padding_too(qwen2, smollm2):

@@ -229,6 +229,16 @@ def test_folders_that_hold_no_adapter_are_refused(made, refused, tmp_path):
     assert f"{adapter / CONFIG} cannot be read" in refused(adapter)
 
 
+def test_a_configuration_that_leaves_out_the_rank_has_pefts_default(made, run_train):
+    adapter = made(r=peft.LoraConfig().r)
+    settings = json.loads((adapter / CONFIG).read_text())
+    del settings["r"]
+    (adapter / CONFIG).write_text(json.dumps(settings))
+    run = run_train(model__adapter=adapter, **SHORT)
+    record = json.loads((run / "environment.json").read_text())
+    assert record["model_adapter"]["largest_rank"] == peft.LoraConfig().r
+
+
 def test_weights_that_do_not_match_are_refused_by_name(made, refused, tiny_model_dir, tmp_path):
     adapter = made()
     tensors = load_file(adapter / WEIGHTS)
