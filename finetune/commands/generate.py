@@ -11,6 +11,7 @@ from pathlib import Path
 
 from finetune.data.rows import read_questions
 from finetune.data.sources import FILE_SUFFIXES
+from finetune.data.splits import in_words
 from finetune.model.generate import check_limits, multiply_dequantized
 from finetune.run.adapter import load_trained, parse_trained, trained_parser
 from finetune.run.answers import (
@@ -74,7 +75,9 @@ def command(argv: Sequence[str]) -> None:
         arguments.seed,
         trained.config.data.system_prompt if arguments.system_prompt is None else arguments.system_prompt,
     )
-    rows, left_out = read_questions(str(arguments.input))
+    rows, left_out, unused = read_questions(str(arguments.input), trained.config.data.columns)
+    if unused:
+        say(f"Not used: {in_words(unused)}")
     for reason, numbers in left_out.items():
         say(f"Left out, {reason}: {_rows_in_words(numbers)}")
     if len(rows) == 0:

@@ -12,6 +12,7 @@ Kind = Literal["messages", "sharegpt", "instruction", "completion", "text"]
 
 BESIDE_MESSAGES = ("tools", "system", "chat_template_kwargs")
 BESIDE_AN_INSTRUCTION = ("input", "history", "system")
+ANSWERS = ("output", "completion")
 OTHER_NAMES = {"system": "system_prompt", "input": "context"}  # taken where the first is no column
 
 # Two columns that ask and answer, in the order in which they are looked for.
@@ -178,6 +179,8 @@ def format_of(
             be guessed), or a mapping of columns that are not there.
     """
     mapping = mapping or {}
+    if questions_only:
+        mapping = {theirs: ours for theirs, ours in mapping.items() if theirs in columns or ours not in ANSWERS}
     for column in mapping:
         if column not in columns:
             names = ", ".join(map(str, columns))
