@@ -70,8 +70,8 @@ class Format:
             other = _first_match(raw)
             if other:
                 raise ValueError(
-                    f"{place}: it has {other.name}, where the file's first rows have {self.name}; a source "
-                    "has one format, so make the others a source of their own"
+                    f"{place}: it has {other.name}, where other rows have {self.name}; a source has one "
+                    "format: split the rows into files, and name each in data.path as {path: FILE}"
                 )
         cells = {ours: _none_if_nan(raw.get(theirs)) for ours, theirs in self.columns.items()}
         used = set(self.columns.values())

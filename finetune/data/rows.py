@@ -125,7 +125,7 @@ def _nothing_left(read: ReadSources, place: int, source: Source) -> str:
     own = {r: sum(first < n <= last for n in numbers) for r, numbers in read.dropped.items()}
     reasons = ", ".join(f"{count} {reason}" for reason, count in own.items() if count)
     where = ", ".join(source.files) or source.dataset
-    return f"{where} has no usable row: {read.num_read[place]} read ({reasons})"
+    return f"{where} has no usable row: {read.num_read[place]} read{f' ({reasons})' if reasons else ''}"
 
 
 def _counts(sources: Sequence[Source], usable: Sequence[int], num_samples: int | None) -> list[int | None]:
