@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.data.rows import read_questions
-from finetune.data.sources import FILE_SUFFIXES
+from finetune.data.sources import FILE_SUFFIXES, kind_of
 from finetune.data.splits import in_words
 from finetune.model.generate import check_limits, multiply_dequantized
 from finetune.run.adapter import load_trained, parse_trained, trained_parser
@@ -108,7 +108,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.seed < 0:
         raise ValueError(f"--seed must be at least 0, not {arguments.seed}")
     rows, output = arguments.input, arguments.output
-    if not rows.is_file() or rows.suffix.lower() not in FILE_SUFFIXES:
+    if not rows.is_file() or kind_of(str(rows)) is None:
         raise ValueError(f"--input {rows} is not a file that ends in {', '.join(FILE_SUFFIXES)}")
     if output.suffix.lower() not in OUTPUT_SUFFIXES:
         raise ValueError(f"--output {output}: name a file that ends in {' or '.join(OUTPUT_SUFFIXES)}")

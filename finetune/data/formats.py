@@ -180,7 +180,9 @@ def format_of(
     """
     mapping = mapping or {}
     if questions_only:
-        mapping = {theirs: ours for theirs, ours in mapping.items() if theirs in columns or ours not in ANSWERS}
+        mapping = {
+            theirs: ours for theirs, ours in mapping.items() if theirs in columns or ours not in ANSWERS
+        }
     for column in mapping:
         if column not in columns:
             names = ", ".join(map(str, columns))

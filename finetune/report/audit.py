@@ -139,7 +139,7 @@ def _such_as(numbers: Sequence[int]) -> str:
 
 def _unused_table(audit: Audit) -> Table:
     rows = [(name, f"{count:,}") for name, count in audit.rows.unused.most_common()]
-    note = "With --strict they stop a run. A column with another name than docs/data.md has: map it by data.columns."
+    note = "With --strict they stop a run. data.columns gives a column the name that it has here."
     return Table("Not used of the rows", ("", "rows"), rows, note)
 
 

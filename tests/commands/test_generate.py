@@ -69,7 +69,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def test_columns_are_mapped_and_those_that_are_not_used_are_named(ask, tmp_path, capsys):
-    rows = tmp_path / "mapped.csv"
+    rows = tmp_path / "mapped.csv.gz"
     pd.DataFrame({"customer_says": QUESTIONS[:2], "ticket": [7, 8]}).to_csv(rows, index=False)
     columns = "{customer_says: instruction, we_reply: output}"  # the column of the answers is not there
     output = ask("--data.columns", columns, rows=rows)
