@@ -115,7 +115,7 @@ def _check_sources(config: Config) -> None:
     if data.eval_path is not None and data.eval_fraction > 0:
         raise ValueError(
             f"data.eval_fraction is {data.eval_fraction}, but data.eval_path names the rows to evaluate on: "
-            "leave one of them out"
+            "set data.eval_fraction to 0, or leave data.eval_path out"
         )
     _check_columns("data.columns", data.columns)
     for key, path in (("data.path", data.path), ("data.eval_path", data.eval_path)):

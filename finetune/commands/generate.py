@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.data.rows import read_questions
-from finetune.data.sources import FILE_SUFFIXES
+from finetune.data.sources import FILE_SUFFIXES, kind_of
+from finetune.data.splits import in_words
 from finetune.model.generate import check_limits, multiply_dequantized
 from finetune.run.adapter import load_trained, parse_trained, trained_parser
 from finetune.run.answers import (
@@ -74,7 +75,9 @@ def command(argv: Sequence[str]) -> None:
         arguments.seed,
         trained.config.data.system_prompt if arguments.system_prompt is None else arguments.system_prompt,
     )
-    rows, left_out = read_questions(str(arguments.input))
+    rows, left_out, unused = read_questions(str(arguments.input), trained.config.data.columns)
+    if unused:
+        say(f"Not used: {in_words(unused)}")
     for reason, numbers in left_out.items():
         say(f"Left out, {reason}: {_rows_in_words(numbers)}")
     if len(rows) == 0:
@@ -105,7 +108,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.seed < 0:
         raise ValueError(f"--seed must be at least 0, not {arguments.seed}")
     rows, output = arguments.input, arguments.output
-    if not rows.is_file() or rows.suffix.lower() not in FILE_SUFFIXES:
+    if not rows.is_file() or kind_of(str(rows)) is None:
         raise ValueError(f"--input {rows} is not a file that ends in {', '.join(FILE_SUFFIXES)}")
     if output.suffix.lower() not in OUTPUT_SUFFIXES:
         raise ValueError(f"--output {output}: name a file that ends in {' or '.join(OUTPUT_SUFFIXES)}")

@@ -12,6 +12,7 @@ Kind = Literal["messages", "sharegpt", "instruction", "completion", "text"]
 
 BESIDE_MESSAGES = ("tools", "system", "chat_template_kwargs")
 BESIDE_AN_INSTRUCTION = ("input", "history", "system")
+ANSWERS = ("output", "completion")
 OTHER_NAMES = {"system": "system_prompt", "input": "context"}  # taken where the first is no column
 
 # Two columns that ask and answer, in the order in which they are looked for.
@@ -69,8 +70,8 @@ class Format:
             other = _first_match(raw)
             if other:
                 raise ValueError(
-                    f"{place}: it has {other.name}, where the file's first rows have {self.name}; a source "
-                    "has one format, so make the others a source of their own"
+                    f"{place}: it has {other.name}, where other rows have {self.name}; a source has one "
+                    "format: split the rows into files, and name each in data.path as {path: FILE}"
                 )
         cells = {ours: _none_if_nan(raw.get(theirs)) for ours, theirs in self.columns.items()}
         used = set(self.columns.values())
@@ -178,6 +179,10 @@ def format_of(
             be guessed), or a mapping of columns that are not there.
     """
     mapping = mapping or {}
+    if questions_only:
+        mapping = {
+            theirs: ours for theirs, ours in mapping.items() if theirs in columns or ours not in ANSWERS
+        }
     for column in mapping:
         if column not in columns:
             names = ", ".join(map(str, columns))

@@ -22,7 +22,7 @@ def unknown_columns(
     hints = ", ".join(f"{c!r} is near {match[0]!r}" for c, match in near.items() if match and match[0] != c)
     guess = _guess(columns, mapping, row)
     line = yaml.safe_dump(guess, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
-    nearest = f"; the nearest may be {' and '.join(guess.values())}, as data.columns: {line.strip()}"
+    nearest = f"; if these are {' and '.join(guess.values())}, set data.columns: {line.strip()}"
     return (
         f"{where} has the columns {list(columns)}{shown}; expected instruction and output (input optional), "
         "messages, or prompt and completion (or conversations, question and answer or a like pair, or text)"

@@ -25,5 +25,8 @@ def read_formatted(
             here = (batch.where, found)
             first = first or (batch.where, found, columns)
             if found.name != first[1].name:
-                raise ValueError(f"{batch.where} has the columns {columns}, {first[0]} has {first[2]}")
+                raise ValueError(
+                    f"{batch.where} has the columns {columns}, {first[0]} has {first[2]}; a source has one "
+                    "format: name each file in data.path as {path: FILE}"
+                )
         yield batch, here[1]

@@ -163,21 +163,25 @@ def _read_into(folder: Path, record: Path, sources: Sequence[Source], system_pro
 
 def read_questions_of(
     sources: Sequence[Source], reason_to_drop: Callable[[Mapping[str, Any]], str | None]
-) -> tuple[Dataset, dict[str, list[int]]]:
-    """The rows of sources whose answers may be missing, in memory, and the numbers of those dropped.
+) -> tuple[Dataset, dict[str, list[int]], Counter[str]]:
+    """The rows of sources whose answers may be missing, in memory; the numbers of those dropped; and how many
+    rows have what is not used.
 
     Raises:
         ValueError: as `read_sources`.
     """
     job, number = ReadRows(reason_to_drop), 1
     tables, dropped = [SCHEMA.empty_table()], defaultdict[str, list[int]](list)
+    unused: Counter[str] = Counter()
     for place, source in enumerate(sources):
         for raw, format_ in read_formatted(source, CHUNK_ROWS, questions_only=True):
             tables.append(job(Part(raw, format_, number, place, None)))
-            for reason, numbers in counts_of(tables[-1])["dropped"].items():
+            counts = counts_of(tables[-1])
+            unused.update(counts["unused"])
+            for reason, numbers in counts["dropped"].items():
                 dropped[reason] += numbers
             number += raw.num_rows
-    return Dataset(pa.concat_tables(tables)), dict(dropped)
+    return Dataset(pa.concat_tables(tables)), dict(dropped), unused
 
 
 def _identity(source: Source) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def _nothing_left(read: ReadSources, place: int, source: Source) -> str:
     own = {r: sum(first < n <= last for n in numbers) for r, numbers in read.dropped.items()}
     reasons = ", ".join(f"{count} {reason}" for reason, count in own.items() if count)
     where = ", ".join(source.files) or source.dataset
-    return f"{where} has no usable row: {read.num_read[place]} read ({reasons})"
+    return f"{where} has no usable row: {read.num_read[place]} read{f' ({reasons})' if reasons else ''}"
 
 
 def _counts(sources: Sequence[Source], usable: Sequence[int], num_samples: int | None) -> list[int | None]:
@@ -179,14 +179,18 @@ def row_at(table: Dataset, index: int) -> Row:
     return {**json.loads(entry["row"]), "row_number": entry["row_number"]}
 
 
-def read_questions(file: str) -> tuple[Dataset, dict[str, list[int]]]:
-    """The rows of a file that contain a question, as `load_rows` returns them, and the numbers of the others,
-    by reason. Answers, and their column, may be missing.
+def read_questions(
+    file: str, columns: dict[str, str] | None
+) -> tuple[Dataset, dict[str, list[int]], Counter[str]]:
+    """The rows of a file that contain a question, as `load_rows` returns them; the numbers of the others, by
+    reason; and how many rows have a column or key that is not used. Answers, and their column, may be
+    missing. `columns` are those of `data.columns`.
 
     Raises:
         ValueError: as `load_rows`.
     """
-    return read_questions_of(training_sources(DataConfig(path=file)), reason_to_ask_nothing)
+    sources = training_sources(DataConfig(path=file, columns=columns))
+    return read_questions_of(sources, reason_to_ask_nothing)
 
 
 def sample_rows(table: Dataset, num_samples: int | None, seed: int) -> Dataset:

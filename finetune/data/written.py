@@ -125,8 +125,8 @@ def _check_call(function: Mapping[str, Any], number: int, text: str) -> None:
     name, arguments = function["name"], function.get("arguments") or {}
     if name not in text:
         raise ValueError(
-            f"the chat template leaves out the tool call {name!r} of turn {number}; use one that writes tool "
-            "calls, such as data.chat_template chatml"
+            f"the chat template leaves out the tool call {name!r} of turn {number}; set one that writes tool "
+            "calls, such as --data.chat_template chatml"
         )
     if isinstance(arguments, str):
         arguments = json.loads(arguments or "{}")

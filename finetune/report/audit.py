@@ -26,6 +26,7 @@ ROWS_NAMED = 5  # of those with which the template does something
 HISTOGRAM_BINS, HISTOGRAM_WIDTH = 16, 40
 LONG_LIST = 12  # a list of more entries is folded on the page
 LONG_TEXT, SHOWN_TEXT = 2_000, 600  # characters: the middle of a longer text that is only read is folded
+DEFAULT_SYSTEM = "the chat template's default, if it has one"
 MOVED = "an answer is rewritten once others follow; it is trained as it was"
 
 
@@ -91,8 +92,8 @@ def _facts_table(audit: Audit) -> Table:
         ("data", described(data.path)),
         ("format", ", ".join(dict.fromkeys(rows.formats))),
         ("tokenizer", audit.config.model.name_or_path),
-        ("chat template", data.chat_template or "the tokenizer's own"),
-        ("system prompt", "the chat template's own" if data.system_prompt is None else data.system_prompt),
+        ("chat template", data.chat_template or "the model's own"),
+        ("system prompt", DEFAULT_SYSTEM if data.system_prompt is None else data.system_prompt),
         ("rows", f"{rows.num_read:,} read, {rows.num_kept:,} usable, {taken:,} taken"),
         ("dropped", ", ".join(f"{len(n):,} {reason}" for reason, n in audit.dropped.items()) or "none"),
         ("examples", f"{counts['train']:,} train, {counts['eval']:,} eval"),
@@ -138,8 +139,8 @@ def _such_as(numbers: Sequence[int]) -> str:
 
 def _unused_table(audit: Audit) -> Table:
     rows = [(name, f"{count:,}") for name, count in audit.rows.unused.most_common()]
-    note = "Under --strict they stop a run. data.columns says what columns of other names are."
-    return Table("What is not used of the rows", ("", "rows"), rows, note)
+    note = "With --strict they stop a run. data.columns gives a column the name that it has here."
+    return Table("Not used of the rows", ("", "rows"), rows, note)
 
 
 def _roles_table(figures: pd.DataFrame) -> Table:

@@ -213,7 +213,7 @@ def setting_facts(config: Config) -> Facts:
     facts = [
         ("LoRA", f"r {lora.r}, alpha {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, on {targets}"),
         ("trained on", "every token" if data.train_on == "all" else "the answers alone"),
-        ("system prompt", data.system_prompt or "the chat template's own"),
+        ("system prompt", data.system_prompt or "the chat template's default, if it has one"),
         (
             "longest example",
             f"{data.max_length:,} tokens; {'cut' if data.overlong == 'truncate' else 'dropped'} where longer",

@@ -29,7 +29,7 @@ from finetune.runtime.console import console
 from finetune.runtime.files import file_sha256, write_atomically
 
 PROMPT_COLUMNS = (
-    *("messages", "instruction", "input", "history", "prompt", "text"),
+    *("messages", "instruction", "input", "history", "prompt"),
     *("system", "tools", "chat_template_kwargs"),
 )
 MODELS = {"tuned": ("tuned",), "base": ("base",), "both": ("tuned", "base")}
@@ -68,6 +68,7 @@ def settings_of(request: Request, rows: Path, trained: Trained) -> Record:
         "quantization": model.quantization,
         "mixed_precision": trained.config.train.mixed_precision,
         "chat_template": trained.config.data.chat_template,
+        "columns": trained.config.data.columns,
         **asdict(request),
     }
 

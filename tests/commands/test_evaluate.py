@@ -104,6 +104,20 @@ def test_each_source_is_a_slice(run_train, rows_file, figures):
         assert by_name[name]["num_target_tokens"] == last[f"num_target_tokens/{name}"]
 
 
+def test_rows_of_eval_sets_have_values_of_a_column_too(run_train, rows_file, tmp_path, figures):
+    eval_file = tmp_path / "math.jsonl"
+    rows = [json.loads(line) for line in rows_file.read_text(encoding="utf-8").splitlines()][:6]
+    topics = ["sums", "sums", "roots", "sums", "roots", "sums"]
+    text = "".join(json.dumps(row | {"topic": topic}) + "\n" for row, topic in zip(rows, topics, strict=True))
+    eval_file.write_text(text, encoding="utf-8")
+    sets = {"math": str(eval_file)}
+    run_dir = run_train(optim__learning_rate=0.02, data__eval_fraction=0, eval__sets=json.dumps(sets))
+    found, _ = figures(run_dir, "--by", "topic", "--generate", 0)
+    counts = {one["name"]: one["num_examples"] for one in found["slices"]}
+    assert counts["topic = sums"] == 4
+    assert counts["topic = roots"] == 2
+
+
 def test_a_file_is_evaluated_whole_and_by_any_of_its_columns(run_dir, rows_file, tmp_path, figures):
     rows = [json.loads(line) for line in rows_file.read_text(encoding="utf-8").splitlines()][:9]
     for number, row in enumerate(rows):

@@ -68,6 +68,17 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
+def test_columns_are_mapped_and_those_that_are_not_used_are_named(ask, tmp_path, capsys):
+    rows = tmp_path / "mapped.csv.gz"
+    pd.DataFrame({"customer_says": QUESTIONS[:2], "ticket": [7, 8]}).to_csv(rows, index=False)
+    columns = "{customer_says: instruction, we_reply: output}"  # the column of the answers is not there
+    output = ask("--data.columns", columns, rows=rows)
+    assert [line["instruction"] for line in read(output)] == QUESTIONS[:2]
+    assert 'Not used: column "ticket" (2 rows)' in capsys.readouterr().out
+    ask("--data.columns", "{client: instruction}", rows=rows, name="none.jsonl", expect=2)
+    assert "has no column 'client', which data.columns names" in capsys.readouterr().err
+
+
 def test_every_row_has_the_answer_it_would_have_alone(ask, run_dir, capsys):
     output = ask("--which", "both", "--batch_size", "5")
     lines = read(output)
