@@ -30,6 +30,7 @@ _CONTENT, _REASONING, _ARGUMENT = "\ue0f1\ue0f2", "\ue0f3\ue0f4", "\ue0f5\ue0f6"
 
 # The keys of an answer that is nothing but its content.
 _PLAIN = {"role", "content", "train", "name"}
+MAX_SHAPES = 1000  # that are remembered of a template
 
 
 class Span(NamedTuple):
@@ -135,6 +136,8 @@ def _find_turn(
             return turn.find(known, remarks)
         except ValueError:
             pass  # Turns like it are of that shape, this one may be of another.
+    if len(template.turn_shapes) >= MAX_SHAPES:  # template arguments may differ in every row
+        template.turn_shapes.clear()
     shape = template.turn_shapes[turn.key] = turn.shape()
     return turn.find(shape, remarks)
 

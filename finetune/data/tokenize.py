@@ -247,10 +247,10 @@ def _shortened(tokens: Tokens, max_length: int) -> Tokens:
 
 
 def _pieces(tokens: Tokens, max_length: int) -> list[Tokens]:
-    """Consecutive pieces of a plain text; one token that is left over predicts nothing."""
+    """Consecutive pieces of a plain text. Each begins with the last token of the one before, which predicts
+    its first target: so every token but the text's first is a target once."""
     pieces = []
-    for start in range(0, len(tokens.input_ids), max_length):
+    for start in range(0, len(tokens.input_ids) - 1, max_length - 1):
         input_ids = tokens.input_ids[start : start + max_length]
-        if len(input_ids) > 1 or max_length == 1:
-            pieces.append(Tokens(input_ids, [IGNORE, *input_ids[1:]], is_text=True))
+        pieces.append(Tokens(input_ids, [IGNORE, *input_ids[1:]], is_text=True))
     return pieces

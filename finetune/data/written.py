@@ -76,7 +76,7 @@ def remarks_on_prompt(template: ChatTemplate, conversation: Conversation, text: 
     # The name alone proves nothing: it stands in the text of a call too.
     names = [function_of_tool(tool).get("name", "") for tool in conversation.tools or []]
     if names and not (template.writes_tools and all(name in text for name in names)):
-        yield "tools is not written"
+        yield "tools are not written"
     for message in conversation.messages:
         content = message.get("content")
         if message["role"] == "assistant" or not isinstance(content, str) or content.strip() in text:

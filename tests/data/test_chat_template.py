@@ -69,7 +69,7 @@ def test_tools_that_are_not_written_are_remarked_on_though_a_call_names_them():
     template = SMALL_TEMPLATES["concatenating"]
     assert "weather" not in render(byte_tokenizer(template), up_to(calling({"city": "Zürich"}), 1))
     assert encode(byte_tokenizer(template), calling({"city": "Zürich"}), "completion").remarks == (
-        "tools is not written",
+        "tools are not written",
     )
     hermes = byte_tokenizer(SMALL_TEMPLATES["hermes"])
     assert "weather" in render(hermes, up_to(calling({"city": "Zürich"}), 1))
@@ -95,7 +95,7 @@ def test_what_the_template_does_not_write_is_remarked_on():
         {"role": "assistant", "content": "Four.", "reasoning_content": "Two and two."},
     ]
     tokens = encode(tokenizer, Conversation(turns, [WEATHER]), "completion")
-    assert tokens.remarks == ("reasoning_content is not written", "tools is not written")
+    assert tokens.remarks == ("reasoning_content is not written", "tools are not written")
     shouting = tiny_tokenizer(
         QWEN2_TEMPLATE.replace("turn.content", "(turn.content if turn.role == 'assistant' else 'x')")
     )

@@ -154,7 +154,7 @@ def test_what_is_not_used_of_the_rows_and_what_the_template_leaves_out_is_counte
         for table in summary(audit_of(write(tmp_path / "rows.jsonl", rows), tokenizer, eval_fraction=0))
     }
     assert tables["Not used of the rows"] == {'column "topic"': "2", 'message key "mood"': "2"}
-    assert tables["What the chat template does with rows"]["tools is not written"] == "1"
+    assert tables["What the chat template does with rows"]["tools are not written"] == "1"
     assert tables["What is trained on"]["format"] == "messages"
 
 
