@@ -30,10 +30,11 @@ from finetune.data.prepare import (
     packed,
     read_chunk,
     with_counts,
+    write_record,
 )
 from finetune.data.reading import read_formatted
 from finetune.data.sources import Source
-from finetune.runtime.files import file_sha256, write_atomically
+from finetune.runtime.files import file_sha256
 
 SCHEMA = pa.schema({"row_number": pa.int64(), "source": pa.int32(), "row": pa.string()})
 KEYED = "rows of "  # and a key: the description of a table whose texts depend on that and their numbers alone
@@ -158,7 +159,7 @@ def _read_into(folder: Path, record: Path, sources: Sequence[Source], system_pro
         "unused": unused,
         "files": files,
     }
-    write_atomically(record, json.dumps(known))
+    write_record(record, known)
 
 
 def read_questions_of(

@@ -115,7 +115,6 @@ def test_only_missing_chunks_are_made_and_their_rows_alone_are_asked_for(tmp_pat
     before = [path.stat().st_mtime_ns for path in paths]
     for number in (2, 5):
         paths[number].unlink()
-    (tmp_path / ".00002.arrow.99.partial").write_bytes(b"half")
     asked: list[int] = []
     assert make_chunks(tmp_path, chunks_of(6, asked), double, "Working") == paths
     assert asked == [2, 5]
@@ -123,6 +122,29 @@ def test_only_missing_chunks_are_made_and_their_rows_alone_are_asked_for(tmp_pat
     changed = [path.stat().st_mtime_ns != old for path, old in zip(paths, before, strict=True)]
     assert changed == [False, False, True, False, False, True]
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in paths}
+
+
+def test_what_killed_processes_left_is_removed_and_what_others_still_need_is_not(tmp_path, monkeypatch):
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    here = prepare.platform.node()
+    left = [f".00002.arrow.{ended.pid}@{here}.partial", f".job.{ended.pid}@{here}.partial"]
+    needed = [f".job.{os.getppid()}@{here}.partial", f".00001.arrow.{ended.pid}@elsewhere.partial"]
+    for name in (*left, *needed):
+        (tmp_path / name).write_bytes(b"half")
+    paths = make_chunks(tmp_path, chunks_of(3), double, "Working")
+    assert {path.name for path in tmp_path.iterdir()} == {*needed, *(path.name for path in paths)}
+
+
+def test_two_processes_may_prepare_the_same_rows_at_once(tmp_path):
+    path, cache = write(tmp_path / "rows.jsonl", 400), tmp_path / "cache"
+    text = PREPARE.format(root=str(ROOT), tests=str(ROOT / "tests"), cache=str(cache), path=path)
+    text = text.replace("prepare.FEW_ROWS = 100", "prepare.FEW_ROWS, row_tables.CHUNK_ROWS = 0, 10")
+    script = tmp_path / "prepare.py"
+    script.write_text(text, encoding="utf-8")
+    running = [subprocess.Popen([sys.executable, str(script)], cwd=ROOT) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    assert not list(cache.rglob(".*.partial"))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
