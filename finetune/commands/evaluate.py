@@ -10,7 +10,7 @@ from finetune.data import slices
 from finetune.data.by_source import is_main, source_of_each
 from finetune.data.examples import tokenize_rows
 from finetune.data.files import read_column
-from finetune.data.sources import training_sources
+from finetune.data.sources import eval_sources, training_sources
 from finetune.report import evaluation
 from finetune.run.adapter import load_trained, parse_trained, trained_parser
 from finetune.runtime.cli import CommandParser
@@ -28,13 +28,14 @@ def command(argv: Sequence[str]) -> None:
     _check(arguments)
     harness = None if arguments.lm_eval is None else evaluation.import_harness()
     evaluated = evaluation.read_rows(trained, arguments.data)
-    cells = None if arguments.by is None else read_column(training_sources(evaluated.data), arguments.by)
+    eval_sets = trained.config.eval.sets if arguments.data is None else None
+    sources = [*training_sources(evaluated.data), *eval_sources(evaluated.data, eval_sets)]
+    cells = None if arguments.by is None else read_column(sources, arguments.by)
     opened = load_trained(trained)
     examples = tokenize_rows(evaluated.rows, opened.tokenizer, evaluated.data, evaluated.source_names)
     if len(examples.dataset) == 0:
         raise ValueError(f"{evaluated.source}: no example is left; raise data.max_length")
     base, tuned = evaluation.evaluate_both(trained, opened, evaluated, examples)
-    eval_sets = trained.config.eval.sets if arguments.data is None else None
     main = is_main(source_of_each(examples), eval_sets or ())
     everything = evaluation.group_figures("all", base, tuned, main)
     chosen = [

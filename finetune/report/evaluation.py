@@ -94,7 +94,9 @@ def read_rows(trained: Trained, file: str | None) -> Evaluated:
         rows = load_rows(data, sets)
         if len(rows.eval) == 0:
             raise ValueError("the run has no eval rows (data.eval_fraction is 0): give --data FILE")
-        return Evaluated(f"the eval rows of {described(data.path)}", rows.eval, data, rows.source_names, rows)
+        own_path = data.path if data.eval_fraction > 0 else data.eval_path
+        place = described(list((sets or {}).values()) if own_path is None else own_path)
+        return Evaluated(f"the eval rows of {place}", rows.eval, data, rows.source_names, rows)
     own = replace(data, path=file, num_samples=None, eval_path=None, eval_fraction=0.0)
     rows = load_rows(own)
     for reason, numbers in rows.dropped.items():
