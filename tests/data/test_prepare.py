@@ -353,5 +353,29 @@ def test_eval_sets_are_rows_of_their_own_with_their_names(tmp_path):
     assert list(data.eval.source_names) == ["own", "math", "contracts"]
     assert data.train.sources.tolist() == [0] * 6
     assert data.eval.sources.tolist() == [1] * 6 + [2] * 6
-    assert data.taken() == {"own": 6, "math": 6, "contracts": 6}
+    assert data.taken() == [6, 6, 6]
     assert len(data.leaks) == 12  # each prompt is trained on
+
+
+def test_rows_of_two_sources_of_one_name_are_counted_apart(tmp_path):
+    """As the train and the test split of one data set have."""
+    for folder in ("train", "test"):
+        (tmp_path / folder).mkdir()
+    train, test = write(tmp_path / "train/own.jsonl", 6), write(tmp_path / "test/own.jsonl", 4)
+    data = load_data(Config(data=DataConfig(path=train, eval_path=test, eval_fraction=0.0)), tiny_tokenizer())
+    assert data.taken() == [6, 4]
+    assert [(one["name"], one["taken"]) for one in data.counts()["sources"]] == [("own", 6), ("own", 4)]
+
+
+def test_a_column_that_only_rows_behind_the_first_batch_have_is_used(tmp_path, small_chunks):
+    tool = {"type": "function", "function": {"name": "flip", "parameters": {}}}
+    turns = [{"role": "user", "content": "Flip."}, {"role": "assistant", "content": "Heads."}]
+    rows = [
+        {"messages": turns, **({"tools": [tool], "system": "Be fair."} if n == 14 else {})} for n in range(15)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    loaded = load_rows(DataConfig(path=str(path), eval_fraction=0.0))
+    assert loaded.unused == Counter()
+    *_, last = iterate_rows(loaded.train)
+    assert (last["tools"], last["system"]) == ([tool], "Be fair.")
