@@ -39,9 +39,8 @@ class Data:
     def taken(self) -> list[int]:
         """How many rows of each source were taken, in the order of `rows.source_names`, where one of
         data.eval_path may have the name of one that is trained on."""
-        num_sources = len(self.rows.source_names)
-        of_each = [column_of(table, "source") for table in (self.rows.train, self.rows.eval)]
-        counts: list[int] = sum(np.bincount(own, minlength=num_sources) for own in of_each).tolist()
+        sources = np.r_[column_of(self.rows.train, "source"), column_of(self.rows.eval, "source")]
+        counts: list[int] = np.bincount(sources, minlength=len(self.rows.source_names)).tolist()
         return counts
 
     def counts(self) -> dict[str, Any]:

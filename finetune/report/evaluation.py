@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from finetune.config import DataConfig, described
+from finetune.config import Config, DataConfig, Sources, described, paths_of
 from finetune.data.conversations import Conversation, Message, Row, to_conversation
 from finetune.data.examples import Examples, tokenize_rows
 from finetune.data.plan import make_plan, plan_evaluation
@@ -94,8 +94,7 @@ def read_rows(trained: Trained, file: str | None) -> Evaluated:
         rows = load_rows(data, sets)
         if len(rows.eval) == 0:
             raise ValueError("the run has no eval rows (data.eval_fraction is 0): give --data FILE")
-        own_path = data.path if data.eval_fraction > 0 else data.eval_path
-        place = described(list((sets or {}).values()) if own_path is None else own_path)
+        place = described(_main_eval_path(trained.config))
         return Evaluated(f"the eval rows of {place}", rows.eval, data, rows.source_names, rows)
     own = replace(data, path=file, num_samples=None, eval_path=None, eval_fraction=0.0)
     rows = load_rows(own)
@@ -107,6 +106,15 @@ def read_rows(trained: Trained, file: str | None) -> Evaluated:
         say(f"Rows that were also trained on cannot be marked: {error}")
         run_rows = None
     return Evaluated(file, rows.train, own, rows.source_names, run_rows)
+
+
+def _main_eval_path(config: Config) -> Sources:
+    """Where the rows are from that the figures of all examples are of; see `is_main`."""
+    if config.data.eval_fraction > 0:
+        return config.data.path
+    if config.data.eval_path is not None:
+        return config.data.eval_path
+    return [path for paths in (config.eval.sets or {}).values() for path in paths_of(paths)]
 
 
 def evaluate_both(
