@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from finetune.config import Config, DataConfig, Sources, described, paths_of
+from finetune.config import Config, DataConfig, Sources, described, described_rows, paths_of
 from finetune.data.conversations import Conversation, Message, Row, to_conversation
 from finetune.data.examples import Examples, tokenize_rows
 from finetune.data.plan import make_plan, plan_evaluation
@@ -129,7 +129,7 @@ def evaluate_both(
         environment = read_environment(trained.run_dir)
         int8, max_tokens = str(environment["int8"]), environment["token_budget"]
         if is_own and environment["data"] != fingerprint_of(train_set, examples):
-            rows = described(config.data.path)
+            rows = described_rows(config)
             say(f"These are NOT the rows of the run: {rows} or the settings have changed since.")
     token_loss = TokenLoss(opened.model)
     fast_paths = choose_fast_paths(config, opened.accelerator, token_loss, train_set, int8)
