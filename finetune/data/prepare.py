@@ -33,6 +33,7 @@ Job = Callable[[Any], pa.Table]
 """What is done to the payload of a chunk. Jobs and payloads go to other processes, so they can be pickled."""
 
 CHUNK_ROWS = 2_000
+CHUNK_BYTES = 4 << 20  # of long texts, fewer rows: encoding takes some 70 bytes for each of the text
 FEW_ROWS = 8_000  # are done sooner by this process than others start
 QUEUED_PER_WORKER = 4  # chunks that wait in memory
 QUIET_SECONDS = 1.0  # a shorter preparation needs no progress bar

@@ -379,3 +379,19 @@ def test_a_column_that_only_rows_behind_the_first_batch_have_is_used(tmp_path, s
     assert loaded.unused == Counter()
     *_, last = iterate_rows(loaded.train)
     assert (last["tools"], last["system"]) == ([tool], "Be fair.")
+
+
+def test_long_texts_are_prepared_a_few_at_a_time(tmp_path, monkeypatch):
+    lengths = [50, 10, 10, 900, 10, 400, 400, 10, 10]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": "a" * size}) + "\n" for size in lengths), encoding="utf-8")
+    config = DataConfig(path=str(path), eval_fraction=0.0)
+    rows = load_rows(config).train
+    assert [chunk.num_rows for chunk in row_tables.table_chunks(rows)] == [9]
+    whole = tokenize_rows(rows, tiny_tokenizer(), config)
+    monkeypatch.setattr(row_tables, "CHUNK_BYTES", 500)
+    assert [chunk.num_rows for chunk in row_tables.table_chunks(rows)] == [3, 1, 2, 3]
+    backwards = rows.select(range(8, -1, -1))
+    assert [chunk.num_rows for chunk in row_tables.table_chunks(backwards)] == [3, 2, 1, 3]
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "other")
+    assert tokenize_rows(rows, tiny_tokenizer(), config).fingerprint == whole.fingerprint
