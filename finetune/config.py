@@ -254,6 +254,17 @@ def described(path: Sources) -> str:
     return ", ".join(paths_of(path))
 
 
+def eval_paths(config: Config) -> list[str]:
+    """The files, folders, patterns and data sets that data.eval_path and eval.sets name."""
+    given = [config.data.eval_path or [], *(config.eval.sets or {}).values()]
+    return [path for paths in given for path in paths_of(paths)]
+
+
+def described_rows(config: Config) -> str:
+    """data.path, data.eval_path and eval.sets in words."""
+    return ", ".join([*paths_of(config.data.path), *eval_paths(config)])
+
+
 def evaluates(config: Config) -> bool:
     """Whether a run has anything to evaluate on."""
     return config.data.eval_fraction > 0 or config.data.eval_path is not None or bool(config.eval.sets)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from finetune.config import described
+from finetune.config import described_rows
 from finetune.config_parsing import parse_config
 from finetune.data.plan import make_plan
 from finetune.data.splits import fingerprint_of
@@ -47,8 +47,8 @@ def repeat_bad_update(run_dir: Path, recorded: dict[str, Any]) -> dict[str, Any]
     parts = load_parts(config, run_dir / STATE_BEFORE)
     train_set, token_loss = parts.train_set, parts.token_loss
     if environment["data"] != fingerprint_of(train_set, parts.eval_set):
-        rows = described(config.data.path)
-        raise ValueError(f"the rows of {rows} are not those that the run was trained on")
+        rows = described_rows(config)
+        raise ValueError(f"the rows of {rows} are not those that the run was trained and evaluated on")
     fast_paths = choose_fast_paths(config, parts.accelerator, token_loss, train_set, environment["int8"])
     load_adapter(run_dir / STATE_BEFORE, parts.model)  # not earlier: its weights may be out of range
     layout = fast_paths.packed, 0, environment["num_processes"], environment["token_budget"]

@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 
 from finetune.config import DataConfig
 from finetune.data.encoding import SCHEMA, EncodeRows, first_targets, flat, lengths, target_counts
-from finetune.data.prepare import CHUNK_ROWS, counts_of, make_chunks, read_chunk
+from finetune.data.prepare import CHUNK_ROWS, counts_of, make_chunks, read_chunk, write_record
 from finetune.data.row_tables import cache_folder, digest_of, table_chunks
 from finetune.data.segments import MIN_SHARED, SequenceSizes, sequence_sizes
 from finetune.data.written import is_left_out
-from finetune.runtime.files import write_atomically
 
 COLUMNS = ["input_ids", "labels", "row_number", "source", "branches"]
 
@@ -230,7 +229,7 @@ def _derived(paths: Sequence[Path], kept: NDArray[np.bool_], file: Path) -> dict
             "shared_prefix": shared_prefix(_kept_tables(paths, kept)),
             "fingerprint": fingerprint(_kept_tables(paths, kept)),
         }
-        write_atomically(file, json.dumps(derived))
+        write_record(file, derived)
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return result
 

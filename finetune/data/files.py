@@ -22,6 +22,7 @@ from finetune.data.sources import Source, kind_of
 
 BOM = codecs.BOM_UTF8
 ROWS_AT_ONCE = 1000  # where one column of all rows is read
+BATCH_BYTES = 4 << 20  # about; batches of longer rows have fewer
 
 
 @dataclass(frozen=True)
@@ -178,27 +179,29 @@ def _without_nulls(cell: Any) -> Any:
     return cell if isinstance(cell, str | int | float | bool | None) else str(cell)
 
 
-def _arrow_rows(where: str, first_row: int, table: pa.Table | pa.RecordBatch) -> RawBatch:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write(table)
-    return _ArrowRows(where, first_row, table.num_rows, sink.getvalue().to_pybytes())
+def _arrow_batches(where: str, first_row: int, table: pa.Table | pa.RecordBatch) -> Iterator[RawBatch]:
+    num_rows = max(1, table.num_rows * BATCH_BYTES // max(1, table.nbytes))
+    for start in range(0, table.num_rows, num_rows):
+        part = table.slice(start, num_rows)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, part.schema) as writer:
+            writer.write(part)
+        yield _ArrowRows(where, first_row + start, part.num_rows, sink.getvalue().to_pybytes())
 
 
 def _parquet_batches(file: str, rows_per_batch: int) -> Iterator[RawBatch]:
     first = 1
     with pq.ParquetFile(file) as parquet:
         for batch in parquet.iter_batches(batch_size=rows_per_batch):
-            if batch.num_rows:
-                yield _arrow_rows(file, first, batch)
-                first += batch.num_rows
+            yield from _arrow_batches(file, first, batch)
+            first += batch.num_rows
 
 
 def _hub_batches(source: Source, rows_per_batch: int) -> Iterator[RawBatch]:
     name = cast(str, source.dataset)
     table = _load_hub(source, name).with_format("arrow")
     for start in range(0, len(table), rows_per_batch):
-        yield _arrow_rows(name, start + 1, table[start : start + rows_per_batch])
+        yield from _arrow_batches(name, start + 1, table[start : start + rows_per_batch])
     if len(table) == 0:
         raise ValueError(f"{name} is empty")
 
@@ -290,15 +293,15 @@ def _line_batches(
 ) -> Iterator[RawBatch]:
     """Batches of the stream's lines, before which the file has `num_lines` lines and `num_bytes` bytes."""
     lines: list[bytes] = []
-    row, filled = 1, 0
+    row, filled, size = 1, 0, 0
     for line in stream:
         lines.append(line)
         filled += bool(line.strip())
-        if filled == rows_per_batch:
-            text = b"".join(lines)
-            yield _Lines(file, row, filled, text, num_lines + 1, num_bytes)
-            num_lines, num_bytes = num_lines + len(lines), num_bytes + len(text)
-            row, filled, lines = row + filled, 0, []
+        size += len(line)
+        if filled == rows_per_batch or (filled and size >= BATCH_BYTES):
+            yield _Lines(file, row, filled, b"".join(lines), num_lines + 1, num_bytes)
+            num_lines, num_bytes = num_lines + len(lines), num_bytes + size
+            row, filled, size, lines = row + filled, 0, 0, []
     if filled:
         yield _Lines(file, row, filled, b"".join(lines), num_lines + 1, num_bytes)
 

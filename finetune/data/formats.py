@@ -212,7 +212,9 @@ def _matches(columns: Sequence[str], mapping: Mapping[str, str], questions_only:
             own = {ours: theirs[column] for column, ours in required.items()}
             for ours in optional:
                 names = (ours, OTHER_NAMES.get(ours, ours))
-                column = next((theirs[name] for name in names if name in theirs), None)
+                # One that none of these rows has may be in rows further on.
+                absent = None if ours in mapping else ours
+                column = next((theirs[name] for name in names if name in theirs), absent)
                 if column is not None and column not in own.values():
                     own.setdefault(ours, column)
             formats.append(Format(kind, name, tuple(theirs[column] for column in required), own))

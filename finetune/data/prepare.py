@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import os
 import pickle
+import platform
+import re
 import signal
 import sys
 import threading
@@ -21,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import psutil
 import pyarrow as pa
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -30,6 +33,7 @@ Job = Callable[[Any], pa.Table]
 """What is done to the payload of a chunk. Jobs and payloads go to other processes, so they can be pickled."""
 
 CHUNK_ROWS = 2_000
+CHUNK_BYTES = 4 << 20  # of long texts, fewer rows: encoding takes some 70 bytes for each of the text
 FEW_ROWS = 8_000  # are done sooner by this process than others start
 QUEUED_PER_WORKER = 4  # chunks that wait in memory
 QUIET_SECONDS = 1.0  # a shorter preparation needs no progress bar
@@ -83,8 +87,9 @@ def make_chunks(
         is_large = num_rows > FEW_ROWS and available_cpus() > 1
         done = _run_in_others(tasks, job, folder) if is_large else _run_here(tasks, job)
         _show_progress(done, title, total)
-        for left_over in folder.glob(".*.partial"):  # by processes that were killed
-            left_over.unlink(missing_ok=True)
+        for partial in folder.glob(".*.partial"):
+            if _is_left_over(partial):
+                partial.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(
             f"prepared rows cannot be kept in {folder} ({error.strerror or error}); make room, or set "
@@ -110,19 +115,43 @@ def available_cpus() -> int:
     return os.cpu_count() or 1
 
 
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A file to write into that then becomes `path`, which is there whole or not at all, also where several
+    processes make the same at once."""
+    partial = _partial(path)
+    yield partial
+    try:
+        os.replace(partial, path)
+    except FileNotFoundError:  # one that does not see this process, as in containers, took it for left over
+        if not path.exists():
+            raise
+
+
+def _partial(path: Path) -> Path:
+    """What this process writes before it is `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}@{platform.node()}.partial")
+
+
+def _is_left_over(partial: Path) -> bool:
+    """Whether the process that wrote it is gone. Those of other computers cannot be seen from here."""
+    owner = re.fullmatch(r".*\.(\d+)@(.*)\.partial", partial.name)
+    return owner is not None and owner[2] == platform.node() and not psutil.pid_exists(int(owner[1]))
+
+
 def write_chunk(path: Path, table: pa.Table) -> None:
-    """Write a chunk so that it is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
+    """Write a chunk, as `written_whole`."""
+    with written_whole(path) as partial, partial.open("wb") as file:
         with pa.ipc.new_stream(file, table.schema) as writer:
             writer.write_table(table)
         file.flush()
         os.fsync(file.fileno())
-    try:
-        os.replace(partial, path)
-    except FileNotFoundError:  # another process has finished this chunk, and removed what was left over
-        if not path.exists():
-            raise
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write what is known of chunks as JSON, as `written_whole`."""
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(record), encoding="utf-8")
 
 
 def read_chunk(path: Path) -> pa.Table:
@@ -190,7 +219,7 @@ def _run_in_others(tasks: Iterator[Task], job: Job, folder: Path) -> Iterator[in
     """The same in processes of their own, few chunks ahead of what is yielded."""
     queue: deque[tuple[int, Future[None]]] = deque()
     # Pickled once: a tokenizer has megabytes.
-    job_file = folder / f".job.{os.getpid()}.partial"
+    job_file = _partial(folder / "job")
     job_file.write_bytes(pickle.dumps(job))
     is_done = False
     try:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 
@@ -23,6 +24,7 @@ from finetune.data.conversations import Row
 from finetune.data.files import RawBatch, hub_fingerprint
 from finetune.data.formats import Format
 from finetune.data.prepare import (
+    CHUNK_BYTES,
     CHUNK_ROWS,
     Chunk,
     counts_of,
@@ -30,10 +32,11 @@ from finetune.data.prepare import (
     packed,
     read_chunk,
     with_counts,
+    write_record,
 )
 from finetune.data.reading import read_formatted
 from finetune.data.sources import Source
-from finetune.runtime.files import file_sha256, write_atomically
+from finetune.runtime.files import file_sha256
 
 SCHEMA = pa.schema({"row_number": pa.int64(), "source": pa.int32(), "row": pa.string()})
 KEYED = "rows of "  # and a key: the description of a table whose texts depend on that and their numbers alone
@@ -158,7 +161,7 @@ def _read_into(folder: Path, record: Path, sources: Sequence[Source], system_pro
         "unused": unused,
         "files": files,
     }
-    write_atomically(record, json.dumps(known))
+    write_record(record, known)
 
 
 def read_questions_of(
@@ -215,11 +218,17 @@ def _code_digest() -> str:
 
 
 def table_chunks(table: Dataset) -> Iterator[Chunk]:
-    """A table in chunks of CHUNK_ROWS rows, each `packed`."""
+    """A table in chunks of at most CHUNK_ROWS rows with CHUNK_BYTES of text (or one longer row), `packed`."""
     arrow = table.with_format("arrow")
-    for start in range(0, len(table), CHUNK_ROWS):
-        end = min(len(table), start + CHUNK_ROWS)
+    bytes_before = np.r_[
+        0, np.cumsum(_in_order(table, pc.binary_length(table.data.column("row")).to_numpy()))
+    ]
+    start = 0
+    while start < len(table):
+        within = int(np.searchsorted(bytes_before, bytes_before[start] + CHUNK_BYTES, side="right")) - 1
+        end = min(start + CHUNK_ROWS, max(start + 1, within))
         yield Chunk(end - start, partial(_packed_part, arrow, start, end))
+        start = end
 
 
 def _packed_part(arrow: Dataset, start: int, end: int) -> bytes:
@@ -228,9 +237,13 @@ def _packed_part(arrow: Dataset, start: int, end: int) -> bytes:
 
 def column_of(table: Dataset, name: str) -> NDArray[Any]:
     """A column of numbers, without its rows' other columns."""
-    column = table.data.column(name).to_numpy()
+    return _in_order(table, table.data.column(name).to_numpy())
+
+
+def _in_order(table: Dataset, values: NDArray[Any]) -> NDArray[Any]:
+    """The values of a table's rows, of those of all rows that it selects from."""
     places = table._indices
-    return np.asarray(column if places is None else column[places.column(0).to_numpy()])
+    return np.asarray(values if places is None else values[places.column(0).to_numpy()])
 
 
 def digest_of(rows: Dataset) -> str:

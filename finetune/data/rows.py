@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from finetune.config import DataConfig
 from finetune.data.cleaning import reason_to_ask_nothing
-from finetune.data.conversations import Row
+from finetune.data.conversations import SYSTEM_ROLES, Row
 from finetune.data.duplicates import Match, Signatures, find_matches, normalize, sign
 from finetune.data.prepare import make_chunks, read_chunk, unpacked, write_chunk
 from finetune.data.row_tables import (
@@ -260,7 +260,7 @@ def prompt_of(row: Mapping[str, Any]) -> str:
         return str(row["text"])
     if "messages" in row:
         last = max(turn for turn, message in enumerate(row["messages"]) if message["role"] == "assistant")
-        return "\n".join(text_of(turn) for turn in row["messages"][:last] if turn["role"] != "system")
+        return "\n".join(text_of(turn) for turn in row["messages"][:last] if turn["role"] not in SYSTEM_ROLES)
     if "completion" in row:
         return str(row["prompt"])
     history = [text for pair in row.get("history") or [] for text in pair]

@@ -36,21 +36,24 @@ class Data:
         """What is in rows and is not used, or is written otherwise by the chat template: in how many rows."""
         return self.rows.unused + self.train.unused + self.eval.unused
 
-    def taken(self) -> Counter[str]:
-        """How many rows of each source were taken."""
-        taken: Counter[str] = Counter()
-        for table in (self.rows.train, self.rows.eval):
-            counts = np.bincount(column_of(table, "source"), minlength=len(self.rows.source_names))
-            taken.update(dict(zip(self.rows.source_names, counts.tolist(), strict=False)))
-        return taken
+    def taken(self) -> list[int]:
+        """How many rows of each source were taken, in the order of `rows.source_names`, where one of
+        data.eval_path may have the name of one that is trained on."""
+        sources = np.r_[column_of(self.rows.train, "source"), column_of(self.rows.eval, "source")]
+        counts: list[int] = np.bincount(sources, minlength=len(self.rows.source_names)).tolist()
+        return counts
 
     def counts(self) -> dict[str, Any]:
         """What became of the rows that were read, for the record."""
         return {
             "read": self.rows.num_read,
             "usable": self.rows.num_kept,
-            "taken": dict(self.taken()),
-            "formats": dict(zip(self.rows.source_names, self.rows.formats, strict=True)),
+            "sources": [
+                {"name": name, "format": form, "taken": count}
+                for name, form, count in zip(
+                    self.rows.source_names, self.rows.formats, self.taken(), strict=True
+                )
+            ],
             "dropped": dict(self.dropped()),
             "unused": dict(self.unused()),
             "cut": len(self.train.truncated) + len(self.eval.truncated),

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from finetune.config import DataConfig, described
+from finetune.config import Config, DataConfig, Sources, described, described_rows, paths_of
 from finetune.data.conversations import Conversation, Message, Row, to_conversation
 from finetune.data.examples import Examples, tokenize_rows
 from finetune.data.plan import make_plan, plan_evaluation
@@ -94,7 +94,8 @@ def read_rows(trained: Trained, file: str | None) -> Evaluated:
         rows = load_rows(data, sets)
         if len(rows.eval) == 0:
             raise ValueError("the run has no eval rows (data.eval_fraction is 0): give --data FILE")
-        return Evaluated(f"the eval rows of {described(data.path)}", rows.eval, data, rows.source_names, rows)
+        place = described(_main_eval_path(trained.config))
+        return Evaluated(f"the eval rows of {place}", rows.eval, data, rows.source_names, rows)
     own = replace(data, path=file, num_samples=None, eval_path=None, eval_fraction=0.0)
     rows = load_rows(own)
     for reason, numbers in rows.dropped.items():
@@ -105,6 +106,15 @@ def read_rows(trained: Trained, file: str | None) -> Evaluated:
         say(f"Rows that were also trained on cannot be marked: {error}")
         run_rows = None
     return Evaluated(file, rows.train, own, rows.source_names, run_rows)
+
+
+def _main_eval_path(config: Config) -> Sources:
+    """Where the rows are from that the figures of all examples are of; see `is_main`."""
+    if config.data.eval_fraction > 0:
+        return config.data.path
+    if config.data.eval_path is not None:
+        return config.data.eval_path
+    return [path for paths in (config.eval.sets or {}).values() for path in paths_of(paths)]
 
 
 def evaluate_both(
@@ -119,7 +129,7 @@ def evaluate_both(
         environment = read_environment(trained.run_dir)
         int8, max_tokens = str(environment["int8"]), environment["token_budget"]
         if is_own and environment["data"] != fingerprint_of(train_set, examples):
-            rows = described(config.data.path)
+            rows = described_rows(config)
             say(f"These are NOT the rows of the run: {rows} or the settings have changed since.")
     token_loss = TokenLoss(opened.model)
     fast_paths = choose_fast_paths(config, opened.accelerator, token_loss, train_set, int8)

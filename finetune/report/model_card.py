@@ -11,7 +11,7 @@ from huggingface_hub import metadata_load
 from huggingface_hub.errors import HFValidationError
 from jinja2 import Environment, StrictUndefined
 
-from finetune.config import Config, ModelConfig, flatten, paths_of
+from finetune.config import Config, ModelConfig, eval_paths, flatten, paths_of
 from finetune.config_parsing import config_to_dict
 from finetune.data.sources import is_local
 from finetune.model import starter
@@ -84,7 +84,7 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
         "num_target_tokens": evaluations[-1]["num_target_tokens"] if evaluations else 0,
         "without_leaks": _number(evaluations[-1].get("loss_without_leaks")) if evaluations else "",
         "sources": _in_words(paths_of(config.data.path)),
-        "eval_sources": _in_words(_eval_paths(config)),
+        "eval_sources": _in_words(eval_paths(config)),
         "rows": rows,
         "dropped": ", ".join(f"{count} {reason}" for reason, count in rows["dropped"].items()) or "none"
         if rows
@@ -195,12 +195,6 @@ def _began_from(origin: dict[str, Any] | None) -> str:
     name = origin["run"] or without_folder(origin["path"])
     after = "" if origin["step"] is None else f" after update {origin['step']}"
     return f"{_code(name)}{after} (SHA-256 of its weights: {_code(origin['sha256'])})"
-
-
-def _eval_paths(config: Config) -> list[str]:
-    """The paths of data.eval_path and eval.sets."""
-    given = [config.data.eval_path or [], *(config.eval.sets or {}).values()]
-    return [path for paths in given for path in paths_of(paths)]
 
 
 def _in_words(paths: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finetune.config import Config, described, flatten
+from finetune.config import Config, described_rows, flatten
 from finetune.config_parsing import config_to_dict, config_to_yaml, with_current_values
 from finetune.data.plan import Plan
 from finetune.data.splits import Data, fingerprint_of
@@ -189,8 +189,8 @@ def start_run(
         before = read_environment(folder)
         if before["data"] != fingerprint:
             raise ValueError(
-                f"the rows of {described(config.data.path)} are not those that the run in {folder} was "
-                "trained on; restore them, or choose another output_dir"
+                f"the rows of {described_rows(config)} are not those that the run in {folder} was "
+                "trained and evaluated on; restore them, or choose another output_dir"
             )
         if before["global_batch_size"] != plan.global_batch_size:
             raise ValueError(

@@ -109,8 +109,8 @@ def _sources_in_words(data: Data) -> str:
     names, formats = data.rows.source_names, data.rows.formats
     if len(names) < 2:
         return ", ".join(formats)
-    taken = data.taken()
-    return ", ".join(f"{name} {taken[name]:,} ({form})" for name, form in zip(names, formats, strict=True))
+    each = zip(names, data.taken(), formats, strict=True)
+    return ", ".join(f"{name} {count:,} ({form})" for name, count, form in each)
 
 
 def _leaks_in_words(leaks: Mapping[int, Match], num_eval: int) -> str:

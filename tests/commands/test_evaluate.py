@@ -145,6 +145,25 @@ def test_a_file_is_evaluated_whole_and_by_any_of_its_columns(run_dir, rows_file,
     assert leaked["trained on too"] > 0
 
 
+def test_eval_rows_of_their_own_have_columns_too(run_train, rows_file, figures):
+    lines = rows_file.read_text(encoding="utf-8").splitlines()[:6]
+    own, math = (rows_file.with_name(f"{name}.jsonl") for name in ("own", "math"))
+    for file, number, topics in ((own, 0, ("fruit", "tea")), (math, 4, ("sums",))):
+        rows = [
+            json.loads(line) | {"topic": topic} for line in lines[number : number + 2] for topic in topics
+        ]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    sets = json.dumps({"math": str(math)})
+    run_dir = run_train(
+        optim__learning_rate=0.02, data__eval_fraction=0, data__eval_path=str(own), eval__sets=sets
+    )
+    found, printed = figures(run_dir, "--by", "topic", "--generate", 0)
+    topics = {one["name"]: one["num_examples"] for one in found["slices"] if one["name"].startswith("topic")}
+    assert topics == {"topic = fruit": 2, "topic = tea": 2}
+    assert "own.jsonl" in printed
+    assert rows_file.name not in printed
+
+
 def test_other_rows_than_the_runs_are_said_to_be_others(run_dir, rows_file, figures):
     rows_file.write_text(rows_file.read_text(encoding="utf-8").replace("apples", "pears"), encoding="utf-8")
     _, printed = figures(run_dir, "--generate", 0)

@@ -1,5 +1,7 @@
 """Answers that the template renders otherwise later on are branches; and what max_length makes of them."""
 
+from itertools import pairwise
+
 import pytest
 from conftest import tiny_tokenizer
 from small_templates import QWEN3, SMALL_TEMPLATES, byte_tokenizer
@@ -128,9 +130,9 @@ def test_a_plain_text_is_cut_into_pieces_one_behind_the_other(qwen3):
     tokens = encode(qwen3, Conversation([], text="It is a coin, or a note. " * 9), "completion")
     for length in (2, 7, len(tokens.input_ids) - 1):
         pieces = cut(tokens, length)
-        ids = [i for piece in pieces for i in piece.input_ids]
-        assert ids == tokens.input_ids[: len(ids)]
-        assert len(tokens.input_ids) - len(ids) <= 1
+        targets = [label for piece in pieces for label in piece.labels if label != IGNORE]
+        assert targets == tokens.input_ids[1:]
+        assert all(before.input_ids[-1] == after.input_ids[0] for before, after in pairwise(pieces))
         assert all(piece.labels == [IGNORE, *piece.input_ids[1:]] for piece in pieces)
         assert all(1 < len(piece.input_ids) <= length for piece in pieces)
     assert cut(tokens, len(tokens.input_ids)) == [tokens]

@@ -115,7 +115,6 @@ def test_only_missing_chunks_are_made_and_their_rows_alone_are_asked_for(tmp_pat
     before = [path.stat().st_mtime_ns for path in paths]
     for number in (2, 5):
         paths[number].unlink()
-    (tmp_path / ".00002.arrow.99.partial").write_bytes(b"half")
     asked: list[int] = []
     assert make_chunks(tmp_path, chunks_of(6, asked), double, "Working") == paths
     assert asked == [2, 5]
@@ -123,6 +122,29 @@ def test_only_missing_chunks_are_made_and_their_rows_alone_are_asked_for(tmp_pat
     changed = [path.stat().st_mtime_ns != old for path, old in zip(paths, before, strict=True)]
     assert changed == [False, False, True, False, False, True]
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in paths}
+
+
+def test_what_killed_processes_left_is_removed_and_what_others_still_need_is_not(tmp_path, monkeypatch):
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    here = prepare.platform.node()
+    left = [f".00002.arrow.{ended.pid}@{here}.partial", f".job.{ended.pid}@{here}.partial"]
+    needed = [f".job.{os.getppid()}@{here}.partial", f".00001.arrow.{ended.pid}@elsewhere.partial"]
+    for name in (*left, *needed):
+        (tmp_path / name).write_bytes(b"half")
+    paths = make_chunks(tmp_path, chunks_of(3), double, "Working")
+    assert {path.name for path in tmp_path.iterdir()} == {*needed, *(path.name for path in paths)}
+
+
+def test_two_processes_may_prepare_the_same_rows_at_once(tmp_path):
+    path, cache = write(tmp_path / "rows.jsonl", 400), tmp_path / "cache"
+    text = PREPARE.format(root=str(ROOT), tests=str(ROOT / "tests"), cache=str(cache), path=path)
+    text = text.replace("prepare.FEW_ROWS = 100", "prepare.FEW_ROWS, row_tables.CHUNK_ROWS = 0, 10")
+    script = tmp_path / "prepare.py"
+    script.write_text(text, encoding="utf-8")
+    running = [subprocess.Popen([sys.executable, str(script)], cwd=ROOT) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    assert not list(cache.rglob(".*.partial"))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -331,5 +353,45 @@ def test_eval_sets_are_rows_of_their_own_with_their_names(tmp_path):
     assert list(data.eval.source_names) == ["own", "math", "contracts"]
     assert data.train.sources.tolist() == [0] * 6
     assert data.eval.sources.tolist() == [1] * 6 + [2] * 6
-    assert data.taken() == {"own": 6, "math": 6, "contracts": 6}
+    assert data.taken() == [6, 6, 6]
     assert len(data.leaks) == 12  # each prompt is trained on
+
+
+def test_rows_of_two_sources_of_one_name_are_counted_apart(tmp_path):
+    """As the train and the test split of one data set have."""
+    for folder in ("train", "test"):
+        (tmp_path / folder).mkdir()
+    train, test = write(tmp_path / "train/own.jsonl", 6), write(tmp_path / "test/own.jsonl", 4)
+    data = load_data(Config(data=DataConfig(path=train, eval_path=test, eval_fraction=0.0)), tiny_tokenizer())
+    assert data.taken() == [6, 4]
+    assert [(one["name"], one["taken"]) for one in data.counts()["sources"]] == [("own", 6), ("own", 4)]
+
+
+def test_a_column_that_only_rows_behind_the_first_batch_have_is_used(tmp_path, small_chunks):
+    tool = {"type": "function", "function": {"name": "flip", "parameters": {}}}
+    turns = [{"role": "user", "content": "Flip."}, {"role": "assistant", "content": "Heads."}]
+    rows = [
+        {"messages": turns, **({"tools": [tool], "system": "Be fair."} if n == 14 else {})} for n in range(15)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    loaded = load_rows(DataConfig(path=str(path), eval_fraction=0.0))
+    assert loaded.unused == Counter()
+    *_, last = iterate_rows(loaded.train)
+    assert (last["tools"], last["system"]) == ([tool], "Be fair.")
+
+
+def test_long_texts_are_prepared_a_few_at_a_time(tmp_path, monkeypatch):
+    lengths = [50, 10, 10, 900, 10, 400, 400, 10, 10]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": "a" * size}) + "\n" for size in lengths), encoding="utf-8")
+    config = DataConfig(path=str(path), eval_fraction=0.0)
+    rows = load_rows(config).train
+    assert [chunk.num_rows for chunk in row_tables.table_chunks(rows)] == [9]
+    whole = tokenize_rows(rows, tiny_tokenizer(), config)
+    monkeypatch.setattr(row_tables, "CHUNK_BYTES", 500)
+    assert [chunk.num_rows for chunk in row_tables.table_chunks(rows)] == [3, 1, 2, 3]
+    backwards = rows.select(range(8, -1, -1))
+    assert [chunk.num_rows for chunk in row_tables.table_chunks(backwards)] == [3, 2, 1, 3]
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "other")
+    assert tokenize_rows(rows, tiny_tokenizer(), config).fingerprint == whole.fingerprint

@@ -732,6 +732,10 @@ CONVERSATION = {
         ({"instruction": "Add.", "input": None, "output": "3"}, ("Add.", "Add.", "3")),
         ({"prompt": "2 + 2 =", "completion": "4"}, ("2 + 2 =", "2 + 2 =", "4")),
         (CONVERSATION, ("One?", "One?\n1\nTwo?", "2")),
+        (
+            {"messages": [{"role": "developer", "content": "Be brief."}, *CONVERSATION["messages"][1:]]},
+            ("One?", "One?\n1\nTwo?", "2"),
+        ),
         ({"messages": [{"role": "assistant", "content": "Hello."}]}, ("", "", "Hello.")),
     ],
 )

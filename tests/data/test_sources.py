@@ -435,4 +435,22 @@ def test_the_files_of_a_source_have_one_format_each_row_its_own_keys(folder):
 def test_the_embedded_rows_are_read_by_their_columns():
     (source,) = sources(str(ROOT / "data" / "finance_sample.parquet"))
     (pair, *_) = read_formatted(source, 1000)
-    assert pair[1].columns == {"instruction": "instruction", "input": "input", "output": "output"}
+    optional = {"history": "history", "system": "system"}  # which no row here has
+    assert pair[1].columns == {name: name for name in ("instruction", "input", "output")} | optional
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_batches_of_long_rows_have_fewer(tmp_path, monkeypatch, suffix):
+    rows = [{"text": str(n) * 300} for n in range(10)]
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "parquet":
+        pd.DataFrame(rows).to_parquet(path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (source,) = training_sources(DataConfig(path=str(path)))
+    (whole,) = read_batches(source, 100)
+    monkeypatch.setattr("finetune.data.files.BATCH_BYTES", 900)
+    parts = list(read_batches(source, 100))
+    assert len(parts) > 2
+    assert max(part.num_rows for part in parts) <= 3
+    assert [row for part in parts for row in part.rows()] == whole.rows()

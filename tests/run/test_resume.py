@@ -344,6 +344,17 @@ def test_other_rows_than_the_stopped_run_had_are_refused(
     assert_refused(run_train, capfd, str(rows_file), "rows", output_dir=run_dir, **SHORT)
 
 
+def test_other_eval_rows_than_the_stopped_run_had_are_refused_and_named(
+    run_train, run_until, tmp_path, rows_file, capfd
+):
+    own = rows_file.with_name("own.jsonl")
+    own.write_text("".join(rows_file.read_text().splitlines(keepends=True)[:3]))
+    settings = {**SHORT, "data__eval_fraction": 0, "data__eval_path": own}
+    run_dir = run_until("in an update", 2, output_dir=tmp_path / "run", **settings)
+    own.write_text(own.read_text().replace("What is", "What be"))
+    assert_refused(run_train, capfd, str(own), "evaluated on", output_dir=run_dir, **settings)
+
+
 # Resuming from a checkpoint by its path
 
 
