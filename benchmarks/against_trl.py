@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from common import (
+    as_prompts_and_completions,
     examples_and_plan,
     matmul_gflop_per_second,
     provenance,
@@ -42,7 +43,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.config import Config, ModelConfig
 from finetune.config_parsing import parse_config
-from finetune.data.conversations import to_messages
 from finetune.data.plan import epoch_order
 from finetune.data.rows import load_rows
 from finetune.data.tokenize import IGNORE
@@ -72,7 +72,7 @@ def run_trl(out: Path, config: Config) -> None:
             seed=config.train.seed,
             use_cpu=not has_cuda,
         ),
-        train_dataset=rows.select(order).map(as_prompt_and_completion, remove_columns=rows.column_names),
+        train_dataset=as_prompts_and_completions(rows.select(order)),
         processing_class=load_tokenizer(config),
         peft_config=LoraConfig(
             r=config.lora.r,
@@ -97,11 +97,6 @@ def run_trl(out: Path, config: Config) -> None:
         "flop_per_target_token": flop_per_target,
     }
     out.write_text(json.dumps(result), encoding="utf-8")
-
-
-def as_prompt_and_completion(row: dict[str, Any]) -> dict[str, Any]:
-    messages = to_messages(row, None)
-    return {"prompt": messages[:-1], "completion": messages[-1:]}
 
 
 def save_random_model(config_dir: Path, tokenizer: str, folder: Path) -> None:

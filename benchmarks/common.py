@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,9 +25,10 @@ sys.path.insert(0, str(ROOT))
 
 from finetune.config import Config  # noqa: E402
 from finetune.config_parsing import parse_config  # noqa: E402
+from finetune.data.conversations import to_messages  # noqa: E402
 from finetune.data.examples import Examples, tokenize_rows  # noqa: E402
 from finetune.data.plan import Plan, make_plan  # noqa: E402
-from finetune.data.rows import load_rows  # noqa: E402
+from finetune.data.rows import iterate_rows, load_rows  # noqa: E402
 from finetune.model.load import load_tokenizer  # noqa: E402
 from finetune.run.folder import METRICS, read_environment, read_lines  # noqa: E402
 from finetune.runtime.accelerator import environment  # noqa: E402
@@ -85,11 +87,17 @@ def usable_rows(
     if limit is not None:  # twice as many: some may be left without a target token
         rows = rows.select(range(min(len(rows), 2 * limit)))
     examples = tokenize_rows(rows, load_tokenizer(config), config.data)
-    by_number = {row["row_number"]: row for row in rows}
+    by_number = {row["row_number"]: row for row in iterate_rows(rows)}
     kept = [dict(by_number[number]) for number in examples.dataset["row_number"]]
     for row in kept:
         del row["row_number"]
     return kept[:limit], examples.lengths[:limit]
+
+
+def as_prompts_and_completions(rows: Dataset) -> Dataset:
+    """A table of rows as TRL takes it: the last turn of each apart from those before it."""
+    turns = [to_messages(row, None) for row in iterate_rows(rows)]
+    return Dataset.from_list([{"prompt": own[:-1], "completion": own[-1:]} for own in turns])
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from common import ROOT, settings, trl_settings
+from common import ROOT, as_prompts_and_completions, settings, trl_settings
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 from update import PARTS, Program, make_update, set_up
@@ -25,7 +25,6 @@ import train
 from finetune.config import Config
 from finetune.config_parsing import parse_config
 from finetune.data.collate import MicroBatch, iterate_batches
-from finetune.data.conversations import to_messages
 from finetune.data.plan import epoch_order, make_plan, requested_budget
 from finetune.data.rows import load_rows
 from finetune.model.fast_paths import choose_fast_paths
@@ -284,7 +283,7 @@ def run_trl(
                 **options,
             }
         ),
-        train_dataset=rows.select(order).map(as_prompt_and_completion, remove_columns=rows.column_names),
+        train_dataset=as_prompts_and_completions(rows.select(order)),
         processing_class=load_tokenizer(config),
         peft_config=None if has_adapter else adapter,
         callbacks=[clock],
@@ -296,11 +295,6 @@ def run_trl(
     tokens = sum(lengths[first * size : last * size])
     seconds = clock.times[-1] - clock.times[first - 1]
     return {"ok": True, "useful_tokens_per_second": tokens / seconds, **peaks()}
-
-
-def as_prompt_and_completion(row: dict[str, Any]) -> dict[str, Any]:
-    messages = to_messages(row, None)
-    return {"prompt": messages[:-1], "completion": messages[-1:]}
 
 
 def require_package(name: str) -> None:
