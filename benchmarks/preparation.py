@@ -2,7 +2,8 @@
 
     python benchmarks/preparation.py --data ../shared/data/alpaca_9229.json --rows 52000 --out results.json
 
-The rows of the file are repeated, each with a number of its own, until there are so many. Both programs use
+The rows of the file are repeated, with the words of their instructions in another order, until there are so
+many: as many tokens, and few near duplicates. Both programs use
 as many processes, in pairs, each with an empty cache. Ours reads the file, cleans, splits, tokenizes, masks,
 looks for leaks and fingerprints; TRL's is SFTTrainer's constructor with dataset_num_proc, on rows that are in
 memory as prompt and completion, and it does not look for leaks. Then ours again, from its cache.
@@ -11,6 +12,7 @@ memory as prompt and completion, and it does not look for leaks. Then ours again
 import argparse
 import json
 import os
+import random
 import resource
 import subprocess
 import sys
@@ -41,7 +43,9 @@ def write_rows(source: Path, count: int, out: Path) -> None:
         for number in range(count):
             row = dict(rows[number % len(rows)])
             if number >= len(rows):
-                row["instruction"] += f" ({number})"
+                words = row["instruction"].split()
+                random.Random(number).shuffle(words)
+                row["instruction"] = " ".join(words)
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -35,6 +35,7 @@ Job = Callable[[Any], pa.Table]
 CHUNK_ROWS = 2_000
 CHUNK_BYTES = 4 << 20  # of long texts, fewer rows: encoding takes some 70 bytes for each of the text
 FEW_ROWS = 8_000  # are done sooner by this process than others start
+MANY_CHUNKS = 60  # are never few: those that are looked at first lie in memory
 QUEUED_PER_WORKER = 4  # chunks that wait in memory
 QUIET_SECONDS = 1.0  # a shorter preparation needs no progress bar
 COUNTS = b"counts"  # of a chunk, as JSON, in the metadata of its schema
@@ -55,17 +56,25 @@ class Task(NamedTuple):
 
 
 def make_chunks(
-    folder: Path, chunks: Iterable[Chunk], job: Job, title: str, total: int | None = None
+    folder: Path,
+    chunks: Iterable[Chunk],
+    job: Job,
+    title: str,
+    total: int | None = None,
+    quickness: int = 1,
 ) -> list[Path]:
     """Files, in order, of what `job` makes of each chunk; those that exist are not made again.
 
-    A progress bar with this title shows how many rows are done, of `total` where that is known.
+    Of few rows this process makes them itself: of a job that is `quickness` times as quick as tokenizing, as
+    many times FEW_ROWS. A progress bar with this title shows how many rows are done, of `total` where that is
+    known.
 
     Raises:
         ValueError: the first one that the chunks or `job` raise, in the order of the rows; the disk is full;
             or a process was killed.
     """
     paths: list[Path] = []
+    few_rows = FEW_ROWS * quickness
 
     def missing() -> Iterator[Task]:
         for number, chunk in enumerate(chunks):
@@ -81,10 +90,10 @@ def make_chunks(
         for task in tasks:
             first.append(task)
             num_rows += task.chunk.num_rows
-            if num_rows > FEW_ROWS:
+            if num_rows > few_rows or len(first) > MANY_CHUNKS:
                 break
         tasks = chain(first, tasks)
-        is_large = num_rows > FEW_ROWS and available_cpus() > 1
+        is_large = (num_rows > few_rows or len(first) > MANY_CHUNKS) and available_cpus() > 1
         done = _run_in_others(tasks, job, folder) if is_large else _run_here(tasks, job)
         _show_progress(done, title, total)
         for partial in folder.glob(".*.partial"):

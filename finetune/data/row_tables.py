@@ -145,7 +145,7 @@ def _read_into(folder: Path, record: Path, sources: Sequence[Source], system_pro
                 formats[place] = format_.name
                 yield Chunk(raw.num_rows, partial(Part, raw, format_, first, place, own))
 
-    paths = make_chunks(folder, chunks(), ReadRows(reason_to_drop), "Reading")
+    paths = make_chunks(folder, chunks(), ReadRows(reason_to_drop), "Reading", quickness=15)
     dropped: dict[str, list[int]] = defaultdict(list)
     unused: Counter[str] = Counter()
     for path in paths:

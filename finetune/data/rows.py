@@ -338,7 +338,8 @@ def _prompts_at(rows: Dataset, places: Sequence[int]) -> list[str]:
 def _signatures(rows: Dataset, digest: str) -> Signatures:
     """Those of the rows' prompts."""
     folder = cache_folder({"signatures": digest})
-    paths = make_chunks(folder, table_chunks(rows), SignPrompts(), "Comparing prompts", len(rows))
+    chunks_of_rows = table_chunks(rows)
+    paths = make_chunks(folder, chunks_of_rows, SignPrompts(), "Comparing prompts", len(rows), quickness=10)
     chunks = [read_chunk(path) for path in paths]
     hashes = [pc.list_flatten(chunk["hashes"]).to_numpy().reshape(len(chunk), -1) for chunk in chunks]
     return Signatures(

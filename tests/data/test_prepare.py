@@ -107,7 +107,12 @@ def test_chunks_are_made_in_order_by_as_many_processes_as_may_work(tmp_path, mon
 def test_few_rows_start_no_process(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "available_cpus", lambda: 2)
     monkeypatch.setattr(prepare, "_run_in_others", lambda *_: pytest.fail("started"))
-    assert len(make_chunks(tmp_path, chunks_of(prepare.FEW_ROWS), double, "Working")) == prepare.FEW_ROWS
+    monkeypatch.setattr(prepare, "FEW_ROWS", 20)
+    assert len(make_chunks(tmp_path / "slow", chunks_of(20), double, "Working")) == 20
+    assert len(make_chunks(tmp_path / "quick", chunks_of(40), double, "Working", quickness=2)) == 40
+    for folder, count, quickness in (("slow more", 21, 1), ("quick more", 41, 2), ("many", 61, 9)):
+        with pytest.raises(pytest.fail.Exception, match="started"):
+            make_chunks(tmp_path / folder, chunks_of(count), double, "Working", quickness=quickness)
 
 
 def test_only_missing_chunks_are_made_and_their_rows_alone_are_asked_for(tmp_path):
