@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from finetune.config import DataConfig
 from finetune.data.cleaning import reason_to_ask_nothing
 from finetune.data.conversations import SYSTEM_ROLES, Row
-from finetune.data.duplicates import Match, Signatures, find_matches, normalize, sign
+from finetune.data.duplicates import NUM_HASHES, Match, Signatures, find_matches, normalize, sign
 from finetune.data.prepare import make_chunks, read_chunk, unpacked, write_chunk
 from finetune.data.row_tables import (
     ReadSources,
@@ -340,8 +340,13 @@ def _signatures(rows: Dataset, digest: str) -> Signatures:
     folder = cache_folder({"signatures": digest})
     chunks_of_rows = table_chunks(rows)
     paths = make_chunks(folder, chunks_of_rows, SignPrompts(), "Comparing prompts", len(rows), quickness=10)
-    chunks = [read_chunk(path) for path in paths]
-    hashes = [pc.list_flatten(chunk["hashes"]).to_numpy().reshape(len(chunk), -1) for chunk in chunks]
-    return Signatures(
-        np.concatenate([chunk["digest"].to_numpy() for chunk in chunks]), np.concatenate(hashes)
-    )
+    digests = np.empty(len(rows), np.uint64)
+    hashes = np.empty((len(rows), NUM_HASHES), np.uint8)
+    start = 0
+    for path in paths:  # one in memory at a time
+        chunk = read_chunk(path)
+        part = slice(start, start + len(chunk))
+        digests[part] = chunk["digest"].to_numpy()
+        hashes[part] = pc.list_flatten(chunk["hashes"]).to_numpy().reshape(len(chunk), -1)
+        start += len(chunk)
+    return Signatures(digests, hashes)
