@@ -349,7 +349,7 @@ CASES = [
     run("resume never", unfinished(), "output_dir run", "resume is never", settings={"resume": "never"}),
     run("config.yaml damaged", unfinished(replace_text("config.yaml", "a: [")), "config.yaml"),
     run("environment.json damaged", unfinished(replace_text("environment.json", "{")), "environment.json"),
-    run("other rows", unfinished(), "rows.jsonl", "trained on", files=rows_of(*ROWS[::-1])),
+    run("other rows", unfinished(), "rows.jsonl", "trained and evaluated on", files=rows_of(*ROWS[::-1])),
     run(
         "another size of updates",
         unfinished(),
