@@ -3,10 +3,10 @@
     python benchmarks/preparation.py --data ../shared/data/alpaca_9229.json --rows 52000 --out results.json
 
 The rows of the file are repeated, with the words of their instructions in another order, until there are so
-many: as many tokens, and few near duplicates. Both programs use
-as many processes, in pairs, each with an empty cache. Ours reads the file, cleans, splits, tokenizes, masks,
-looks for leaks and fingerprints; TRL's is SFTTrainer's constructor with dataset_num_proc, on rows that are in
-memory as prompt and completion, and it does not look for leaks. Then ours again, from its cache.
+many: as many tokens, and few near duplicates. Both programs use as many processes, in pairs, each with an
+empty cache. Ours reads the file, cleans, splits, tokenizes, masks, looks for leaks and fingerprints; TRL's is
+SFTTrainer's constructor with dataset_num_proc, on rows that are in memory as prompt and completion, and it
+does not look for leaks. Then ours again, from its cache.
 """
 
 import argparse

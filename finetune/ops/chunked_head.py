@@ -51,7 +51,7 @@ class ChunkedTokenSums(torch.autograd.Function):
         stats: Tensor | None = None,
     ) -> Tensor:
         gradient = torch.empty_like(hidden) if any(ctx.needs_input_grad) else None
-        trained = None if rows is None or row_ids is None else TokenRows(row_ids, rows.to(hidden.dtype))
+        trained = _in_precision_of(hidden, rows, row_ids)
         of_rows = None if rows is None else torch.zeros_like(rows)
         sums = torch.zeros(3, dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), chunk):
@@ -82,6 +82,10 @@ class ChunkedTokenSums(torch.autograd.Function):
         return gradient * factor, None, None, None, of_rows, None, None
 
 
+def _in_precision_of(hidden: Tensor, rows: Tensor | None, row_ids: Tensor | None) -> TokenRows | None:
+    return None if rows is None or row_ids is None else TokenRows(row_ids, rows.to(hidden.dtype))
+
+
 def _logits(hidden: Tensor, weight: Tensor, rows: TokenRows | None) -> Tensor:
     """[N, V]: the product with the head, whose trained rows are given in the data type of hidden [N, d]."""
     logits = hidden @ weight.t()
@@ -98,7 +102,7 @@ def chunked_token_stats(
     row_ids: Tensor | None = None,
 ) -> Tensor:
     """[N, 3] fp32: the values of each target token that ChunkedTokenSums adds up, without a gradient."""
-    trained = None if rows is None or row_ids is None else TokenRows(row_ids, rows.to(hidden.dtype))
+    trained = _in_precision_of(hidden, rows, row_ids)
     values = torch.empty(len(hidden), 3, device=hidden.device)
     for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)
