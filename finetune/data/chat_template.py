@@ -64,7 +64,9 @@ class ChatTemplate:
 
     @cached_property
     def _compiled(self) -> Any:
-        return _compile_jinja_template(self.source)
+        compiled = _compile_jinja_template(self.source)
+        compiled.globals = dict(compiled.globals)  # each rendering copies them: of a chain of maps, slowly
+        return compiled
 
     @cached_property
     def habits(self) -> Habits:

@@ -1,6 +1,8 @@
 """Prepare rows in chunks, on all cores: what a job makes of each chunk lies in a file of its own, so that a
 preparation that was killed resumes at the chunks that are missing."""
 
+import gc
+import hashlib
 import json
 import multiprocessing
 import os
@@ -16,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import lru_cache
+from importlib import import_module
 from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -38,6 +40,7 @@ FEW_ROWS = 8_000  # are done sooner by this process than others start
 MANY_CHUNKS = 60  # are never few: those that are looked at first lie in memory
 QUEUED_PER_WORKER = 4  # chunks that wait in memory
 QUIET_SECONDS = 1.0  # a shorter preparation needs no progress bar
+ENCODING = "finetune.data.encoding"  # what processes import before they have work
 COUNTS = b"counts"  # of a chunk, as JSON, in the metadata of its schema
 
 
@@ -94,6 +97,8 @@ def make_chunks(
                 break
         tasks = chain(first, tasks)
         is_large = (num_rows > few_rows or len(first) > MANY_CHUNKS) and available_cpus() > 1
+        if num_rows > FEW_ROWS and available_cpus() > 1 and _pool.is_kept:
+            _pool.start()  # for a quick job too: while it runs here, they get ready for the next one
         done = _run_in_others(tasks, job, folder) if is_large else _run_here(tasks, job)
         _show_progress(done, title, total)
         for partial in folder.glob(".*.partial"):
@@ -201,12 +206,19 @@ class _Pool:
         self.executor: ProcessPoolExecutor | None = None
         self.is_kept = False
 
-    def submit(self, *arguments: Any) -> Future[None]:
+    def start(self) -> None:
+        """Start all of them; they import what they need meanwhile."""
         if self.executor is None:
             context = multiprocessing.get_context("spawn")
             self.executor = ProcessPoolExecutor(available_cpus(), context, initializer=_start_worker)
-        with _without_main_module():
-            return self.executor.submit(_work, *arguments)
+            with _without_main_module():
+                for _ in range(available_cpus()):
+                    self.executor.submit(import_module, ENCODING)
+
+    def submit(self, *arguments: Any) -> Future[None]:
+        self.start()
+        assert self.executor is not None
+        return self.executor.submit(_work, *arguments)
 
     def stop(self) -> None:
         if self.executor is not None:
@@ -228,14 +240,15 @@ def _run_in_others(tasks: Iterator[Task], job: Job, folder: Path) -> Iterator[in
     """The same in processes of their own, few chunks ahead of what is yielded."""
     queue: deque[tuple[int, Future[None]]] = deque()
     # Pickled once: a tokenizer has megabytes.
-    job_file = _partial(folder / "job")
-    job_file.write_bytes(pickle.dumps(job))
+    job_file, pickled = _partial(folder / "job"), pickle.dumps(job)
+    job_file.write_bytes(pickled)
+    digest = hashlib.sha256(pickled).hexdigest()
     is_done = False
     try:
         while True:
             while len(queue) < available_cpus() * QUEUED_PER_WORKER and (task := next(tasks, None)):
                 path, chunk = task
-                queue.append((chunk.num_rows, _pool.submit(job_file, path, chunk.payload())))
+                queue.append((chunk.num_rows, _pool.submit(digest, job_file, path, chunk.payload())))
             if not queue:
                 break
             num_rows, future = queue.popleft()
@@ -269,6 +282,7 @@ def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C goes to all processes; the first one decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core has a process
     pa.set_cpu_count(1)
+    gc.disable()  # it takes a quarter of the time if it runs within a chunk, and next to none after each
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -280,14 +294,16 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(job_file: Path, path: Path, payload: Any) -> None:
-    write_chunk(path, _load(job_file)(payload))
+def _work(digest: str, job_file: Path, path: Path, payload: Any) -> None:
+    if digest not in _jobs:
+        _jobs.clear()
+        _jobs[digest] = pickle.loads(job_file.read_bytes())
+        gc.freeze()
+    write_chunk(path, _jobs[digest](payload))
+    gc.collect()
 
 
-@lru_cache(maxsize=1)
-def _load(job_file: Path) -> Job:
-    job: Job = pickle.loads(job_file.read_bytes())
-    return job
+_jobs: dict[str, Job] = {}  # of a worker: the last one, by its digest
 
 
 def _show_progress(done: Iterator[int], title: str, total: int | None) -> None:

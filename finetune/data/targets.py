@@ -156,6 +156,7 @@ class _Turn:
     def key(self) -> tuple[Any, ...]:
         """Turns with the same are almost always of one shape."""
         content = self.message.get("content") or ""
+        kwargs = self.conversation.template_kwargs
         return (
             self.before[-1]["role"] if self.before else None,
             bool(content),
@@ -163,7 +164,7 @@ class _Turn:
             bool(self.message.get("reasoning_content")),
             len(self.message.get("tool_calls") or []),
             bool(self.conversation.tools),
-            json.dumps(self.conversation.template_kwargs, sort_keys=True, default=str),
+            json.dumps(kwargs, sort_keys=True, default=str) if kwargs else "",
         )
 
     def may_have(self, shape: _Shape) -> bool:
