@@ -90,7 +90,7 @@ class Evaluator:
         return evaluate(self._accelerator, self._token_loss, batches, dataset, packing, self._stop, precision)
 
     def _write_answers(self, step: int) -> None:
-        """All ranks generate the same answers together, as a sharded base needs, and the main one writes them."""
+        """All ranks generate the same answers, as a sharded base needs, and the main one writes them."""
         if self._stop.should_stop():
             return
         self._tracker.show_activity("writing a few answers")
