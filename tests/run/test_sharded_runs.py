@@ -70,5 +70,5 @@ def test_a_bad_number_is_looked_for_by_all_that_share_a_base(launch, tmp_path): 
     record = json.loads((tmp_path / "run" / "bad_update.json").read_text(encoding="utf-8"))
     assert {batch["process"] for batch in record["micro_batches"]} == {0, 1}
     assert record["loss"] == pytest.approx(
-        [line["loss"] for line in read_metrics(tmp_path / "run") if line["split"] == "eval"][0], rel=0.2
+        next(line["loss"] for line in read_metrics(tmp_path / "run") if line["split"] == "eval"), rel=0.2
     )
