@@ -116,6 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--quantization", nargs="+", default=["none", "int8", "nf4"])
     args = parser.parse_args()
     cases = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -123,7 +124,7 @@ def main() -> None:
         model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True, dtype="bfloat16"))
         model.to(torch.bfloat16).save_pretrained(Path(temporary) / "model")
         del model
-        for quantization in ("none", "int8", "nf4"):
+        for quantization in args.quantization:
             whole = None
             for count in (1, *args.processes):
                 arguments = [str(Path(temporary) / "model"), quantization, "none" if count == 1 else "base"]
