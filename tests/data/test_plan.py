@@ -22,11 +22,11 @@ from finetune.data.collate import (
     shared_prefix,
 )
 from finetune.data.examples import Examples
+from finetune.data.order import epoch_order
 from finetune.data.plan import (
     Layout,
     Plan,
     balance,
-    epoch_order,
     lay_out,
     make_plan,
     plan_evaluation,
