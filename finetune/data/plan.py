@@ -209,7 +209,7 @@ def _lay_out_own(
     shared_prefix: int,
     sequences: SequenceSizes | None,
 ) -> list[Indices]:
-    """The micro-batches of this rank, given the shares of all; if the plan is `collective`, as many as any has."""
+    """The micro-batches of this rank, of the shares of all. A `collective` plan gives all ranks as many."""
     own = lay_out(shares[plan.rank], lengths, layout, shared_prefix, sequences)
     if not plan.collective:
         return own
