@@ -40,7 +40,7 @@ def test_other_seeds_and_epochs_give_other_orders():
 
 
 def test_neighbours_do_not_stay_together():
-    """Their distances are those of random numbers: on average a third of the count, with deviations to match."""
+    """As among random numbers: they are on average a third of the count apart, and not correlated."""
     count = 10_000_000
     taken = examples_at(42, 0, count, 0, 100_000) / count
     distances = np.abs(np.diff(taken))
