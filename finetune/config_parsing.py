@@ -70,9 +70,13 @@ def _parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
             if unused:
                 place = f"configs/{Path(file).name}, which is for {described(its_path)}"
                 remarks.append(f"not used for {described(config.data.path)}: {', '.join(unused)} of {place}")
+    defaults: dict[str, Any] = {}  # of keys that are not given, where others are
     if config.data.eval_path is not None or config.eval.sets:
-        # Then no rows are split off, unless eval_fraction is given.
-        parser.set_defaults({"data.eval_fraction": 0.0})
+        defaults["data.eval_fraction"] = 0.0  # then no rows are split off
+    if config.train.global_batch_size is not None:
+        defaults["train.gradient_accumulation_steps"] = None  # then it follows
+    if defaults:
+        parser.set_defaults(defaults)
         config = _instantiate(parser, arguments)
     check_config(config)
     return config, remarks

@@ -126,10 +126,14 @@ def _leaks_in_words(leaks: Mapping[int, Match], num_eval: int) -> str:
 def batch_arithmetic(config: Config, plan: Plan) -> list[tuple[str, str]]:
     """Examples and tokens of an update, and the number of updates."""
     train = config.train
-    product = f"{train.micro_batch_size} x {train.gradient_accumulation_steps} x {plan.num_processes}"
+    if train.gradient_accumulation_steps is None:
+        size = f"{plan.global_batch_size}, shared by {plan.num_processes} process"
+    else:
+        product = f"{train.micro_batch_size} x {train.gradient_accumulation_steps} x {plan.num_processes}"
+        size = f"{product} process = {plan.global_batch_size}"
     capped = "" if plan.max_steps is None else f", at most {plan.max_steps}"
     return [
-        ("examples per update", f"{product} process = {plan.global_batch_size}"),
+        ("examples per update", size),
         (
             "updates",
             f"ceil({len(plan.lengths):,} / {plan.global_batch_size}) = {plan.steps_per_epoch:,} an epoch "
