@@ -70,10 +70,9 @@ def load_data(config: Config, tokenizer: Any) -> Data:
     Raises:
         ValueError: as `load_rows` and `tokenize_splits`; or under `strict`, something in them is not used.
     """
-    key = cache_folder(
-        {"rows of": asdict(config.data), "sets": config.eval.sets, "model": asdict(config.model)}
-    )
-    with preparing(key.with_suffix(".lock")), workers_kept():
+    sections = (config.data, config.eval, config.model)
+    lock = cache_folder({"prepared": [asdict(section) for section in sections]}).with_suffix(".lock")
+    with preparing(lock), workers_kept():
         rows = load_rows(config.data, config.eval.sets)
         train_set, eval_set = tokenize_splits(rows, tokenizer, config.data)
         data = Data(rows, train_set, eval_set, find_leaks(rows))

@@ -43,8 +43,8 @@ def refuse_other_engines() -> None:
             )
         if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
             raise ValueError(
-                "CPU offload is not supported: each pass would copy the base to the device again; launch with "
-                "--fsdp_offload_params false, and set model.quantization to nf4 or use more devices"
+                "CPU offload is not supported: each pass would copy the base to the device again; launch "
+                "with --fsdp_offload_params false, and set model.quantization to nf4 or use more devices"
             )
     for kind in ("tensor", "context", "sequence"):
         option = f"{kind[0]}p_size"

@@ -115,7 +115,7 @@ def _is_gone(lock: Path, content: bytes) -> bool:
     """Whether the process that wrote this is gone."""
     holder = _parse(content)
     if holder.get("computer") == _computer():
-        return _start_of(holder["pid"]) != holder["start"]
+        return bool(_start_of(holder["pid"]) != holder["start"])
     deadline = time.monotonic() + SILENT_SECONDS
     while time.monotonic() < deadline:
         time.sleep(SILENT_SECONDS / 60)
@@ -136,6 +136,7 @@ def _remove(lock: Path, content: bytes) -> None:
 
 
 def _is_held(lock: Path, descriptor: int) -> bool:
+    """Whether this process holds the lock still."""
     return lock.exists() and lock.stat().st_ino == os.fstat(descriptor).st_ino
 
 
