@@ -6,7 +6,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from finetune.config import Config, DataConfig, SourceConfig, described, evaluates, flatten
+from finetune.config import (
+    Config,
+    DataConfig,
+    SourceConfig,
+    TrainConfig,
+    described,
+    evaluates,
+    examples_per_update,
+    flatten,
+)
 
 LARGEST_FLOAT = 1e38  # about what fp32 holds, in which optimizers compute
 
@@ -44,6 +53,7 @@ def check_config(config: Config) -> None:
         "train.early_stopping_patience": train.early_stopping_patience,
         "train.micro_batch_size": train.micro_batch_size,
         "train.gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "train.global_batch_size": train.global_batch_size,
         "fast.head_mib": config.fast.head_mib,
         "eval.every": None if config.eval.every == "epoch" else config.eval.every,
         "checkpoint.every_steps": config.checkpoint.every_steps,
@@ -105,6 +115,7 @@ def check_config(config: Config) -> None:
             f"train.max_tokens_per_micro_batch ({budget}) must be at least data.max_length "
             f"({data.max_length}): an example is never split"
         )
+    _check_batch_sizes(train)
     if model.quantization == "nf4" and train.mixed_precision == "no":
         raise ValueError("model.quantization nf4 multiplies in 16 bits: set train.mixed_precision to bf16")
     if train.sharding == "base" and model.quantization != "none" and (lora.use_dora or not config.fast.lora):
@@ -113,6 +124,12 @@ def check_config(config: Config) -> None:
             f"train.sharding base shares out {model.quantization} weights that only the fast LoRA layers can "
             f"read: leave {key} out, or set model.quantization to none"
         )
+
+
+def _check_batch_sizes(train: TrainConfig) -> None:
+    """Some number of processes must make an update as large as the keys say; which one is not known here."""
+    of_one_process = train.micro_batch_size * (train.gradient_accumulation_steps or 1)
+    examples_per_update(train, max(1, (train.global_batch_size or 0) // of_one_process))
 
 
 def _check_sources(config: Config) -> None:
