@@ -167,9 +167,8 @@ def _compare(base: Values, tuned: Values, counts: Values) -> Compared:
 def show_figures(trained: Trained, evaluated: Evaluated, group: Group) -> None:
     """Print the figures of all examples, and the loss that the run itself recorded."""
     size = f"{group.num_examples:,} examples, {group.num_target_tokens:,} target tokens"
-    table = Table(
-        "", "base", "tuned", "change", title=Text(f"{evaluated.source}: {size}"), title_justify="left"
-    )
+    say(f"{evaluated.source}: {size}")  # not the table's title, which would be folded inside a path
+    table = Table("", "base", "tuned", "change")
     for name, compared in (("loss", group.loss), ("entropy", group.entropy)):
         table.add_row(
             name, *(_cell(interval, "{:.4f}") for interval in compared[:2]), _cell(compared.change, "{:+.4f}")

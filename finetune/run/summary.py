@@ -34,7 +34,8 @@ SHOWN = {
 
 def show_start(config: Config, settings: Sequence[Choice], facts: Sequence[tuple[str, str]]) -> None:
     """Print what is trained on what, and the requested beside the actual settings."""
-    table = Table(title=Text(f"Run {config.output_dir}"), title_justify="left", show_header=False)
+    say(f"Run {config.output_dir}")  # not the table's title, which would be folded inside the path
+    table = Table(show_header=False)
     for name, value in facts:
         table.add_row(name, Text(value))
     console.print(table)
