@@ -10,7 +10,7 @@ from finetune.data.rows import text_of
 from finetune.report.intervals import Interval, between, signed
 from finetune.report.records import Change, Record, loss_changes_by_source, rounding
 from finetune.run.summary import launch_command
-from finetune.training.evaluate import best_of
+from finetune.training.best import best_in_words, best_of
 
 Facts = Sequence[tuple[str, str]]
 
@@ -158,9 +158,10 @@ def notes(record: Record) -> list[str]:
             f"The eval loss is computed in {precision}, {error}, as estimated from some examples in fp32; "
             "--eval.precision fp32 avoids it."
         )
-    best = best_of(lines)
+    by = record.config.checkpoint.best_by
+    best = best_of(lines, by)
     if best is not lines[-1]:
-        remarks.append(f"The lowest eval loss of the run was {best['loss']:.4f}, {_after(best['step'])}.")
+        remarks.append(f"The {best_in_words(by)} of the run was {best[by]:.4f}, {_after(best['step'])}.")
     return remarks
 
 
