@@ -55,9 +55,10 @@ def call_format(tokenizer: Any, tools: list[dict[str, Any]] | None) -> CallForma
     before, found, behind = text.partition(_NAME)
     if not found:
         return None
-    prefix = re.search(r"[\w.:/-]*$", before)
-    assert prefix is not None, "an empty text matches"
-    name = rf"(?<![\w-]){re.escape(prefix[0])}([\w.:/-]+)"
+    # A mark such as `<function=` or a quotation mark, and what a name begins with, such as `functions.`
+    lead = re.search(r"(?:<[^<>\s]*>?|\W)?[\w.:/-]*$", before)
+    assert lead is not None, "an empty text matches"
+    name = rf"{re.escape(lead[0])}([\w.:/-]+)"
     if json_object := re.search(rf'\{{\s*"{_KEYS[0]}"', behind):
         return CallFormat(name + _loosely(behind[: json_object.start()]) + r"(?=\{)")
     parts = re.fullmatch("(.*?)".join(["", *_interleaved(), ""]), behind, re.DOTALL)

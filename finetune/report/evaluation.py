@@ -242,11 +242,14 @@ def score_answers(written: Sequence[Written], max_new_tokens: int) -> dict[str, 
         base, tuned = (np.array([getattr(one, name) for one in scores]) for scores in (by_base, by_tuned))
         return _compare(base, tuned, counts)
 
-    lengths = (np.array([float(getattr(one, of).num_tokens) for one in written]) for of in ("base", "tuned"))
+    tokens_by_base, tokens_by_tuned = (
+        np.array([answer.num_tokens for answer in answers], dtype=np.float64)
+        for answers in ([one.base for one in written], [one.tuned for one in written])
+    )
     measures = {
         "exact_match": compared("exact_match", ones),
         "ended": compared("ended", ones),
-        "num_tokens": _compare(*lengths, ones),
+        "num_tokens": _compare(tokens_by_base, tokens_by_tuned, ones),
         "chrf": compared("chrf", ones),
     }
     if calls.any():

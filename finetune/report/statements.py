@@ -8,7 +8,7 @@ from typing import NamedTuple
 from finetune.config import Config, described
 from finetune.data.rows import text_of
 from finetune.report.intervals import Interval, between, signed
-from finetune.report.records import Change, Record, loss_changes_by_source, rounding
+from finetune.report.records import Change, Record, answer_changes, loss_changes_by_source, rounding
 from finetune.run.summary import launch_command
 from finetune.training.best import best_in_words, best_of
 
@@ -87,6 +87,18 @@ def source_rows(record: Record) -> list[MetricRow]:
         _row(name, f"{last[f'num_target_tokens/{name}']:,} target tokens", change, 4)
         for name, change in loss_changes_by_source(record).items()
     ]
+
+
+def answer_rows(record: Record) -> list[MetricRow]:
+    """The table of how answers compare with those of the rows; empty without `eval.answers`."""
+    names = {
+        "exact_match": ("exact match", "share of answers", 3),
+        "chrf": ("chrF", "0 to 100, likeness of the texts", 1),
+        "ended": ("end by themselves", "share of answers", 3),
+        "tool_call_accuracy": ("right tool calls", "share with the right name and arguments", 3),
+    }
+    found = answer_changes(record)
+    return [_row(*names[metric][:2], change, names[metric][2]) for metric, change in found.items()]
 
 
 def _row(name: str, unit: str, change: Change, digits: int) -> MetricRow:
