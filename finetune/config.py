@@ -117,7 +117,7 @@ class TrainConfig:
     max_steps: int | None = None
     """Stop after this many updates, where that comes first"""
     early_stopping_patience: int | None = None
-    """End the run when this many evaluations in a row brought no lower eval loss; null never does"""
+    """End the run when this many evaluations in a row were no better by checkpoint.best_by; null: never"""
     micro_batch_size: int = 2
     """Examples per device and forward pass"""
     gradient_accumulation_steps: int | None = 4
@@ -201,6 +201,9 @@ class EvalConfig:
     precision: Literal["run", "fp32"] = "run"
     """Precision of the evaluation: that of the run, or fp32 with the same weights, which is slower and shows
     gains of less than 0.005 nats"""
+    answers: int = 0
+    """Also answer this many eval rows at each evaluation, greedily, and compare the answers with those of the
+    rows: exact match, chrF, how many end by themselves, right tool calls"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +215,11 @@ class CheckpointConfig:
     keep: int = 2
     """How many of the newest are kept"""
     keep_best: bool = False
-    """Save at each evaluation too, keep the checkpoint of the lowest eval loss, and make it the result"""
+    """Save at each evaluation too, keep the checkpoint that is the best by best_by, and make it the result"""
+    best_by: str = "loss"
+    """The eval metric that keep_best and train.early_stopping_patience go by: loss, loss_without_leaks or
+    mean_token_accuracy; with eval.answers exact_match, chrf, ended or tool_call_accuracy; with several
+    sources or eval sets also loss/NAME or mean_token_accuracy/NAME"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,8 @@ FREE_KEYS = (
     "resume",
     "strict",
     "log.",
-    "checkpoint.",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
     "train.micro_batch_size",
     "train.gradient_accumulation_steps",
     "train.global_batch_size",
@@ -139,7 +140,8 @@ def _saved_config(folder: Path) -> dict[str, Any]:
 
 
 def _differing_keys(saved: dict[str, Any], config: Config) -> list[str]:
-    before, now = flatten(saved), flatten(config_to_dict(config))
+    # A run of an older version lacks keys that were added since; it ran as their defaults do.
+    before, now = flatten(config_to_dict(Config())) | flatten(saved), flatten(config_to_dict(config))
     return [
         f"{key} was {before.get(key)}, is {now.get(key)}"
         for key in {**before, **now}
