@@ -72,8 +72,8 @@ def train(config: Config) -> int:
     # Fast paths, each checked against its reference path; then the plan of all updates.
     fast_paths = choose_fast_paths(config, accelerator, token_loss, data.train, folder.recorded_int8(config))
     budget = token_budget.choose(config, accelerator, token_loss, fast_paths.packed)
-    choices = [*machine.describe_machine(accelerator), precision, describe_base(config.model, model)]
-    choices += [optimizer_choice, *fast_paths, *budget.choices]
+    choices = [*machine.describe_machine(accelerator, config.log.trackers), precision]
+    choices += [describe_base(config.model, model), optimizer_choice, *fast_paths, *budget.choices]
     if config.strict:
         require_as_requested(choices)
     flop_per_second = machine.matmul_rate(device, precision.actual)

@@ -212,6 +212,11 @@ class LogConfig:
 
     every_steps: int = 20
     """Updates between two log lines"""
+    trackers: list[Literal["tensorboard", "mlflow", "trackio", "wandb", "swanlab"]] = field(
+        default_factory=lambda: ["tensorboard"]
+    )
+    """Where metrics and answers go beside the run's files: tensorboard always, and those named of mlflow,
+    trackio, wandb and swanlab, which pip installs by these names"""
     progress: bool = True
     """A live progress bar where the output is a terminal"""
 
