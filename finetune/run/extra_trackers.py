@@ -1,8 +1,8 @@
 """The trackers of `log.trackers` beside TensorBoard: Accelerate's own for MLflow, trackio, wandb and SwanLab.
 
 The files of a run are what counts, and a tracker has a copy of them. One that fails is named once and gets
-nothing more, and training continues. A run that resumes continues the same run of each tracker, which is first
-sent what it lacks of the files.
+nothing more, and training continues. A run that resumes continues the same run of each tracker, and first
+sends it what it lacks of the files.
 """
 
 import json

@@ -34,9 +34,9 @@ class Tracker:
     """Shows and writes the metrics of a run. It does nothing on ranks other than the main one.
 
     Scalars go to TensorBoard and the trackers of `log.trackers` as `split/metric` through Accelerate, and as
-    one object a line to metrics.jsonl; generated answers go there as text, and to answers.jsonl. The files are
-    written first, and a resumed run sends TensorBoard what they hold of its first step again: a kill between
-    the two loses nothing.
+    one object a line to metrics.jsonl; generated answers go there as text, and to answers.jsonl. The files
+    are written first, and a resumed run sends TensorBoard what they hold of its first step again: a kill
+    between the two loses nothing.
     """
 
     def __init__(self, accelerator: Any, config: Config, plan: Plan, first_step: int) -> None:
