@@ -63,7 +63,7 @@ def train(config: Config) -> int:
     source, remarks = folder.find_checkpoint(config)
     model = load_model(config, precision.actual, device, added_token_ids(tokenizer), source)
     check_vocabulary(model, tokenizer)
-    adapter, token_loss = FlatAdapter(model), TokenLoss(model).train()
+    adapter, token_loss = FlatAdapter(model, bool(config.optim.lora_b_lr_ratio)), TokenLoss(model).train()
     adapter.broadcast(accelerator)
     optimizer_choice = choose_optimizer(config.optim.name, device)
     optimizer = create_optimizer(optimizer_choice.actual, adapter, config.optim)

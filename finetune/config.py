@@ -172,10 +172,19 @@ class OptimConfig:
     """Decoupled weight decay"""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them as they are"""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Course of the learning rate after the warm-up: to 0 (linear, cosine) or level"""
+    lora_b_lr_ratio: float | None = None
+    """LoRA+: the learning rate of the matrices B is this many times that of A; null is 1"""
+    schedule: Literal["linear", "cosine", "constant", "warmup_stable_decay"] = "linear"
+    """Course of the learning rate after the warm-up: falling (linear, cosine), level (constant), or level and
+    falling linearly at the end (warmup_stable_decay)"""
+    min_lr_ratio: float | None = None
+    """Where it falls to, as a share of the peak; null is 0"""
+    decay_ratio: float | None = None
+    """Share of the updates over which warmup_stable_decay falls; null is 0.1"""
     warmup_ratio: float = 0.0
     """Share of the updates over which the learning rate rises from 0"""
+    warmup_steps: int | None = None
+    """Their number instead of a share: with warmup_ratio 0"""
 
 
 @dataclass(frozen=True, kw_only=True)

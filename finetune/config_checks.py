@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from finetune.config import Config, DataConfig, SourceConfig, described, evaluates, flatten
+from finetune.config import Config, DataConfig, OptimConfig, SourceConfig, described, evaluates, flatten
 
 LARGEST_FLOAT = 1e38  # about what fp32 holds, in which optimizers compute
 
@@ -46,6 +46,7 @@ def check_config(config: Config) -> None:
         "train.gradient_accumulation_steps": train.gradient_accumulation_steps,
         "fast.head_mib": config.fast.head_mib,
         "eval.every": None if config.eval.every == "epoch" else config.eval.every,
+        "optim.warmup_steps": optim.warmup_steps,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep": config.checkpoint.keep,
         "log.every_steps": config.log.every_steps,
@@ -67,6 +68,7 @@ def check_config(config: Config) -> None:
         ("optim.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "at least 0"),
         ("optim.max_grad_norm", optim.max_grad_norm, optim.max_grad_norm >= 0, "at least 0"),
         ("optim.warmup_ratio", optim.warmup_ratio, 0 <= optim.warmup_ratio <= 1, "between 0 and 1"),
+        *_ranges_of_ratios(optim),
         *(("optim.betas", beta, 0 <= beta < 1, "at least 0 and below 1") for beta in optim.betas),
     ]
     seeds = {
@@ -93,6 +95,7 @@ def check_config(config: Config) -> None:
         raise ValueError("lora.target_modules is an empty list: name the modules, or say all-linear")
     _check_texts(config)
     _check_sources(config)
+    _check_schedule(optim)
     by_eval_loss = {
         "checkpoint.keep_best": config.checkpoint.keep_best,
         "train.early_stopping_patience": train.early_stopping_patience,
@@ -107,6 +110,37 @@ def check_config(config: Config) -> None:
         )
     if model.quantization == "nf4" and train.mixed_precision == "no":
         raise ValueError("model.quantization nf4 multiplies in 16 bits: set train.mixed_precision to bf16")
+
+
+def _ranges_of_ratios(optim: OptimConfig) -> Iterator[tuple[str, float, bool, str]]:
+    """The ranges of the ratios that may be left out."""
+    if (ratio := optim.lora_b_lr_ratio) is not None:
+        yield "optim.lora_b_lr_ratio", ratio, ratio > 0, "above 0"
+    if (ratio := optim.min_lr_ratio) is not None:
+        yield "optim.min_lr_ratio", ratio, 0 <= ratio <= 1, "between 0 and 1"
+    if (ratio := optim.decay_ratio) is not None:
+        yield "optim.decay_ratio", ratio, 0 < ratio <= 1, "above 0 and at most 1"
+
+
+def _check_schedule(optim: OptimConfig) -> None:
+    """The keys of the schedule belong together, and none of them is without effect."""
+    if optim.warmup_steps is not None and optim.warmup_ratio > 0:
+        raise ValueError(
+            f"optim.warmup_steps is {optim.warmup_steps} and optim.warmup_ratio {optim.warmup_ratio}: set "
+            "warmup_ratio to 0, or leave warmup_steps out"
+        )
+    if optim.decay_ratio is not None and optim.schedule != "warmup_stable_decay":
+        raise ValueError(
+            f"optim.decay_ratio belongs to the schedule warmup_stable_decay, and optim.schedule is "
+            f"{optim.schedule}"
+        )
+    if optim.min_lr_ratio is not None and optim.schedule == "constant":
+        raise ValueError("optim.min_lr_ratio is where a schedule falls to, and optim.schedule is constant")
+    if optim.warmup_ratio + (optim.decay_ratio or 0) > 1:
+        raise ValueError(
+            f"optim.warmup_ratio {optim.warmup_ratio} and optim.decay_ratio {optim.decay_ratio} are together "
+            "more than all updates"
+        )
 
 
 def _check_sources(config: Config) -> None:

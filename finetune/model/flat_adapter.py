@@ -35,13 +35,16 @@ class Member:
 
 @dataclass(frozen=True)
 class Region:
-    """Tensors whose optimizer state has the same precision, as one parameter for the optimizer."""
+    """Tensors whose optimizer state has the same precision, and which have the same learning rate, as one
+    parameter for the optimizer."""
 
     parameter: nn.Parameter
     """[numbers] fp32, a view of the flat tensor; its gradient is a view of the flat gradient"""
     members: list[Member]
     is_large: bool
     """Whether each of its tensors is large enough for an 8-bit optimizer state"""
+    is_b: bool
+    """Whether it was separated for LoRA+: each is LoRA's B, or a vector such as DoRA's magnitudes"""
 
 
 class FlatAdapter:
@@ -49,14 +52,15 @@ class FlatAdapter:
 
     The padding makes the blocks of an 8-bit optimizer state those that the tensors have on their own, so that
     an update is the same to the bit. Its gradient is zero, and nothing depends on its weights. Tensors below
-    SMALLEST_8BIT form a region of their own, whose state stays in fp32.
+    SMALLEST_8BIT form a region of their own, whose state stays in fp32. With `separates_b`, LoRA's B form
+    regions of their own: their learning rate can be another.
 
     The parameters are new objects: whatever holds the model's old ones holds them in vain. Each has an
     attribute `flat`, this FlatAdapter. `weights` and `gradient` [n] fp32 are the flat tensors; a parameter
     lies at its storage offset in both.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, separates_b: bool = False) -> None:
         self.model = model
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         assert all(parameter.dtype == torch.float32 for _, parameter in named)
@@ -64,8 +68,11 @@ class FlatAdapter:
         # All A, then all others, in the model's order. Layers that share an input (q, k, v; gate, up) follow
         # one another there. Their A then lie side by side and are one matrix, if A is whole blocks.
         ordered = sorted(indices, key=lambda index: ".lora_A." not in named[index][0])
-        large = [index for index in ordered if named[index][1].numel() >= SMALLEST_8BIT]
-        small = [index for index in ordered if named[index][1].numel() < SMALLEST_8BIT]
+        kinds: dict[tuple[bool, bool], list[int]] = {}
+        for index in ordered:
+            name, parameter = named[index]
+            is_b = separates_b and (".lora_B." in name or parameter.dim() == 1)  # as PEFT's LoRA+ has it
+            kinds.setdefault((parameter.numel() >= SMALLEST_8BIT, is_b), []).append(index)
         num_blocks = sum(_blocks(parameter.numel()) for _, parameter in named)
         device = named[0][1].device
         self.weights = torch.zeros(num_blocks * BLOCK, device=device)
@@ -74,14 +81,18 @@ class FlatAdapter:
         self._copies: dict[torch.dtype, _Copy] = {}
         self.regions: list[Region] = []
         start = 0
-        for chosen in (large, small):
-            if chosen:
-                self.regions.append(self._make_region(start, chosen, named, chosen is large))
-                start += self.regions[-1].parameter.numel()
+        for (is_large, is_b), chosen in sorted(kinds.items(), key=lambda kind: (not kind[0][0], kind[0][1])):
+            self.regions.append(self._make_region(start, chosen, named, is_large, is_b))
+            start += self.regions[-1].parameter.numel()
         self._attach_gradients()
 
     def _make_region(
-        self, start: int, indices: list[int], named: list[tuple[str, nn.Parameter]], is_large: bool
+        self,
+        start: int,
+        indices: list[int],
+        named: list[tuple[str, nn.Parameter]],
+        is_large: bool,
+        is_b: bool,
     ) -> Region:
         members, at = [], start
         for index in indices:
@@ -101,7 +112,7 @@ class FlatAdapter:
             at += _blocks(old.numel()) * BLOCK
         whole = nn.Parameter(self.weights[start:at])
         self._views.append((whole, self.gradient[start:at]))
-        return Region(whole, members, is_large)
+        return Region(whole, members, is_large, is_b)
 
     def _attach_gradients(self) -> None:
         for parameter, view in self._views:
