@@ -23,7 +23,7 @@ from finetune.data.splits import load_data
 from finetune.model.fast_paths import choose_fast_paths
 from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.given_adapter import parse_training_config
-from finetune.model.load import base_fingerprint, check_vocabulary, describe_base, load_model, load_tokenizer
+from finetune.model.load import base_fingerprint, check_vocabulary, describe_model, load_model, load_tokenizer
 from finetune.model.loss import TokenLoss
 from finetune.report.model_card import model_card
 from finetune.report.page import leave_report
@@ -73,7 +73,7 @@ def train(config: Config) -> int:
     fast_paths = choose_fast_paths(config, accelerator, token_loss, data.train, folder.recorded_int8(config))
     budget = token_budget.choose(config, accelerator, token_loss, fast_paths.packed)
     choices = [*machine.describe_machine(accelerator, config.log.trackers), precision]
-    choices += [describe_base(config.model, model), optimizer_choice, *fast_paths, *budget.choices]
+    choices += [*describe_model(config, model), optimizer_choice, *fast_paths, *budget.choices]
     if config.strict:
         require_as_requested(choices)
     flop_per_second = machine.matmul_rate(device, precision.actual)

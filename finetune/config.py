@@ -38,6 +38,13 @@ class LoraConfig:
     """Scale by lora_alpha / sqrt(r) instead (rank-stabilized LoRA)"""
     use_dora: bool = False
     """Train magnitude and direction apart (DoRA): slower"""
+    exclude_modules: list[str] | None = None
+    """Modules that get none of it, of those that target_modules names"""
+    layers_to_transform: list[int] | None = None
+    """Numbers of the decoder layers that get it, from 0; null is all"""
+    init_lora_weights: Literal["pissa", "olora"] | None = None
+    """Start from the main part of each weight of the base (pissa, olora), which trains faster, at twice the
+    adapter's memory; null starts from random A and B of 0"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,6 +96,7 @@ def check_config(config: Config) -> None:
     _check_texts(config)
     _check_sources(config)
     _check_schedule(optim)
+    _check_lora(config)
     by_eval_loss = {
         "checkpoint.keep_best": config.checkpoint.keep_best,
         "train.early_stopping_patience": train.early_stopping_patience,
@@ -140,6 +141,30 @@ def _check_schedule(optim: OptimConfig) -> None:
         raise ValueError(
             f"optim.warmup_ratio {optim.warmup_ratio} and optim.decay_ratio {optim.decay_ratio} are together "
             "more than all updates"
+        )
+
+
+def _check_lora(config: Config) -> None:
+    """What must hold of the adapter's layers and first weights."""
+    lora = config.lora
+    for key in ("exclude_modules", "layers_to_transform"):
+        if getattr(lora, key) == []:
+            raise ValueError(f"lora.{key} is an empty list: leave it null")
+    if any(number < 0 for number in lora.layers_to_transform or ()):
+        raise ValueError(
+            f"lora.layers_to_transform must be numbers from 0, not {min(lora.layers_to_transform or ())}"
+        )
+    own = ("exclude_modules", "layers_to_transform", "init_lora_weights")
+    if config.model.adapter is not None:
+        for key in own:
+            if getattr(lora, key) is not None:
+                raise ValueError(
+                    f"lora.{key} is for a new adapter, and model.adapter names one: leave it out"
+                )
+    if lora.init_lora_weights is not None and config.optim.weight_decay > 0:
+        raise ValueError(
+            f"lora.init_lora_weights {lora.init_lora_weights} holds half of the adapter fixed, which "
+            "optim.weight_decay would change: set it to 0"
         )
 
 

@@ -56,7 +56,8 @@ class FlatAdapter:
     regions of their own: their learning rate can be another.
 
     The parameters are new objects: whatever holds the model's old ones holds them in vain. Each has an
-    attribute `flat`, this FlatAdapter. `weights` and `gradient` [n] fp32 are the flat tensors; a parameter
+    attribute `flat`, this FlatAdapter; and `fixed`, where the old one has it: a dimension, and the index from
+    which on the weights are held fixed. `weights` and `gradient` [n] fp32 are the flat tensors; a parameter
     lies at its storage offset in both.
     """
 
@@ -84,7 +85,19 @@ class FlatAdapter:
         for (is_large, is_b), chosen in sorted(kinds.items(), key=lambda kind: (not kind[0][0], kind[0][1])):
             self.regions.append(self._make_region(start, chosen, named, is_large, is_b))
             start += self.regions[-1].parameter.numel()
+        self._trained = self._mask_of_fixed()
         self._attach_gradients()
+
+    def _mask_of_fixed(self) -> Tensor | None:
+        """[n] fp32: 0 where a weight is held fixed, 1 elsewhere; None where all are trained."""
+        fixed = [(parameter, *parameter.fixed) for parameter, _ in self._views if hasattr(parameter, "fixed")]
+        if not fixed:
+            return None
+        mask = torch.ones_like(self.weights)
+        for parameter, dimension, start in fixed:
+            whole = mask.as_strided(parameter.shape, parameter.stride(), parameter.storage_offset())
+            whole.narrow(dimension, start, parameter.shape[dimension] - start).zero_()
+        return mask
 
     def _make_region(
         self,
@@ -104,6 +117,8 @@ class FlatAdapter:
             with torch.no_grad():
                 new.copy_(old)
             new.flat = self  # type: ignore[attr-defined]
+            if hasattr(old, "fixed"):
+                new.fixed = old.fixed  # type: ignore[attr-defined]
             add_gradients_in_place([new])
             owner, _, attribute = name.rpartition(".")
             setattr(self.model.get_submodule(owner), attribute, new)
@@ -125,7 +140,7 @@ class FlatAdapter:
             torch.distributed.broadcast(self.weights, 0)
 
     def reduce_gradients(self, accelerator: Any) -> None:
-        """Sum the gradient over all ranks, in one communication.
+        """Sum the gradient over all ranks, in one communication; it is 0 where a weight is held fixed.
 
         Raises:
             RuntimeError: a parameter's gradient is no view of the flat one any more.
@@ -134,6 +149,8 @@ class FlatAdapter:
             raise RuntimeError(
                 "a gradient was replaced, as zero_grad() does; FlatAdapter.zero_gradients() keeps it in place"
             )
+        if self._trained is not None:
+            self.gradient.mul_(self._trained)
         if accelerator.num_processes > 1:
             torch.distributed.all_reduce(self.gradient)
 

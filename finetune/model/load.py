@@ -22,9 +22,11 @@ from transformers.utils.logging import disable_progress_bar
 from finetune.config import Config, LoraConfig, ModelConfig
 from finetune.data.chat_template import set_stop_ids
 from finetune.data.named_templates import end_of_turn, use_template
+from finetune.model import first_weights
 from finetune.model.added_tokens import add_rows, token_ids_of, trainable_token_indices
 from finetune.model.given_adapter import check_weights, find_adapter, read_settings
 from finetune.model.starter import HUB_NAME, starter_model_dir
+from finetune.model.target_modules import targets_of
 from finetune.ops.token_rows import frozen_layer
 from finetune.runtime.accelerator import DTYPES
 from finetune.runtime.choice import Choice
@@ -139,7 +141,7 @@ def load_model(
         base.activation_checkpointing_enable({"use_reentrant": False})
     set_seed(config.train.seed)
     if given is None or settings is None:
-        return add_adapter(base, config.lora, added_token_ids)
+        return add_adapter(base, config.lora, added_token_ids, is_new=source is None)
     if added_token_ids and not given_rows:
         settings.trainable_token_indices = trainable_token_indices(base, added_token_ids)
     settings.lora_dropout = config.lora.lora_dropout
@@ -225,17 +227,24 @@ def _init_8bit_state(layer: Any) -> None:
     type(layer).init_8bit_state(layer)
 
 
-def add_adapter(base: Any, config: LoraConfig, added_token_ids: Sequence[int] = ()) -> peft.PeftModel:
+def add_adapter(
+    base: Any, config: LoraConfig, added_token_ids: Sequence[int] = (), is_new: bool = True
+) -> peft.PeftModel:
     """The base with a new adapter, which trains the rows of `added_token_ids` too.
 
+    Unless it `is_new`, its weights are loaded later, and are not made from those of the base.
+
     Raises:
-        ValueError: the base does not have the target modules.
+        ValueError: the base does not have the target modules, or as `targets_of` and `start_from_base`.
     """
+    rank, alpha = first_weights.rank_and_alpha(config)
     settings = peft.LoraConfig(
-        r=config.r,
-        lora_alpha=config.lora_alpha,
+        r=rank,
+        lora_alpha=alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=config.target_modules,
+        target_modules=targets_of(base, config),
+        exclude_modules=config.exclude_modules,
+        layers_to_transform=config.layers_to_transform,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         trainable_token_indices=trainable_token_indices(base, added_token_ids) if added_token_ids else None,
@@ -247,6 +256,10 @@ def add_adapter(base: Any, config: LoraConfig, added_token_ids: Sequence[int] = 
         missing = [name for name in config.target_modules if name.rpartition(".")[2] not in found]
         if missing:  # PEFT accepts the list if one of them is found
             raise ValueError(f"lora.target_modules: the model has no {', '.join(missing)}")
+    if config.init_lora_weights in first_weights.FROM_BASE:
+        if is_new:
+            first_weights.start_from_base(model, config.init_lora_weights)
+        first_weights.hold_second_half(model)
     return model
 
 
@@ -274,6 +287,11 @@ def base_fingerprint(config: ModelConfig, model: Any) -> str:
                 file.seek(offset)
                 digest.update(file.read(2**20))
     return digest.hexdigest()
+
+
+def describe_model(config: Config, model: Any) -> list[Choice]:
+    """The quantization of the base, and how the adapter begins where that was chosen."""
+    return [describe_base(config.model, model), *first_weights.describe_first_weights(config.lora)]
 
 
 def describe_base(config: ModelConfig, model: Any) -> Choice:
