@@ -61,7 +61,7 @@ def train(config: Config) -> int:
 
     # Model: a frozen, quantized base with a LoRA adapter, whose weights lie in one flat tensor.
     source, remarks = folder.find_checkpoint(config)
-    model = load_model(config, precision.actual, device, added_token_ids(tokenizer), source)
+    model = load_model(config, precision.actual, device, added_token_ids(tokenizer), source, data.train)
     check_vocabulary(model, tokenizer)
     adapter, token_loss = FlatAdapter(model, bool(config.optim.lora_b_lr_ratio)), TokenLoss(model).train()
     adapter.broadcast(accelerator)

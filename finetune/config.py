@@ -42,9 +42,9 @@ class LoraConfig:
     """Modules that get none of it, of those that target_modules names"""
     layers_to_transform: list[int] | None = None
     """Numbers of the decoder layers that get it, from 0; null is all"""
-    init_lora_weights: Literal["pissa", "olora"] | None = None
-    """Start from the main part of each weight of the base (pissa, olora), which trains faster, at twice the
-    adapter's memory; null starts from random A and B of 0"""
+    init_lora_weights: Literal["pissa", "olora", "eva"] | None = None
+    """Start from the main part of each weight of the base (pissa, olora), at twice the adapter's memory, or
+    from the main directions of what the layers get of the training rows (eva); null starts from a random A"""
 
 
 @dataclass(frozen=True, kw_only=True)

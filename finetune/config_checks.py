@@ -161,7 +161,7 @@ def _check_lora(config: Config) -> None:
                 raise ValueError(
                     f"lora.{key} is for a new adapter, and model.adapter names one: leave it out"
                 )
-    if lora.init_lora_weights is not None and config.optim.weight_decay > 0:
+    if lora.init_lora_weights in ("pissa", "olora") and config.optim.weight_decay > 0:
         raise ValueError(
             f"lora.init_lora_weights {lora.init_lora_weights} holds half of the adapter fixed, which "
             "optim.weight_decay would change: set it to 0"

@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from finetune.config import Config, LoraConfig, ModelConfig
 from finetune.data.chat_template import set_stop_ids
+from finetune.data.examples import Examples
 from finetune.data.named_templates import end_of_turn, use_template
 from finetune.model import first_weights
 from finetune.model.added_tokens import add_rows, token_ids_of, trainable_token_indices
@@ -113,8 +114,10 @@ def load_model(
     device: torch.device,
     added_token_ids: Sequence[int] = (),
     source: Path | None = None,
+    train_set: Examples | None = None,
 ) -> peft.PeftModel:
-    """The base with a fresh adapter: only its fp32 weights are trainable, initialized from the seed.
+    """The base with a fresh adapter: only its fp32 weights are trainable, initialized from the seed, and with
+    EVA from `train_set`.
 
     The rows of `added_token_ids` in the embedding and the head are trained with it. Where the base has none,
     it gets them: at first each is the mean of all others.
@@ -124,8 +127,8 @@ def load_model(
     loaded later: into views of one flat tensor.
 
     Raises:
-        ValueError: the model cannot be loaded, it does not have the target modules, or the weights of
-            `model.adapter` are not those of its layers.
+        ValueError: the model cannot be loaded, it does not have the target modules, the weights of
+            `model.adapter` are not those of its layers, or as `start_from_data`.
     """
     given = None if config.model.adapter is None else source or find_adapter(config.model.adapter)
     settings = None if given is None else read_settings(given)
@@ -141,7 +144,10 @@ def load_model(
         base.activation_checkpointing_enable({"use_reentrant": False})
     set_seed(config.train.seed)
     if given is None or settings is None:
-        return add_adapter(base, config.lora, added_token_ids, is_new=source is None)
+        model = add_adapter(base, config.lora, added_token_ids, is_new=source is None)
+        if config.lora.init_lora_weights == "eva" and source is None and train_set is not None:
+            first_weights.start_from_data(model, train_set.dataset)
+        return model
     if added_token_ids and not given_rows:
         settings.trainable_token_indices = trainable_token_indices(base, added_token_ids)
     settings.lora_dropout = config.lora.lora_dropout

@@ -6,12 +6,13 @@ import peft
 import pytest
 import torch
 from conftest import tiny_model
-from tiny import CPU, VOCABULARY
+from tiny import CPU, VOCABULARY, random_examples
 from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.config import Config, LoraConfig, ModelConfig
-from finetune.model.first_weights import FROM_BASE
+from finetune.data.tokenize import IGNORE
+from finetune.model.first_weights import FROM_BASE, start_from_data
 from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.load import add_adapter, load_model
 
@@ -48,7 +49,7 @@ def test_updates_move_the_model_as_those_of_peft_which_changes_the_base(method, 
     assert torch.allclose(ours(input_ids=tokens).logits, before, atol=1e-4)
     adapter = FlatAdapter(ours)
     optimizers = [
-        torch.optim.SGD(parameters, lr=0.05)
+        torch.optim.SGD(parameters, lr=0.01)
         for parameters in (
             [region.parameter for region in adapter.regions],
             [p for p in theirs.parameters() if p.requires_grad],
@@ -65,7 +66,7 @@ def test_updates_move_the_model_as_those_of_peft_which_changes_the_base(method, 
             optimizer.step()
     logits = [model(input_ids=tokens).logits for model in (ours, theirs)]
     assert torch.allclose(*logits, atol=1e-4)
-    assert (logits[0] - before).abs().max() > 0.1
+    assert (logits[0] - before).abs().max() > 0.01
     for name, parameter in ours.named_parameters():
         if parameter.requires_grad:
             dimension = 0 if "lora_A" in name else 1
@@ -111,3 +112,32 @@ def test_layers_and_modules_are_chosen_and_those_that_are_not_there_are_named():
         names(layers_to_transform=[0, 2])
     with pytest.raises(ValueError, match=r"lora.exclude_modules: the model has no up_projj"):
         names(exclude_modules=["up_projj"])
+
+
+def test_eva_takes_the_main_directions_of_the_inputs_at_the_targets():
+    examples = random_examples([30] * 8)
+    model = add_adapter(tiny_model(VOCABULARY).requires_grad_(False), LoraConfig(r=4))
+    inputs: list[Tensor] = []
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    handle = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    with torch.no_grad():
+        for example in examples:
+            model(input_ids=torch.tensor([example["input_ids"]]))
+    handle.remove()
+    chosen = torch.cat(
+        [x[0][torch.tensor(example["labels"]) != IGNORE] for x, example in zip(inputs, examples, strict=True)]
+    )
+    start_from_data(model, examples)
+    a = layer.lora_A["default"].weight
+    # They span about as much of the variance as the principal components do.
+    centred = chosen - chosen.mean(0)
+    basis = torch.linalg.qr(a.detach().T).Q
+    most = torch.linalg.svdvals(centred)[:4].square().sum()
+    assert (centred @ basis).square().sum() > 0.95 * most
+    assert layer.lora_B["default"].weight.abs().max() == 0
+    assert model.peft_config["default"].init_lora_weights is True
+    with pytest.raises(ValueError, match="wants 8 target tokens"):
+        start_from_data(
+            add_adapter(tiny_model(VOCABULARY).requires_grad_(False), LoraConfig(r=8)),
+            random_examples([2] * 4),
+        )

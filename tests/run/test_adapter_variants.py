@@ -17,6 +17,7 @@ TOKENS = torch.arange(3, 60)[None]
 VARIANTS: dict[str, dict[str, Any]] = {
     "PiSSA": {"lora__init_lora_weights": "pissa"},
     "OLoRA": {"lora__init_lora_weights": "olora", "lora__use_rslora": True},
+    "EVA": {"lora__init_lora_weights": "eva"},
     "LoRA+": {"optim__lora_b_lr_ratio": 16, "optim__name": "paged_adamw_8bit"},
     "some layers": {"lora__layers_to_transform": "[1]", "lora__exclude_modules": "[up_proj]"},
 }
@@ -40,7 +41,7 @@ def test_a_variant_resumes_to_the_bit_and_plain_peft_computes_its_logits(
         if step == 2:
             signal.raise_signal(signal.SIGTERM)
 
-    settings = {"lora__r": 4, "optim__learning_rate": 1e-2, **settings}
+    settings = {"data__eval_fraction": 0, "lora__r": 4, "optim__learning_rate": 1e-3, **settings}
     monkeypatch.setattr(train, "finish", finish_and_keep_logits)
     whole = run_on_same_rows(output_dir=tmp_path / "whole", **settings)
     stopped = tmp_path / "stopped"
@@ -56,4 +57,5 @@ def test_a_variant_resumes_to_the_bit_and_plain_peft_computes_its_logits(
         of_base = base(input_ids=TOKENS).logits
         logits = PeftModel.from_pretrained(base, whole / "adapter").eval()(input_ids=TOKENS).logits
     assert (logits - of_base).abs().max() > 0.01
-    assert all((logits - of_run).abs().max() < 1e-5 for of_run in trained_logits)
+    for of_run in trained_logits:
+        assert (logits - of_run).abs().max() < 1e-5 * of_base.abs().max()
