@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradScalerKwargs, InitProcessGroupKwargs, parse_flag_from_env
 
 from finetune.config import Config
@@ -23,10 +25,25 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "data
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def describe_machine(accelerator: Accelerator) -> list[Choice]:
-    """Device, processes and data workers, as requested and actual."""
+def describe_machine(accelerator: Accelerator, trackers: Sequence[str]) -> list[Choice]:
+    """Device, processes, data workers and trackers, as requested and actual."""
     device, processes = accelerator.device, accelerator.num_processes
-    return [_describe_device(device), _describe_processes(processes), Choice("data workers", "0", "0")]
+    workers = Choice("data workers", "0", "0")
+    return [_describe_device(device), _describe_processes(processes), workers, _describe_trackers(trackers)]
+
+
+def installed_trackers(names: Sequence[str]) -> list[str]:
+    """TensorBoard, and those of `names` whose packages are installed."""
+    available = [str(tracker) for tracker in get_available_trackers()]
+    return [name for name in dict.fromkeys(("tensorboard", *names)) if name in available]
+
+
+def _describe_trackers(names: Sequence[str]) -> Choice:
+    """The trackers, with the command that installs those that are missing."""
+    requested, actual = dict.fromkeys(("tensorboard", *names)), installed_trackers(names)
+    missing = " ".join(name for name in requested if name not in actual)
+    reason = f"not installed; to have them: pip install {missing}" if missing else ""
+    return Choice("trackers", ", ".join(requested), ", ".join(actual), reason)
 
 
 def _describe_device(device: torch.device) -> Choice:
