@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradScalerKwargs, parse_flag_from_env
 
 from finetune.config import Config
+from finetune.runtime import system
 from finetune.runtime.choice import Choice
 from finetune.runtime.memory import GIB
 from finetune.runtime.processes import under_accelerate_launch
@@ -54,7 +55,7 @@ def _driver_cuda_version() -> tuple[int, int] | None:
     """The newest version of CUDA that the NVIDIA driver supports, such as (12, 4); None without a driver."""
     number = ctypes.c_int()
     try:
-        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+        failed = ctypes.CDLL(system.CUDA_DRIVER).cuDriverGetVersion(ctypes.byref(number))
     except OSError:
         return None
     return None if failed else (number.value // 1000, number.value % 1000 // 10)
@@ -132,7 +133,7 @@ def _use_all_cores(num_processes: int) -> None:
     """Undo the launchers' OMP_NUM_THREADS=1, which leaves all cores but one idle; a higher value is the
     user's own."""
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
+        cores = min(psutil.cpu_count(logical=False) or 1, system.available_cpus())
         torch.set_num_threads(max(1, cores // num_processes))
 
 
@@ -170,17 +171,8 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {package: version(package) for package in PACKAGES},
         "device": device_name(accelerator.device),
-        "processor": _processor(),
+        "processor": system.processor(),
         "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
         "cuda": torch.version.cuda,
         "num_processes": accelerator.num_processes,
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()

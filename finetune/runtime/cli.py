@@ -11,6 +11,7 @@ from itertools import zip_longest
 from typing import Any, NoReturn
 
 from finetune.config_parsing import unused_preset_settings
+from finetune.runtime.system import let_streams_take_any_text
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -30,6 +31,7 @@ def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
     print one line and give 2, a FloatingPointError (a run that diverged) one line and 1. With --debug the
     traceback comes first.
     """
+    let_streams_take_any_text()
     try:
         return command(argv) or 0
     except (ValueError, OSError) as error:

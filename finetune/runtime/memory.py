@@ -2,14 +2,14 @@
 
 import ctypes
 import os
-import resource
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from typing import NamedTuple
 
 import psutil
 import torch
+
+from finetune.runtime import system
 
 GIB, MIB = 2**30, 2**20
 UPDATES_BETWEEN_RELEASES = 20
@@ -38,7 +38,7 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak memory so far: allocated on a GPU, resident (RSS) on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    return system.peak_resident_bytes() / GIB
 
 
 def peak_reserved_gib(device: torch.device) -> float | None:
@@ -88,5 +88,4 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
-            file.write("5")  # proc(5): the high-water mark of the resident memory
+        system.reset_peak_resident()
