@@ -175,7 +175,7 @@ def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
         "none": None,
         "int8": BitsAndBytesConfig(load_in_8bit=True),
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
-    }[config.quantization]
+    }[choose_quantization(config.quantization, device).actual]
     if "gguf_file" in arguments:
         if quantization is not None:
             raise ValueError(
@@ -215,6 +215,14 @@ def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
         if isinstance(module, bnb.nn.Linear8bitLt):
             module.init_8bit_state = types.MethodType(_init_8bit_state, module)
     return base.requires_grad_(False)
+
+
+def choose_quantization(requested: str, device: torch.device) -> Choice:
+    """How the base is loaded on this device."""
+    name = "quantization"
+    if device.type == "mps" and requested != "none":
+        return Choice(name, requested, "none", "bitsandbytes' layers have not been tried on Apple's GPUs")
+    return Choice(name, requested, requested)
 
 
 def _init_8bit_state(layer: Any) -> None:
@@ -284,7 +292,8 @@ def describe_base(config: ModelConfig, model: Any) -> Choice:
         "nf4": sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules()),
     }
     actual = next((name for name, count in counts.items() if count > 0), "none")
-    reason = "" if actual == requested else f"no linear layer became {requested}"
+    chosen = choose_quantization(requested, next(model.parameters()).device)
+    reason = "" if actual == requested else chosen.reason or f"no linear layer became {requested}"
     return Choice("quantization", requested, actual, reason)
 
 
