@@ -26,7 +26,7 @@ from finetune.runtime import system
 assert not system.user().isdigit()  # the shim is there: elsewhere it is a number
 run, rows, config = sys.argv[1:4]
 assert train.main(sys.argv[3:]) == 0
-assert main(["audit", *sys.argv[3:]]) == 0
+assert main(["audit", *sys.argv[3:], "--page", f"{rows}-audit.html"]) == 0
 assert main(["merge", run, "--output", f"{rows}-merged"]) == 0
 for suffix in ("csv", "jsonl"):
     output = ["--output", f"{rows}-answers.{suffix}", "--max_new_tokens", "8"]

@@ -1,8 +1,8 @@
 """Compile `kernels.cpp` on the machine that runs it, and call its functions with tensors.
 
-The compiler is the one on the user's PATH. The compiled library is kept in the user's cache. If the compiler
-is missing or fails, torch's own operations compute the same results. The table at the start of a run shows
-which of the two is used.
+`compiler` finds a compiler and keeps what it makes in the user's cache. If the compiler is missing or fails,
+torch's own operations compute the same results. The table at the start of a run shows which of the two is
+used.
 """
 
 import ctypes

@@ -4,7 +4,7 @@ Devices, precisions and ranks come in; what the rest of the program asks of the 
 Read `accelerator` first: it makes the Accelerator and says what the machine can do. `choice` holds
 what was requested beside what is actual. `signals` and `processes` stop a run and keep its ranks
 together. `cli` turns errors into exit codes, `console` prints, `files` writes whole files, `memory`
-measures.
+measures. `system` alone asks for what Linux, macOS and Windows do not share.
 
 May import: the configuration.
 """
