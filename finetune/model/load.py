@@ -190,7 +190,7 @@ def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
         "none": None,
         "int8": BitsAndBytesConfig(load_in_8bit=True),
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
-    }[config.quantization]
+    }[choose_quantization(config.quantization, device).actual]
     if "gguf_file" in arguments:
         if quantization is not None:
             raise ValueError(
@@ -230,6 +230,14 @@ def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
         if isinstance(module, bnb.nn.Linear8bitLt):
             module.init_8bit_state = types.MethodType(_init_8bit_state, module)
     return base.requires_grad_(False)
+
+
+def choose_quantization(requested: str, device: torch.device) -> Choice:
+    """How the base is loaded on this device."""
+    name = "quantization"
+    if device.type == "mps" and requested != "none":
+        return Choice(name, requested, "none", "bitsandbytes' layers have not been tried on Apple's GPUs")
+    return Choice(name, requested, requested)
 
 
 def _init_8bit_state(layer: Any) -> None:
@@ -315,7 +323,8 @@ def describe_base(config: ModelConfig, model: Any) -> Choice:
         for name, kinds in (("int8", quantized.INT8), ("nf4", quantized.NF4))
     }
     actual = next((name for name, count in counts.items() if count > 0), "none")
-    reason = "" if actual == requested else f"no linear layer became {requested}"
+    chosen = choose_quantization(requested, next(model.parameters()).device)
+    reason = "" if actual == requested else chosen.reason or f"no linear layer became {requested}"
     return Choice("quantization", requested, actual, reason)
 
 

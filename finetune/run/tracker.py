@@ -198,7 +198,7 @@ def _finite(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _append(path: Path, entry: dict[str, Any]) -> None:
     """Append one line and flush it to disk: a checkpoint written later must not survive it."""
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", newline="") as file:
         file.write(json.dumps(_finite(entry)) + "\n")
         file.flush()
         os.fsync(file.fileno())
