@@ -16,6 +16,7 @@ AFTER = {
     "report": ("RUN", "a report on one page: curves, before and after, answers, settings"),
     "compare": ("RUN RUN ...", "runs side by side, and the difference of their losses on the same rows"),
     "chat": ("RUN", "chat with the trained model or its base; answers the lines of a pipe"),
+    "serve": ("RUN", "the model and its base by OpenAI's interface, with a page to talk to both"),
     "generate": ("RUN --input ROWS", "answers to the rows of a file, in batches; resumes if killed"),
     "export": ("RUN --output DIR", "a GGUF file of the merged model, for llama.cpp and Ollama"),
     "push": ("RUN --repo OWNER/NAME", "upload the adapter and its card to the Hugging Face Hub"),

@@ -14,23 +14,26 @@ def test_turns_get_the_answers_without_a_cache_and_compute_only_what_is_new():
     model = with_adapter(tiny_model(len(tokenizer))).eval()
     cache = PrefixCache(model)
     computed: list[int] = []
-    model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: computed.append(inputs[0].numel()))
-    turns = ["What is a bond?"]
-    # The third asks something else in the second's place; the last is an earlier prompt again.
-    questions = ["Why?", "And what does a loan cost?", "Why?"]
+    model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, inputs: computed.append(inputs[0].numel())
+    )
+    turns: list[str] = []
     lengths: list[tuple[int, int]] = []
-    for question in [None, *questions]:
-        if question is not None:
-            turns = [*turns, made.text, question] if question != "Why?" else [*turns[:2], question]
+    for question in ("What is a bond?", "Why?", "And what does a loan cost?"):
+        turns.append(question)
         prompt = encode_prompt(tokenizer, conversation(*turns))
         (plain,) = answer_prompts(accelerator, model, tokenizer, [prompt], 10)
         computed.clear()
         (made,) = answer_prompts(accelerator, model, tokenizer, [prompt], 10, prefix_cache=cache)
         assert made == plain
         lengths.append((len(prompt), computed[0]))
+        turns.append(made.text)
     assert lengths[0][0] == lengths[0][1]
     for whole, new in lengths[1:]:
         assert new < whole / 2
+    other = encode_prompt(tokenizer, conversation(*turns[:2], "Something else?"))
+    (made,) = answer_prompts(accelerator, model, tokenizer, [other], 10, prefix_cache=cache)
+    assert [made] == answer_prompts(accelerator, model, tokenizer, [other], 10)
 
 
 def test_an_answer_that_was_stopped_is_forgotten():
