@@ -10,6 +10,7 @@ BEFORE = {
     "audit": ("--config FILE", "what would be trained on: roles, cut and dropped rows, duplicates, leaks"),
     "plan": ("--config FILE", "predicted and measured memory and time, and the token budget that fits"),
     "verify": ("--config FILE", "the fast paths against their reference paths, on your model and rows"),
+    "schema": ("FILE", "a JSON schema, with which an editor completes and checks the YAML files"),
     "sweep": ("--over KEY=A,B", "a run for each value of a key, and which has the lowest eval loss"),
 }
 AFTER = {
@@ -70,5 +71,10 @@ def main(argv: Sequence[str]) -> int:
     return 2
 
 
+def run() -> int:
+    """The console script `finetune`."""
+    return main(sys.argv[1:])
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run())

@@ -12,7 +12,7 @@ splits of a run), `plan` (which examples each update takes), `collate` (their te
 
 Beside that way, `duplicates` finds repeated and leaked rows, and `slices` and `by_source` group
 examples for evaluation. `audit` measures rows and examples, `anatomy` their tokens, and `findings`
-lists their problems.
+lists their problems. `tool_calls` finds the calls in what a model writes.
 
 May import: runtime, the configuration.
 """

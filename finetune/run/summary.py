@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.config import Config
+from finetune.config_files import TRAIN_PROGRAM
 from finetune.data.plan import Plan
 from finetune.run.folder import CONFIG, METRICS
 from finetune.runtime.choice import Choice
@@ -68,7 +69,7 @@ def launch_command(run_dir: Path, num_processes: int, on_gpu: bool) -> str:
     if num_processes > 1:
         launcher = f"accelerate launch --multi_gpu --num_processes {num_processes}"
         launcher = launcher if on_gpu else f"torchrun --nproc_per_node {num_processes}"
-    return f"{launcher} train.py --config {shlex.quote(str(run_dir / CONFIG))}"
+    return f"{launcher} {TRAIN_PROGRAM} --config {shlex.quote(str(run_dir / CONFIG))}"
 
 
 def show_end(

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import re
 import signal
@@ -24,6 +25,7 @@ from finetune.model.given_adapter import parse_training_config
 from finetune.run.folder import RunStatus, read_environment, read_evaluations, run_status
 from finetune.runtime.console import say
 from finetune.runtime.files import write_atomically
+from finetune.runtime.processes import SWEEP
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 RECORD = "sweep.json"
@@ -184,7 +186,11 @@ def run_trials(trials: Sequence[Trial], folder: Path) -> tuple[int, dict[str, st
             if received or code > 1:
                 continue
             say(f"Run {number} of {len(trials)}: {name}")
-            process = subprocess.Popen([sys.executable, str(TRAIN), *trial.arguments], process_group=0)
+            process = subprocess.Popen(
+                [sys.executable, str(TRAIN), *trial.arguments],
+                process_group=0,
+                env={**os.environ, SWEEP: str(os.getpid())},
+            )
             children.append(process)
             if received:  # it came while the process was started
                 process.send_signal(received[0])

@@ -26,7 +26,7 @@ class Answering:
         return {**self._head("chat.completion"), "choices": [choice], "usage": self._usage(answer)}
 
     def first_event(self) -> str:
-        return self._event({"role": "assistant", "content": ""})
+        return self._event({"role": "assistant"})
 
     def events(self, progress: Progress) -> str:
         """What the progress adds to the stream; of a finished answer, also the end of the stream."""
