@@ -83,7 +83,7 @@ def encode_prompt(tokenizer: Any, conversation: Conversation | list[Message]) ->
     return tokens
 
 
-def reference_answer(tokenizer: Any, conversation: Conversation) -> str:
+def reference_answer(tokenizer: Any, conversation: Conversation) -> Answer:
     """The answer that is the last turn of a conversation, in the form that `answer_prompts` gives answers.
 
     Raises:
@@ -96,7 +96,7 @@ def reference_answer(tokenizer: Any, conversation: Conversation) -> str:
     start = end
     while tokens.labels[start - 1] != IGNORE:
         start -= 1
-    return _answer(tokenizer, tokens.input_ids[start:end], stop_ids(tokenizer)).text
+    return _answer(tokenizer, tokens.input_ids[start:end], stop_ids(tokenizer))
 
 
 def require_room(model: Any, num_tokens: int, max_new_tokens: int) -> None:
@@ -122,6 +122,8 @@ def answer_prompts(
     stopping: StoppingCriteria | None = None,
 ) -> list[Answer]:
     """Answers to prompts (token ids), generated as one batch: greedy, or sampled by `sampler`.
+
+    `model` is a model of transformers or PEFT, or a TokenLoss, as it must be for a sharded base.
 
     `streamer`, one of transformers' streamers, receives the tokens of a single prompt as they are generated,
     and `prefix_cache` keeps its keys and values. `stopping` sees all tokens [B, T] after each step, and says
