@@ -38,6 +38,38 @@ def user() -> str:
     return getpass.getuser()
 
 
+def computer() -> str:
+    """Where the numbers of processes mean the same: since this boot, and on Linux in this container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{platform.node()} {round(psutil.boot_time() / 60)}"
+
+
+def start_of_process(pid: int) -> str | None:
+    """When a process was started, which tells it from others that had its number; None without one.
+
+    On Linux in clock ticks since the boot (proc_pid_stat(5), field 22), which setting the clock leaves alone.
+    """
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    except OSError:
+        pass
+    try:
+        return str(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return None
+
+
+def file_locks() -> Any:
+    """The module whose `flock` locks files in the kernel; None on Windows."""
+    try:
+        return importlib.import_module("fcntl")
+    except ModuleNotFoundError:
+        return None
+
+
 def available_cpus() -> int:
     """CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
