@@ -25,7 +25,7 @@ def command_of(name: str) -> list[str]:
         words: list[str] = yaml.safe_load(text)["spec"]["trainer"]["command"]
         return words
     shell = yaml.safe_load(text)["run"] if name == "skypilot.yaml" else text
-    return shlex.split(shell[shell.index("torchrun --") :])
+    return shlex.split(shell[shell.index("torchrun --") :].replace("\\\n", ""))
 
 
 def test_each_file_is_known_here():
