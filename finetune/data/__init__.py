@@ -12,7 +12,8 @@ splits of a run), `plan` (which examples each update takes), `collate` (their te
 
 Beside that way, `duplicates` finds repeated and leaked rows, and `slices` and `by_source` group
 examples for evaluation. `audit` measures rows and examples, `anatomy` their tokens, and `findings`
-lists their problems.
+lists their problems. Of what a model writes, `tool_calls` reads the calls back by the template's marks, and
+`answer_parts` tells its calls from what it says.
 
 May import: runtime, the configuration.
 """

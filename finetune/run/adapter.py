@@ -24,8 +24,9 @@ from finetune.model.given_adapter import (
 )
 from finetune.model.load import base_fingerprint, check_vocabulary, load_base, load_tokenizer
 from finetune.ops import token_rows
-from finetune.run.checkpoint import STATE, TRAINING_CONFIG, fault_of, list_checkpoints
+from finetune.run.checkpoint import BASE, STATE, TRAINING_CONFIG, fault_of, list_checkpoints
 from finetune.run.folder import CHAT_TEMPLATE, CONFIG, ENVIRONMENT, RESULT, read_environment
+from finetune.runtime import system
 from finetune.runtime.accelerator import choose_precision, create_accelerator
 from finetune.runtime.choice import Choice
 from finetune.runtime.cli import CommandParser, split_arguments
@@ -117,10 +118,10 @@ def find_trained(path: Path, settings: Sequence[str] = ()) -> Trained:
         return Trained(adapter, config, run_dir, own_tokenizer)
     say(f"{adapter} does not say how it was trained: its base is taken as it names it, without quantization.")
     config = Config(model=ModelConfig(name_or_path=_named_base(adapter), quantization="none"))
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
-        file.write(config_to_yaml(config))
-        file.flush()
-        return Trained(adapter, parse_config(["--config", file.name, *settings]), None, own_tokenizer)
+    with tempfile.TemporaryDirectory() as folder:  # Windows reads no temporary file that is open
+        file = Path(folder) / CONFIG
+        system.write_text(file, config_to_yaml(config))
+        return Trained(adapter, parse_config(["--config", str(file), *settings]), None, own_tokenizer)
 
 
 def _adapter_in(path: Path) -> Path:
@@ -212,13 +213,18 @@ def add_rows_of(adapter: Path, base: Any) -> None:
 
 def _check_base(trained: Trained, base: Any) -> None:
     """An adapter on another base of the same shape would produce nonsense."""
+    found = base_fingerprint(trained.config.model, base)
     if (trained.adapter / MANIFEST).exists():  # a checkpoint, found whole
         expected = json.loads((trained.adapter / STATE).read_text(encoding="utf-8"))["base"]
     elif trained.run_dir is not None:
         expected = read_environment(trained.run_dir)["base"]
+    elif (trained.adapter / BASE).is_file():  # copied out of its run
+        expected = (trained.adapter / BASE).read_text(encoding="utf-8").strip()
+        if ("@" in expected) != ("@" in found):
+            return  # a model of the Hub, and a folder: it may be the same one
     else:
         return
-    if expected != base_fingerprint(trained.config.model, base):
+    if expected != found:
         raise ValueError(
             f"{trained.adapter} was trained on another base model than {trained.config.model.name_or_path} "
             "is now"

@@ -125,12 +125,15 @@ def answer(
     max_new_tokens: int,
     temperature: float,
     seeds: Sequence[int],
-    streamer: Any = None,
+    **hooks: Any,
 ) -> list[Answer]:
-    """Answers to prompts as one batch. With a temperature above 0, each draws from a seed of its own."""
+    """Answers to prompts as one batch. With a temperature above 0, each draws from a seed of its own.
+
+    `hooks` are `answer_prompts`' own: `streamer`, `prefix_cache` and `stopping`.
+    """
     sampler = Sampler(temperature, seeds, model.accelerator.device) if temperature > 0 else None
     return answer_prompts(
-        model.accelerator, model.model, model.tokenizer, prompts, max_new_tokens, sampler, streamer
+        model.accelerator, model.model, model.tokenizer, prompts, max_new_tokens, sampler, **hooks
     )
 
 
@@ -162,7 +165,7 @@ def answer_rows(
     if not partial.exists():
         write_atomically(partial, json.dumps({"settings": settings}) + "\n")
     with (
-        partial.open("a", encoding="utf-8") as file,
+        partial.open("a", encoding="utf-8", newline="") as file,
         Progress(*bar, console=console, disable=not console.is_terminal) as progress,
     ):
         task = progress.add_task("", total=len(questions))
@@ -213,7 +216,7 @@ def format_answers(rows: Dataset, records: Mapping[int, Record], suffix: str) ->
         return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     frame = pd.DataFrame([{column: _as_cell(value) for column, value in line.items()} for line in lines])
     # A carriage return in an answer would end the line, unquoted.
-    return frame.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)
+    return frame.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
 
 
 def _as_cell(value: Any) -> Any:
