@@ -37,13 +37,17 @@ class Sampler:
 
     def __init__(self, temperature: float, seeds: Sequence[int], device: torch.device) -> None:
         self._temperature = temperature
-        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        # Apple's GPUs have no fp64.
+        self._device = torch.device("cpu") if device.type == "mps" else device
+        self._generators = [torch.Generator(self._device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # In fp32, one number in 2^24 would be 0, and its token would always be chosen.
-        noise = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
+        noise = torch.empty(scores.shape, dtype=torch.float64, device=self._device)
         for row, generator in zip(noise, self._generators, strict=True):
             row.exponential_(generator=generator)
+        if noise.device != scores.device:
+            return scores / self._temperature - noise.log().float().to(scores.device)
         return scores / self._temperature - noise.log()
 
 
@@ -82,7 +86,7 @@ def encode_prompt(tokenizer: Any, conversation: Conversation | list[Message]) ->
     return tokens
 
 
-def reference_answer(tokenizer: Any, conversation: Conversation) -> str:
+def reference_answer(tokenizer: Any, conversation: Conversation) -> Answer:
     """The answer that is the last turn of a conversation, in the form that `answer_prompts` gives answers.
 
     Raises:
@@ -95,7 +99,7 @@ def reference_answer(tokenizer: Any, conversation: Conversation) -> str:
     start = end
     while tokens.labels[start - 1] != IGNORE:
         start -= 1
-    return _answer(tokenizer, tokens.input_ids[start:end], stop_ids(tokenizer)).text
+    return _answer(tokenizer, tokens.input_ids[start:end], stop_ids(tokenizer))
 
 
 def require_room(model: Any, num_tokens: int, max_new_tokens: int) -> None:
@@ -119,6 +123,8 @@ def answer_prompts(
     streamer: Any = None,
 ) -> list[Answer]:
     """Answers to prompts (token ids), generated as one batch: greedy, or sampled by `sampler`.
+
+    `model` is a model of transformers or PEFT, or a TokenLoss, as it must be for a sharded base.
 
     `streamer`, one of transformers' streamers, receives the tokens of a single prompt as they are generated.
     """

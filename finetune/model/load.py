@@ -28,6 +28,8 @@ from finetune.model.added_tokens import add_rows, token_ids_of, trainable_token_
 from finetune.model.given_adapter import check_weights, find_adapter, read_settings
 from finetune.model.starter import HUB_NAME, starter_model_dir
 from finetune.model.target_modules import targets_of
+from finetune.ops import quantized
+from finetune.ops.plain_weights import use_plain_weights
 from finetune.ops.token_rows import frozen_layer
 from finetune.runtime.accelerator import DTYPES
 from finetune.runtime.choice import Choice
@@ -115,6 +117,7 @@ def load_model(
     added_token_ids: Sequence[int] = (),
     source: Path | None = None,
     train_set: Examples | None = None,
+    plain_weights: bool = False,
 ) -> peft.PeftModel:
     """The base with a fresh adapter: only its fp32 weights are trainable, initialized from the seed, and with
     EVA from `train_set`.
@@ -125,6 +128,8 @@ def load_model(
     It has the layers that the adapter of `source`, the checkpoint that the run resumes from, has where
     `model.adapter` is set, and those of `model.adapter` where there is no checkpoint yet. Their weights are
     loaded later: into views of one flat tensor.
+
+    With `plain_weights`, quantized weights become plain parameters, as a base needs that is to be sharded.
 
     Raises:
         ValueError: the model cannot be loaded, it does not have the target modules, the weights of
@@ -147,13 +152,15 @@ def load_model(
         model = add_adapter(base, config.lora, added_token_ids, is_new=source is None)
         if config.lora.init_lora_weights == "eva" and source is None and train_set is not None:
             first_weights.start_from_data(model, train_set.dataset)
-        return model
-    if added_token_ids and not given_rows:
-        settings.trainable_token_indices = trainable_token_indices(base, added_token_ids)
-    settings.lora_dropout = config.lora.lora_dropout
-    model = _adapted(base, settings, f"model.adapter {given}")
-    if source is None:
-        check_weights(given, model)
+    else:
+        if added_token_ids and not given_rows:
+            settings.trainable_token_indices = trainable_token_indices(base, added_token_ids)
+        settings.lora_dropout = config.lora.lora_dropout
+        model = _adapted(base, settings, f"model.adapter {given}")
+        if source is None:
+            check_weights(given, model)
+    if plain_weights:  # after PEFT, which knows bitsandbytes' layers
+        use_plain_weights(model)
     return model
 
 
@@ -183,7 +190,7 @@ def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
         "none": None,
         "int8": BitsAndBytesConfig(load_in_8bit=True),
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
-    }[config.quantization]
+    }[choose_quantization(config.quantization, device).actual]
     if "gguf_file" in arguments:
         if quantization is not None:
             raise ValueError(
@@ -223,6 +230,14 @@ def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
         if isinstance(module, bnb.nn.Linear8bitLt):
             module.init_8bit_state = types.MethodType(_init_8bit_state, module)
     return base.requires_grad_(False)
+
+
+def choose_quantization(requested: str, device: torch.device) -> Choice:
+    """How the base is loaded on this device."""
+    name = "quantization"
+    if device.type == "mps" and requested != "none":
+        return Choice(name, requested, "none", "bitsandbytes' layers have not been tried on Apple's GPUs")
+    return Choice(name, requested, requested)
 
 
 def _init_8bit_state(layer: Any) -> None:
@@ -304,11 +319,12 @@ def describe_base(config: ModelConfig, model: Any) -> Choice:
     """The quantization of the base, as found in its layers."""
     requested = config.quantization
     counts = {
-        "int8": sum(isinstance(module, bnb.nn.Linear8bitLt) for module in model.modules()),
-        "nf4": sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules()),
+        name: sum(isinstance(module, kinds) for module in model.modules())
+        for name, kinds in (("int8", quantized.INT8), ("nf4", quantized.NF4))
     }
     actual = next((name for name, count in counts.items() if count > 0), "none")
-    reason = "" if actual == requested else f"no linear layer became {requested}"
+    chosen = choose_quantization(requested, next(model.parameters()).device)
+    reason = "" if actual == requested else chosen.reason or f"no linear layer became {requested}"
     return Choice("quantization", requested, actual, reason)
 
 
@@ -319,24 +335,26 @@ def training_flop(model: Any) -> tuple[int, int]:
     per weight each. LoRA, attention and everything else are a few percent, and count as overhead.
     """
     head = frozen_layer(model.get_output_embeddings())
-    kinds = (torch.nn.Linear, bnb.nn.Linear8bitLt, bnb.nn.Linear4bit)
     weights = sum(
         module.in_features * module.out_features
         for name, module in model.named_modules()
-        if isinstance(module, kinds) and module is not head and ".lora_" not in name
+        if isinstance(module, quantized.LINEARS) and module is not head and ".lora_" not in name
     )
     return 4 * weights, 4 * head.weight.numel()
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """(trainable, total) numbers of parameters. Two 4-bit weights in one byte count as two."""
-    trainable = total = 0
-    for parameter in model.parameters():
-        packed = getattr(parameter, "quant_state", None)
-        size = parameter.numel() if packed is None else packed.shape.numel()
-        total += size
-        trainable += size if parameter.requires_grad else 0
-    return trainable, total
+    """(trainable, total) numbers of parameters. Two 4-bit weights in one byte count as two, and the scales of
+    quantized weights do not count."""
+    sizes: dict[int, int] = {}
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, (*quantized.INT8, *quantized.NF4)) and name != "bias":
+                sizes[id(parameter)] = module.in_features * module.out_features if name == "weight" else 0
+            else:
+                sizes[id(parameter)] = parameter.numel()
+    return sum(sizes[parameter] for parameter in trained), sum(sizes.values())
 
 
 def hub_name(config: ModelConfig) -> str | None:

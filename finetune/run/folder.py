@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,12 +24,15 @@ from finetune.data.plan import Plan
 from finetune.data.splits import Data, fingerprint_of
 from finetune.model import given_adapter
 from finetune.run.checkpoint import checkpoints_dir, fault_of, list_checkpoints
+from finetune.runtime import system
 from finetune.runtime.files import require_room, write_atomically
+from finetune.runtime.locks import LOCK, folder_lock
 
 CONFIG, ENVIRONMENT = given_adapter.RUN_FILES
 RESULT, CHAT_TEMPLATE = given_adapter.RESULT, "chat_template.jinja"
 METRICS, ANSWERS, EVALUATIONS = "metrics.jsonl", "answers.jsonl", "evaluations"
 SOURCE = "source"
+LONGEST_NAME = 100  # in characters: tensorboard/events.out.tfevents.1764482400.HOST.1.0 and the like
 EXAMPLE_SUMS = ["nll", "entropy", "correct", "num_target_tokens"]
 RECORDED = {"base", "int8", "data", "global_batch_size", "num_processes", "started_from"}
 # Keys that change what is shown and kept, or how an update is laid out, not what it is.
@@ -39,12 +41,16 @@ FREE_KEYS = (
     "resume",
     "strict",
     "log.",
-    "checkpoint.",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
     "train.micro_batch_size",
     "train.gradient_accumulation_steps",
+    "train.global_batch_size",
     "train.packing",
     "train.max_tokens_per_micro_batch",
     "train.gradient_checkpointing",
+    "train.sharding",
+    "train.shard_over",
     "fast.attention",
     "fast.head",
 )
@@ -68,6 +74,7 @@ def run_status(config: Config) -> RunStatus:
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
         raise ValueError(f"output_dir {folder}: {existing} is a file, not a folder; choose another")
+    system.check_path_length(folder, LONGEST_NAME)
     if not os.access(existing, os.W_OK):
         raise ValueError(f"output_dir {folder}: {existing} cannot be written; choose another")
     if not (folder / CONFIG).exists():
@@ -86,16 +93,20 @@ def run_status(config: Config) -> RunStatus:
 
 
 def _is_leftover(path: Path) -> bool:
-    """Whether this was left by a start that was killed before its last step, writing config.yaml."""
+    """Whether this is the lock, or was left by a start that was killed before its last step, writing
+    config.yaml."""
     written_before = (ENVIRONMENT, CHAT_TEMPLATE)
-    return path.name in written_before or path.name in [
-        f".{name}.partial" for name in (*written_before, CONFIG)
-    ]
+    return path.name.startswith(LOCK) or path.name in written_before or _is_partial(path)
+
+
+def _is_partial(path: Path) -> bool:
+    """Whether it is a file that was being written, or one by which processes find a shared folder."""
+    return path.name.startswith(".") and path.name.endswith(".partial")
 
 
 @contextmanager
 def only_one_at_a_time(config: Config) -> Iterator[None]:
-    """Lock the run's folder against a second process, for as long as this one lives.
+    """Lock the run's folder against a second process, on this or another computer, while this one lives.
 
     Raises:
         ValueError: another process holds the lock: the two would overwrite each other's files.
@@ -104,7 +115,7 @@ def only_one_at_a_time(config: Config) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield  # rank 0 holds the lock for all ranks
         return
-    name = f"finetune-{os.getuid()}-{hashlib.sha256(folder.encode()).hexdigest()[:24]}.lock"
+    name = f"finetune-{system.user()}-{hashlib.sha256(folder.encode()).hexdigest()[:24]}.lock"
     lock = FileLock(Path(tempfile.gettempdir()) / name)
     try:
         lock.acquire(timeout=0)
@@ -114,7 +125,8 @@ def only_one_at_a_time(config: Config) -> Iterator[None]:
             "last update; wait for it, or stop it"
         ) from None
     try:
-        yield
+        with folder_lock(Path(config.output_dir)):
+            yield
     finally:
         lock.release()
 
@@ -130,7 +142,8 @@ def _saved_config(folder: Path) -> dict[str, Any]:
 
 
 def _differing_keys(saved: dict[str, Any], config: Config) -> list[str]:
-    before, now = flatten(saved), flatten(config_to_dict(config))
+    # A run of an older version lacks keys that were added since; it ran as their defaults do.
+    before, now = flatten(config_to_dict(Config())) | flatten(saved), flatten(config_to_dict(config))
     return [
         f"{key} was {before.get(key)}, is {now.get(key)}"
         for key in {**before, **now}
@@ -196,13 +209,14 @@ def start_run(
             raise ValueError(
                 f"the run in {folder} takes {before['global_batch_size']} examples per update, and with "
                 f"{plan.num_processes} process(es) this is {plan.global_batch_size}: set "
-                "train.gradient_accumulation_steps or train.micro_batch_size so that the product is the same"
+                f"train.global_batch_size to {before['global_batch_size']} and "
+                "train.gradient_accumulation_steps to null"
             )
     to_write = config.checkpoint.keep + config.checkpoint.keep_best + 1 - len(list_checkpoints(folder))
     require_room(folder, to_write * checkpoint_bytes, "the run")
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in (*folder.glob(".*.partial"), *checkpoints_dir(folder).glob(".*.partial")):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        system.remove_folder(leftover) if leftover.is_dir() else leftover.unlink()
     environment = {
         **environment,
         "global_batch_size": plan.global_batch_size,
@@ -357,7 +371,7 @@ def write_example_sums(
         frame[SOURCE] = sources
     path = example_sums_file(run_dir, step)
     path.parent.mkdir(exist_ok=True)
-    write_atomically(path, frame.to_csv(index=False))
+    write_atomically(path, frame.to_csv(index=False, lineterminator="\n"))
 
 
 def read_example_sums(run_dir: Path, step: int) -> pd.DataFrame:

@@ -22,11 +22,13 @@ from finetune.data.conversations import Conversation
 from finetune.data.examples import Examples
 from finetune.data.plan import Plan
 from finetune.model.generate import Answer
+from finetune.run.answer_files import write_answer_scores
 from finetune.run.extra_trackers import add_extra_trackers, answers_as_text
 from finetune.run.folder import ANSWERS, METRICS, read_lines, write_example_sums
 from finetune.run.summary import SHOWN
 from finetune.runtime import console
 from finetune.runtime.files import cannot_write
+from finetune.training.answer_scores import Question, Scores
 from finetune.training.metrics import Metrics
 
 
@@ -110,6 +112,14 @@ class Tracker:
                 sources = source_of_each(eval_set) if several_sources(eval_set) else None
                 write_example_sums(self._run_dir, step, eval_set.dataset["row_number"], sums, sources)
 
+    def write_answer_scores(
+        self, step: int, questions: Sequence[Question], answers: Sequence[Answer], scores: Sequence[Scores]
+    ) -> None:
+        """Write the answers to the rows of `eval.answers`, and how each compares with that of its row."""
+        if self._main:
+            with _saying_where(self._run_dir):
+                write_answer_scores(self._run_dir, step, questions, answers, scores)
+
     def log_answers(
         self, step: int, conversations: Sequence[Conversation], answers: Sequence[Answer]
     ) -> None:
@@ -188,7 +198,7 @@ def _finite(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _append(path: Path, entry: dict[str, Any]) -> None:
     """Append one line and flush it to disk: a checkpoint written later must not survive it."""
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", newline="") as file:
         file.write(json.dumps(_finite(entry)) + "\n")
         file.flush()
         os.fsync(file.fileno())

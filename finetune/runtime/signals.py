@@ -10,8 +10,9 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from finetune.runtime.processes import all_reduce_max, under_accelerate_launch
+from finetune.runtime.system import is_orphan_of, signals_named
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = signals_named("SIGTERM", "SIGINT", "SIGBREAK")
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Whether this process was requested to stop."""
-        if not self._received and self._launcher is not None and os.getppid() != self._launcher:
+        if not self._received and self._launcher is not None and is_orphan_of(self._launcher):
             self._received.append(signal.SIGTERM)
         return len(self._received) > 0
 
@@ -57,10 +58,11 @@ class StopRequest:
         """128 + the signal that was agreed on, as a shell counts; 0 without one."""
         return 128 + self._agreed if self._agreed else 0
 
-    def until(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, up to a request to stop."""
+    def until(self, items: Iterable[T], together: bool = False) -> Iterator[T]:
+        """The items, up to a request to stop this process. With `together`, up to a request to stop any rank:
+        all ranks get the same number of items, of which each has equally many."""
         for item in items:
-            if self.requested:
+            if self.should_stop() if together else self.requested:
                 return
             yield item
 

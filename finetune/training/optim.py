@@ -20,6 +20,8 @@ def state_bytes(name: str) -> int:
 
 
 def choose_optimizer(requested: str, device: torch.device) -> Choice:
+    if device.type == "mps" and requested not in ("adamw", "sgd"):
+        return Choice("optimizer", requested, "adamw", "bitsandbytes' optimizers do not run on Apple's GPUs")
     if device.type != "cuda" and requested in UNPAGED:
         reason = "paging moves state out of GPU memory, and this device is no GPU"
         return Choice("optimizer", requested, UNPAGED[requested], reason)
