@@ -45,8 +45,6 @@ class Evaluator:
         self._accelerator, self._config, self._plan = accelerator, config, plan
         self._token_loss, self._tokenizer = token_loss, tokenizer
         self._eval_set, self._leaks = data.eval, data.leaks
-        self._batches = plan_evaluation(plan, data.eval)
-        self._probe = plan_evaluation(plan, data.eval, PROBED)
         self._rounds = accelerator.mixed_precision != "no" and config.eval.precision == "run"
         self._conversations = pick_conversations(iterate_rows(data.rows.eval), config.data.system_prompt)
         self._tracker, self._stop, self._history = tracker, stop, history
@@ -71,24 +69,24 @@ class Evaluator:
             self._evaluate(step)
         at_either_end = step == 0 or self.is_over(step)
         if at_either_end and self._conversations and not self._tracker.was_made("answers", step):
-            on_main(self._accelerator, self._write_answers, step)
+            self._write_answers(step)
 
     def _evaluate(self, step: int) -> None:
         self._tracker.show_activity("evaluating")
-        sums = self._sums(self._batches, self._config.eval.precision)
+        sums = self._sums(plan_evaluation(self._plan, self._eval_set), self._config.eval.precision)
         if sums is None:  # stopped midway: it is made when the run resumes
             return
         metrics = evaluation_metrics(sums, self._eval_set, self._leaks, self._config.eval.sets or ())
         if self._rounds:
-            exact = self._sums(self._probe, "fp32")
+            exact = self._sums(plan_evaluation(self._plan, self._eval_set, PROBED), "fp32")
             if exact is None:
                 return
             metrics["loss_error"] = loss_error(sums[:PROBED], exact[:PROBED])
         if self._questions:
             self._tracker.show_activity(f"answering {len(self._questions)} eval rows")
-            model, together = self._token_loss.model, False
+            together = self._plan.collective
             answers = answer_questions(
-                self._accelerator, model, self._tokenizer, self._questions, self._stop, together
+                self._accelerator, self._token_loss, self._tokenizer, self._questions, self._stop, together
             )
             if answers is None:
                 return
@@ -101,15 +99,16 @@ class Evaluator:
 
     def _sums(self, batches: list[Indices], precision: str) -> Tensor | None:
         dataset, packing = self._eval_set.dataset, self._plan.layout.packing
-        return evaluate(self._accelerator, self._token_loss, batches, dataset, packing, self._stop, precision)
+        how = packing, self._stop, precision, self._plan.collective
+        return evaluate(self._accelerator, self._token_loss, batches, dataset, *how)
 
     def _write_answers(self, step: int) -> None:
-        if self._stop.requested:
+        """All ranks generate the same answers, as a sharded base needs, and the main one writes them."""
+        if self._stop.should_stop():
             return
         self._tracker.show_activity("writing a few answers")
-        model = self._token_loss.model
-        answers = generate_answers(self._accelerator, model, self._tokenizer, self._conversations)
-        self._tracker.log_answers(step, self._conversations, answers)
+        answers = generate_answers(self._accelerator, self._token_loss, self._tokenizer, self._conversations)
+        on_main(self._accelerator, self._tracker.log_answers, step, self._conversations, answers)
 
     def _require_best_by(self) -> None:
         """Raise ValueError if the evaluations of this run lack the metric that `checkpoint.best_by` names."""
