@@ -370,6 +370,7 @@ OUT_OF_RANGE = [
     ("train.num_epochs", "0", "at least 1"),
     ("train.max_steps", "0", "at least 1"),
     ("train.early_stopping_patience", "0", "at least 1"),
+    ("eval.answers", "-1", "at least 0"),
     ("train.micro_batch_size", "0", "at least 1"),
     ("train.gradient_accumulation_steps", "0", "at least 1"),
     ("train.global_batch_size", "0", "at least 1"),
