@@ -131,6 +131,12 @@ class TrainConfig:
     """Precision of the forward pass: no (fp32), bf16, or fp16 with loss scaling"""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower"""
+    sharding: Literal["none", "base"] = "none"
+    """base: each process keeps a share of the frozen base, and gathers a layer while it computes (FSDP2).
+    accelerate launch --use_fsdp --fsdp_version 2 says the same"""
+    shard_over: Literal["node", "all"] = "node"
+    """Which processes share a base: those of a node, so that the links between nodes carry the adapter alone,
+    or all"""
     seed: int = 42
     """Seed of the adapter, the order of the examples and the dropout noise"""
 

@@ -107,6 +107,12 @@ def check_config(config: Config) -> None:
         )
     if model.quantization == "nf4" and train.mixed_precision == "no":
         raise ValueError("model.quantization nf4 multiplies in 16 bits: set train.mixed_precision to bf16")
+    if train.sharding == "base" and model.quantization != "none" and (lora.use_dora or not config.fast.lora):
+        key = "lora.use_dora" if lora.use_dora else "fast.lora false"
+        raise ValueError(
+            f"train.sharding base shares out {model.quantization} weights that only the fast LoRA layers can "
+            f"read: leave {key} out, or set model.quantization to none"
+        )
 
 
 def _check_sources(config: Config) -> None:

@@ -120,6 +120,8 @@ def answer_prompts(
 ) -> list[Answer]:
     """Answers to prompts (token ids), generated as one batch: greedy, or sampled by `sampler`.
 
+    `model` is a model of transformers or PEFT, or a TokenLoss, as it must be for a sharded base.
+
     `streamer`, one of transformers' streamers, receives the tokens of a single prompt as they are generated.
     """
     # Calling the tokenizer with padding would leave padding enabled in the tokenizer that the run saves.

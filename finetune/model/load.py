@@ -25,6 +25,8 @@ from finetune.data.named_templates import end_of_turn, use_template
 from finetune.model.added_tokens import add_rows, token_ids_of, trainable_token_indices
 from finetune.model.given_adapter import check_weights, find_adapter, read_settings
 from finetune.model.starter import HUB_NAME, starter_model_dir
+from finetune.ops import quantized
+from finetune.ops.plain_weights import use_plain_weights
 from finetune.ops.token_rows import frozen_layer
 from finetune.runtime.accelerator import DTYPES
 from finetune.runtime.choice import Choice
@@ -111,6 +113,7 @@ def load_model(
     device: torch.device,
     added_token_ids: Sequence[int] = (),
     source: Path | None = None,
+    plain_weights: bool = False,
 ) -> peft.PeftModel:
     """The base with a fresh adapter: only its fp32 weights are trainable, initialized from the seed.
 
@@ -120,6 +123,8 @@ def load_model(
     It has the layers that the adapter of `source`, the checkpoint that the run resumes from, has where
     `model.adapter` is set, and those of `model.adapter` where there is no checkpoint yet. Their weights are
     loaded later: into views of one flat tensor.
+
+    With `plain_weights`, quantized weights become plain parameters, as a base needs that is to be sharded.
 
     Raises:
         ValueError: the model cannot be loaded, it does not have the target modules, or the weights of
@@ -139,13 +144,16 @@ def load_model(
         base.activation_checkpointing_enable({"use_reentrant": False})
     set_seed(config.train.seed)
     if given is None or settings is None:
-        return add_adapter(base, config.lora, added_token_ids)
-    if added_token_ids and not given_rows:
-        settings.trainable_token_indices = trainable_token_indices(base, added_token_ids)
-    settings.lora_dropout = config.lora.lora_dropout
-    model = _adapted(base, settings, f"model.adapter {given}")
-    if source is None:
-        check_weights(given, model)
+        model = add_adapter(base, config.lora, added_token_ids)
+    else:
+        if added_token_ids and not given_rows:
+            settings.trainable_token_indices = trainable_token_indices(base, added_token_ids)
+        settings.lora_dropout = config.lora.lora_dropout
+        model = _adapted(base, settings, f"model.adapter {given}")
+        if source is None:
+            check_weights(given, model)
+    if plain_weights:  # after PEFT, which knows bitsandbytes' layers
+        use_plain_weights(model)
     return model
 
 
@@ -280,8 +288,8 @@ def describe_base(config: ModelConfig, model: Any) -> Choice:
     """The quantization of the base, as found in its layers."""
     requested = config.quantization
     counts = {
-        "int8": sum(isinstance(module, bnb.nn.Linear8bitLt) for module in model.modules()),
-        "nf4": sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules()),
+        name: sum(isinstance(module, kinds) for module in model.modules())
+        for name, kinds in (("int8", quantized.INT8), ("nf4", quantized.NF4))
     }
     actual = next((name for name, count in counts.items() if count > 0), "none")
     reason = "" if actual == requested else f"no linear layer became {requested}"
@@ -295,24 +303,26 @@ def training_flop(model: Any) -> tuple[int, int]:
     per weight each. LoRA, attention and everything else are a few percent, and count as overhead.
     """
     head = frozen_layer(model.get_output_embeddings())
-    kinds = (torch.nn.Linear, bnb.nn.Linear8bitLt, bnb.nn.Linear4bit)
     weights = sum(
         module.in_features * module.out_features
         for name, module in model.named_modules()
-        if isinstance(module, kinds) and module is not head and ".lora_" not in name
+        if isinstance(module, quantized.LINEARS) and module is not head and ".lora_" not in name
     )
     return 4 * weights, 4 * head.weight.numel()
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """(trainable, total) numbers of parameters. Two 4-bit weights in one byte count as two."""
-    trainable = total = 0
-    for parameter in model.parameters():
-        packed = getattr(parameter, "quant_state", None)
-        size = parameter.numel() if packed is None else packed.shape.numel()
-        total += size
-        trainable += size if parameter.requires_grad else 0
-    return trainable, total
+    """(trainable, total) numbers of parameters. Two 4-bit weights in one byte count as two, and the scales of
+    quantized weights do not count."""
+    sizes: dict[int, int] = {}
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, (*quantized.INT8, *quantized.NF4)) and name != "bias":
+                sizes[id(parameter)] = module.in_features * module.out_features if name == "weight" else 0
+            else:
+                sizes[id(parameter)] = parameter.numel()
+    return sum(sizes[parameter] for parameter in trained), sum(sizes.values())
 
 
 def hub_name(config: ModelConfig) -> str | None:

@@ -68,7 +68,7 @@ class Evaluator:
             self._evaluate(step)
         at_either_end = step == 0 or self.is_over(step)
         if at_either_end and self._conversations and not self._tracker.was_made("answers", step):
-            on_main(self._accelerator, self._write_answers, step)
+            self._write_answers(step)
 
     def _evaluate(self, step: int) -> None:
         self._tracker.show_activity("evaluating")
@@ -90,9 +90,9 @@ class Evaluator:
         return evaluate(self._accelerator, self._token_loss, batches, dataset, packing, self._stop, precision)
 
     def _write_answers(self, step: int) -> None:
-        if self._stop.requested:
+        """All ranks generate the same answers, as a sharded base needs, and the main one writes them."""
+        if self._stop.should_stop():
             return
         self._tracker.show_activity("writing a few answers")
-        model = self._token_loss.model
-        answers = generate_answers(self._accelerator, model, self._tokenizer, self._conversations)
-        self._tracker.log_answers(step, self._conversations, answers)
+        answers = generate_answers(self._accelerator, self._token_loss, self._tokenizer, self._conversations)
+        on_main(self._accelerator, self._tracker.log_answers, step, self._conversations, answers)

@@ -45,6 +45,8 @@ FREE_KEYS = (
     "train.packing",
     "train.max_tokens_per_micro_batch",
     "train.gradient_checkpointing",
+    "train.sharding",
+    "train.shard_over",
     "fast.attention",
     "fast.head",
 )

@@ -97,6 +97,8 @@ def create_accelerator(config: Config, precision: str) -> Accelerator:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # The launcher's environment would override the argument and divide the loss a second time.
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+    # FSDP is the loop's own too: Accelerate's would shard the adapter, and transformers load by it.
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
     accelerator = Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=1,
