@@ -3,14 +3,14 @@
     python benchmarks/scale.py --measure     count what a token keeps, and run 1, 2 and 4 processes on gloo
     python benchmarks/scale.py --table       write the tables of docs/scale.md from the arithmetic
 
-The arithmetic is that of `python -m finetune plan --cards N --nodes M` (`finetune/training/scale.py`). What it
-takes from a measurement is the number of bytes that a token keeps for the backward pass, which `--measure`
-writes into benchmarks/results/scale.json for each model. The table needs no weights.
+The arithmetic is that of `python -m finetune plan --cards N --nodes M` (`finetune/training/scale.py`). What
+it takes from a measurement is the number of bytes that a token keeps for the backward pass, which `--measure`
+writes into benchmarks/results/scale.json for each model. The tables need no weights.
 """
 
 import argparse
 import json
-import re
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,14 +19,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import ROOT, provenance, write_result
 from scale_process import CASES, NUM_MICRO_BATCHES, NUM_TOKENS, case_config
-from transformers import LlamaConfig, Qwen2Config
+from transformers import LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
 from finetune.config import Config
 from finetune.config_parsing import parse_config
 from finetune.model.load import load_architecture
-from finetune.model.starter import starter_model_dir
 from finetune.runtime.accelerator import create_accelerator
 from finetune.runtime.memory import GIB
 from finetune.training.scale import (
@@ -192,22 +192,26 @@ TABLES = {
 def with_tables(page: str) -> str:
     """The page with each table between `<!-- NAME -->` and `<!-- end -->` made anew."""
     for name, table in TABLES.items():
-        pattern = rf"(?<=<!-- {name} -->\n\n).*?(?=\n<!-- end -->)"
-        page, found = re.subn(pattern, lambda _, made=table(): made, page, flags=re.S)  # type: ignore[misc]
-        assert found == 1, name
+        start, end = f"<!-- {name} -->\n\n", "\n<!-- end -->"
+        before, _, rest = page.partition(start)
+        assert end in rest, name
+        page = before + start + table() + end + rest.partition(end)[2]
     return page
 
 
 def measure() -> None:
-    """Count what a token keeps in each model, and run processes with the starter model."""
+    """Count what a token keeps in each model, and run processes with a model of 42 million parameters."""
     config = alpaca("none")
     accelerator = create_accelerator(config, config.train.mixed_precision)
-    kept = {}
-    for model in ("0.5B", "1.5B", *MODELS[1:]):
-        kept[model] = count_kept_per_token(config, accelerator, architecture(model))
-        print(model, kept[model], flush=True)
-    folder = str(starter_model_dir())
-    processes = [case for number in PROCESSES for case in run_processes(folder, number)]
+    kept = {
+        model: count_kept_per_token(config, accelerator, architecture(model)) for model in ("1.5B", *MODELS)
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 16384, "num_hidden_layers": 8}
+        heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+        small = Qwen2Config(**sizes, **heads, tie_word_embeddings=True)
+        Qwen2ForCausalLM(small).to(torch.bfloat16).save_pretrained(folder)
+        processes = [case for number in PROCESSES for case in run_processes(folder, number)]
     result = {"provenance": provenance(), "tokens": NUM_TOKENS, "micro_batches": NUM_MICRO_BATCHES}
     write_result(RESULT, {**result, "kept_per_token": kept, "processes": processes})
 
@@ -222,22 +226,33 @@ def run_processes(folder: str, num_processes: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out.json"
         command = [*torchrun, "--nproc_per_node", str(num_processes), script, "--model", folder]
-        result = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            [*command, "--out", str(out)],
+            # What is freed is given back at once, so that resident memory is what is allocated.
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if result.returncode != 0:
             raise RuntimeError(result.stderr[-4000:])
         cases = json.loads(out.read_text(encoding="utf-8"))
+    config = case_config(folder, "none", "none")
+    accelerator = create_accelerator(config, "bf16")
+    kept = count_kept_per_token(config, accelerator, load_architecture(config.model))
     return [
-        beside_prediction(folder, base, sharding, num_processes, ranks)
+        beside_prediction(folder, base, sharding, num_processes, ranks, kept)
         for (base, sharding), ranks in zip(CASES, cases, strict=True)
     ]
 
 
 def beside_prediction(
-    folder: str, base: str, sharding: str, num_processes: int, ranks: list[dict[str, Any]]
+    folder: str, base: str, sharding: str, num_processes: int, ranks: list[dict[str, Any]], kept: float
 ) -> dict[str, Any]:
+    """The most that any process measured, and what the arithmetic says."""
     config = case_config(folder, base, sharding)
     accelerator = create_accelerator(config, "bf16")
-    run = predict_unloaded(config, accelerator, load_architecture(config.model))
+    run = predict_unloaded(config, accelerator, load_architecture(config.model), kept)
     num_shards = num_processes if sharding == "base" else 1
     card = card_memory(run, num_shards, NUM_TOKENS, "cpu")
     sent = traffic(run, num_shards, num_processes)

@@ -1,7 +1,7 @@
 """A run on many cards, before there are any: the memory of each card by moment, and the bytes that it sends.
 
 No weight is loaded. The sizes of the model come from its configuration. What a token keeps for the backward
-pass is counted on copies of the model with one and two decoder layers of the same widths.
+pass is counted on small copies of the model.
 
 FSDP2 shards each frozen tensor along its first dimension, and gathers the tensors of a group together: those
 of a decoder layer, and in the root group the embedding, the head and the last norm.
@@ -31,6 +31,7 @@ from finetune.training.memory_model import Prediction, bytes_by_sizes, kept_per_
 NF4_BLOCK = 64
 NF4_CODES = 16 * 4
 """Bytes of the table of nf4's 16 numbers, which each layer has"""
+HEAD_SIZES = (16, 32)
 # A group that is gathered exists in the buffer of the all-gather and in the parameters that are filled from
 # it. gloo has one more copy: measured. For NCCL the number is read from the code of torch, not measured.
 COPIES = {"cpu": 3, "cuda": 2}
@@ -248,18 +249,37 @@ def _quantized(weight: Tensor, quantization: str) -> tuple[Frozen, Frozen]:
 def count_kept_per_token(config: Config, accelerator: Any, architecture: Any) -> float:
     """Bytes that autograd saves for a token in a model of this architecture, by the fast paths that it gets.
 
-    Counted with one and with two decoder layers, not quantized: the fast paths keep nothing of a weight.
+    They grow linearly with the decoder layers, and with the widths where all grow in proportion to the size
+    of an attention head. So they are counted on copies with one and two layers, and heads of two small sizes.
+    The copies are not quantized: the fast paths keep nothing of a weight.
     """
-    one, two = (_kept_of_layers(config, accelerator, architecture, layers) for layers in (1, 2))
+    text = architecture.get_text_config()
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if any(width * HEAD_SIZES[0] % size for width in (text.hidden_size, text.intermediate_size)):
+        return _kept_at_width(config, accelerator, architecture, size, size)
+    narrow, wide = (
+        _kept_at_width(config, accelerator, architecture, size, small_size) for small_size in HEAD_SIZES
+    )
+    return narrow + (size - HEAD_SIZES[0]) / (HEAD_SIZES[1] - HEAD_SIZES[0]) * (wide - narrow)
+
+
+def _kept_at_width(
+    config: Config, accelerator: Any, architecture: Any, head_size: int, small_size: int
+) -> float:
+    """The same with widths in proportion to `small_size` instead of `head_size`."""
+    one, two = (
+        _count_small(config, accelerator, _smaller(architecture, layers, head_size, small_size))
+        for layers in (1, 2)
+    )
     num_layers: int = architecture.get_text_config().num_hidden_layers
     return one + (num_layers - 1) * (two - one)
 
 
-def _kept_of_layers(config: Config, accelerator: Any, architecture: Any, num_layers: int) -> float:
-    small = _with_layers(architecture, num_layers)
+def _count_small(config: Config, accelerator: Any, architecture: Any) -> float:
+    """The same for a small architecture, whose weights are created."""
     torch.manual_seed(0)
     with accelerator.device:
-        base = AutoModelForCausalLM.from_config(small, dtype=DTYPES[accelerator.mixed_precision])
+        base = AutoModelForCausalLM.from_config(architecture, dtype=DTYPES[accelerator.mixed_precision])
     base.requires_grad_(False)
     if config.train.gradient_checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
@@ -272,11 +292,15 @@ def _kept_of_layers(config: Config, accelerator: Any, architecture: Any, num_lay
     return kept_per_token(accelerator, token_loss, fast_paths.packed)
 
 
-def _with_layers(architecture: Any, num_layers: int) -> Any:
-    """The architecture with so many decoder layers and a small vocabulary, which keeps nothing of a token."""
+def _smaller(architecture: Any, num_layers: int, head_size: int, small_size: int) -> Any:
+    """The architecture with so many layers, all widths in proportion, and a vocabulary of 256: of one target
+    token, what the head keeps does not grow with the tokens."""
     small = copy.deepcopy(architecture)
     text = small.get_text_config()
     text.num_hidden_layers, text.vocab_size, text.pad_token_id = num_layers, 256, None
+    text.hidden_size = text.hidden_size * small_size // head_size
+    text.intermediate_size = text.intermediate_size * small_size // head_size
+    text.head_dim = small_size
     if getattr(text, "layer_types", None) is not None:
         text.layer_types = text.layer_types[:num_layers]
     return small
