@@ -260,7 +260,8 @@ def count_kept_per_token(config: Config, accelerator: Any, architecture: Any) ->
     narrow, wide = (
         _kept_at_width(config, accelerator, architecture, size, small_size) for small_size in HEAD_SIZES
     )
-    return narrow + (size - HEAD_SIZES[0]) / (HEAD_SIZES[1] - HEAD_SIZES[0]) * (wide - narrow)
+    steps: float = (size - HEAD_SIZES[0]) / (HEAD_SIZES[1] - HEAD_SIZES[0])
+    return narrow + steps * (wide - narrow)
 
 
 def _kept_at_width(
