@@ -43,7 +43,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.config import Config, ModelConfig
 from finetune.config_parsing import parse_config
-from finetune.data.plan import epoch_order
+from finetune.data.order import epoch_order
 from finetune.data.rows import load_rows
 from finetune.data.tokenize import IGNORE
 from finetune.model.load import load_base, load_tokenizer, training_flop

@@ -25,7 +25,8 @@ import train
 from finetune.config import Config
 from finetune.config_parsing import parse_config
 from finetune.data.collate import MicroBatch, iterate_batches
-from finetune.data.plan import epoch_order, make_plan, requested_budget
+from finetune.data.order import epoch_order
+from finetune.data.plan import make_plan, requested_budget
 from finetune.data.rows import load_rows
 from finetune.model.fast_paths import choose_fast_paths
 from finetune.model.load import load_base, load_tokenizer

@@ -1,12 +1,12 @@
 """What processes that share a base compute, beside what one computes alone: torchrun tests/sharded.py FOLDER.
 
-For each case of CASES, the main process writes FOLDER/NAME.json. Each process makes its share of one update with a
-whole base and with a share of it; process 0 also makes the whole update with a whole base.
+For each case of CASES, the main process writes FOLDER/NAME.json, a list with the results of each process: its
+share of an update with a whole base and with a share of it, beside the whole update with a whole base.
 """
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class Case:
     precision: str = "bf16"
     checkpointing: bool = False
     added_tokens: bool = False
-    fast: FastConfig = FastConfig()
+    fast: FastConfig = field(default_factory=FastConfig)
     use_dora: bool = False
 
     @property
@@ -55,18 +55,13 @@ class Case:
 REFERENCE = FastConfig(attention=False, head=False, lora=False, elementwise=False, kernels=False)
 CASES = {
     "bf16": Case(),
-    "fp32": Case(precision="no"),
-    "untied": Case("untied"),
-    "int8": Case(quantization="int8"),
-    "nf4": Case(quantization="nf4", model="untied"),
-    "bf16, checkpointing": Case(checkpointing=True),
+    "bf16, untied, added tokens": Case("untied", added_tokens=True),
+    "fp32, untied, checkpointing": Case("untied", precision="no", checkpointing=True),
     "int8, checkpointing": Case(quantization="int8", checkpointing=True),
-    "bf16, added tokens": Case(added_tokens=True),
     "int8, untied, added tokens": Case("untied", "int8", added_tokens=True),
-    "bf16, reference paths": Case(fast=REFERENCE),
-    "fp32, reference paths, checkpointing": Case(precision="no", checkpointing=True, fast=REFERENCE),
-    "nf4, layers module by module": Case(quantization="nf4", fast=FastConfig(elementwise=False)),
-    "bf16, DoRA": Case(use_dora=True),
+    "nf4": Case(quantization="nf4"),
+    "nf4, untied, module by module": Case("untied", "nf4", fast=FastConfig(elementwise=False)),
+    "bf16, reference paths, DoRA": Case(fast=REFERENCE, use_dora=True),
 }
 LENGTHS = [40, 17, 5, 33, 2, 26, 12, 9]
 
@@ -142,8 +137,16 @@ class Part:
         return here, sum(p.numel() * p.element_size() for p in frozen)
 
 
-# The first two micro-batches are the first process's; the other process has one, and one without a target.
-LAYOUT = [[0, 1], [2, 3], [4, 5, 6, 7]]
+LAYOUT = [[0, 1], [2, 3], [4, 5, 6, 7]]  # of two processes, the last has a micro-batch less than the first
+
+
+def own_batches(part: Part) -> list[MicroBatch]:
+    """This process's micro-batches, filled up with some that have no target: all make equally many."""
+    rank, size = part.accelerator.process_index, part.accelerator.num_processes
+    none = part.batches[0].target_ids[:0]
+    empty = part.batches[0]._replace(target_positions=none, target_ids=none)
+    own = part.batches[rank::size]
+    return own + [empty] * (-(-len(part.batches) // size) - len(own))
 
 
 def compare(folder: Path, case: Case, accelerator: Any) -> dict[str, Any]:
@@ -153,12 +156,8 @@ def compare(folder: Path, case: Case, accelerator: Any) -> dict[str, Any]:
     result: dict[str, Any] = {"choices": [str(choice) for choice in shared.choices]}
     result["paths"] = {c.name: (c.actual, c.reason) for c in shared.paths}
     for name, part in (("none", whole), ("base", shared)):
-        untargeted = part.batches[2]._replace(
-            target_positions=part.batches[2].target_positions[:0], target_ids=part.batches[2].target_ids[:0]
-        )
-        own = part.batches[:2] if accelerator.process_index == 0 else [part.batches[2], untargeted]
         result[f"stats {name}"], result[f"fp32 stats {name}"] = part.stats(), part.stats(exact=True)
-        sums, gradient = part.update(own)
+        sums, gradient = part.update(own_batches(part))
         torch.distributed.all_reduce(gradient)
         total = torch.tensor(sums, dtype=torch.float64)
         torch.distributed.all_reduce(total)

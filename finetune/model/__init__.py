@@ -3,9 +3,10 @@
 A configuration comes in; a PEFT model and sums over target tokens come out. Read `load` first
 (tokenizer, quantized base, LoRA adapter), then `flat_adapter` (the adapter's weights and gradients as
 two flat tensors), then `loss` (the sums that an update needs), then `fast_paths` (which fast paths run,
-each compared with its reference path). `given_adapter` finds and checks the adapter that a run begins
+each compared with its reference path), then `sharding` (a share of the base on each process;
+`read_shares` reads one from files). `given_adapter` finds and checks the adapter that a run begins
 from, and `added_tokens` makes rows for tokens that the base lacks. `starter` fetches the default model.
-`generate` generates answers. `read_shares` fills a sharded base from its files. `precision` makes the model compute in fp32 temporarily.
+`generate` generates answers. `precision` makes the model compute in fp32 temporarily.
 
 May import: ops, data, runtime, the configuration.
 """

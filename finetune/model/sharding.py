@@ -6,6 +6,7 @@ update, to the bit.
 """
 
 import os
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -98,6 +99,8 @@ def shard_base(token_loss: TokenLoss, sharding: Sharding) -> None:
         for layer in layers:
             fully_shard(layer, mesh=sharding.mesh, mp_policy=policy, ignored_params=trained)
     fully_shard(token_loss, mesh=sharding.mesh, mp_policy=policy, ignored_params=trained)
+    # FSDP warns that its hooks are lost where a layer's output, a view, is added to in place. None is.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     for name in FORWARD_METHODS:
         register_fsdp_forward_method(token_loss, name)
     release_freed_memory(0)
@@ -118,9 +121,21 @@ def _require_fast_layers(token_loss: TokenLoss) -> None:
         )
 
 
-def is_sharded(module: torch.nn.Module) -> bool:
-    """Whether the module's parameters are shares, which exist whole only while it computes."""
-    return isinstance(module, FSDPModule)
+def gathered_bytes(token_loss: TokenLoss) -> int:
+    """The most bytes of the base that are gathered at a time, besides this process's share; 0 if the base is
+    not sharded.
+
+    Those outside the decoder layers are, and of two layers: the next one is gathered while one computes.
+    """
+    if not isinstance(token_loss, FSDPModule):
+        return 0
+    layers = [layer for _, layers in stacks(token_loss.base) for layer in layers]
+    largest = sorted((_frozen_bytes(layer) for layer in layers), reverse=True)
+    return _frozen_bytes(token_loss) - sum(largest) + sum(largest[:2])
+
+
+def _frozen_bytes(module: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)
 
 
 def local_share(parameter: Any) -> Any:

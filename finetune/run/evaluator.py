@@ -46,8 +46,6 @@ class Evaluator:
         self._accelerator, self._config, self._plan = accelerator, config, plan
         self._token_loss, self._tokenizer = token_loss, tokenizer
         self._eval_set, self._leaks = data.eval, data.leaks
-        self._batches = plan_evaluation(plan, data.eval)
-        self._probe = plan_evaluation(plan, data.eval, PROBED)
         self._rounds = accelerator.mixed_precision != "no" and config.eval.precision == "run"
         self._conversations = pick_conversations(iterate_rows(data.rows.eval), config.data.system_prompt)
         self._tracker, self._stop, self._history = tracker, stop, history
@@ -72,12 +70,12 @@ class Evaluator:
 
     def _evaluate(self, step: int) -> None:
         self._tracker.show_activity("evaluating")
-        sums = self._sums(self._batches, self._config.eval.precision)
+        sums = self._sums(plan_evaluation(self._plan, self._eval_set), self._config.eval.precision)
         if sums is None:  # stopped midway: it is made when the run resumes
             return
         metrics = evaluation_metrics(sums, self._eval_set, self._leaks, self._config.eval.sets or ())
         if self._rounds:
-            exact = self._sums(self._probe, "fp32")
+            exact = self._sums(plan_evaluation(self._plan, self._eval_set, PROBED), "fp32")
             if exact is None:
                 return
             metrics["loss_error"] = loss_error(sums[:PROBED], exact[:PROBED])
@@ -87,7 +85,8 @@ class Evaluator:
 
     def _sums(self, batches: list[Indices], precision: str) -> Tensor | None:
         dataset, packing = self._eval_set.dataset, self._plan.layout.packing
-        return evaluate(self._accelerator, self._token_loss, batches, dataset, packing, self._stop, precision)
+        how = packing, self._stop, precision, self._plan.collective
+        return evaluate(self._accelerator, self._token_loss, batches, dataset, *how)
 
     def _write_answers(self, step: int) -> None:
         """All ranks generate the same answers, as a sharded base needs, and the main one writes them."""

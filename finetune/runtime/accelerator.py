@@ -11,12 +11,12 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradScalerKwargs, parse_flag_from_env
+from accelerate.utils import GradScalerKwargs, InitProcessGroupKwargs, parse_flag_from_env
 
 from finetune.config import Config
 from finetune.runtime.choice import Choice
 from finetune.runtime.memory import GIB
-from finetune.runtime.processes import under_accelerate_launch
+from finetune.runtime.processes import PEER_TIMEOUT, under_accelerate_launch
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "tensorboard")
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -105,7 +105,7 @@ def create_accelerator(config: Config, precision: str) -> Accelerator:
         cpu=not torch.cuda.is_available(),
         log_with="tensorboard",
         project_dir=config.output_dir,
-        kwargs_handlers=[GradScalerKwargs(enabled=False)],
+        kwargs_handlers=[GradScalerKwargs(enabled=False), InitProcessGroupKwargs(timeout=PEER_TIMEOUT)],
     )
     if accelerator.device.type == "cpu":
         _use_all_cores(accelerator.num_processes)

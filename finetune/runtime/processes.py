@@ -2,11 +2,27 @@
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
 import psutil
 import torch
+
+# How long a process waits for another that is silent: longer than what one of them does for all, such as
+# writing answers on a CPU. Where one is dead and its computer still runs, gloo notices at once.
+PEER_TIMEOUT = timedelta(minutes=30)
+
+# In the errors that gloo, NCCL and the rendezvous raise if a process is gone or silent.
+LOST_PEER_MESSAGES = (
+    "gloo/transport",
+    "Application timeout caused pair closure",
+    "ncclRemoteError",
+    "Connection reset by peer",
+    "Broken pipe",
+    "failed to recv",
+    "timed out",
+)
 
 
 def all_reduce_max(accelerator: Any, number: int) -> int:
@@ -21,7 +37,14 @@ def all_reduce_max(accelerator: Any, number: int) -> int:
 @cache
 def _cpu_group() -> Any:
     """All ranks, over the CPU: a number on the GPU would have the loop wait for the device."""
-    return torch.distributed.new_group(backend="gloo")
+    return torch.distributed.new_group(backend="gloo", timeout=PEER_TIMEOUT)
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective operation failed as another process has ended, or was silent for PEER_TIMEOUT."""
+    return isinstance(error, torch.distributed.DistStoreError) or any(
+        message in str(error) for message in LOST_PEER_MESSAGES
+    )
 
 
 def on_main(accelerator: Any, job: Callable[..., object], *arguments: Any) -> None:

@@ -57,10 +57,11 @@ class StopRequest:
         """128 + the signal that was agreed on, as a shell counts; 0 without one."""
         return 128 + self._agreed if self._agreed else 0
 
-    def until(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, up to a request to stop."""
+    def until(self, items: Iterable[T], together: bool = False) -> Iterator[T]:
+        """The items, up to a request to stop this process. With `together`, up to a request to stop any rank:
+        all ranks get the same number of items, of which each has equally many."""
         for item in items:
-            if self.requested:
+            if self.should_stop() if together else self.requested:
                 return
             yield item
 

@@ -32,12 +32,13 @@ def evaluate(
     packing: bool,
     stop: StopRequest | None = None,
     precision: str = "run",
+    collective: bool = False,
 ) -> Tensor | None:
     """[E, 4] float64 on the CPU: nll and entropy in nats, correct, and number of the target tokens of each of
     the E examples of `dataset`, without dropout. None if the evaluation was stopped midway.
 
-    Ranks may have different numbers of batches.
-    `batches` are those of this rank, as `plan_evaluation` returns them; the sums are over all ranks.
+    `batches` are those of this rank, as `plan_evaluation` returns them; the sums are over all ranks. Ranks
+    may have different numbers of batches unless `collective`, as in a Plan: then all stop after the same one.
     `precision` is "run", or "fp32" to compute in fp32 with the same weights.
 
     Raises:
@@ -48,11 +49,11 @@ def evaluate(
     exact = precision == "fp32"
     with dropout_off(token_loss), in_fp32(token_loss) if exact else nullcontext():
         pairs = zip(batches, micro_batches, strict=True)
-        for indices, batch in pairs if stop is None else stop.until(pairs):
+        for indices, batch in pairs if stop is None else stop.until(pairs, together=collective):
             with nullcontext() if exact else accelerator.autocast():
                 values = token_loss.token_stats(batch).double()
             counted = torch.cat([values, torch.ones_like(values[:, :1])], dim=1)
-            examples = torch.tensor(indices, device=sums.device)[batch.example_of_target()]
+            examples = torch.tensor(indices, dtype=torch.long, device=sums.device)[batch.example_of_target()]
             sums.index_add_(0, examples, counted)
     if stop is not None and stop.should_stop():
         return None

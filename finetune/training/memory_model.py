@@ -20,6 +20,7 @@ from finetune.data.collate import MicroBatch, collate, iterate_batches
 from finetune.data.examples import Examples
 from finetune.data.plan import Plan, count_tokens, plan_evaluation
 from finetune.model.loss import TokenLoss
+from finetune.model.sharding import gathered_bytes, local_share
 from finetune.ops import chunked_head, torch_makers
 from finetune.ops.quantized import dropout_off
 from finetune.ops.token_rows import frozen_layer, is_wrapper
@@ -37,6 +38,7 @@ class Prediction:
     process: int
     """The memory of Python and the libraries; on a GPU, of the tensors besides those below"""
     base: int
+    """Of a sharded base this process's share, and what is gathered at a time"""
     adapter: int
     """Weights and gradients, fp32, and the weights as a 16-bit forward pass multiplies them"""
     optimizer: int
@@ -79,7 +81,7 @@ def predict(config: Config, accelerator: Any, token_loss: TokenLoss, packing: bo
     gradients = [p.grad for p in adapter if p.grad is not None]
     return Prediction(
         process=max(0, held_bytes(device) - base - storage_bytes([*adapter, *gradients])),
-        base=base,
+        base=base + gathered_bytes(token_loss),
         kept_per_token=kept_per_token(accelerator, token_loss, packing),
         **bytes_by_sizes(config, accelerator, token_loss),
     )
@@ -117,7 +119,7 @@ def kept_per_token(accelerator: Any, token_loss: TokenLoss, packing: bool) -> fl
 def kept_bytes(accelerator: Any, token_loss: TokenLoss, batch: MicroBatch) -> int:
     """Bytes that are kept for the backward pass of a micro-batch, without the parameters."""
     storages: dict[int, int] = {}
-    parameters = {p.untyped_storage().data_ptr() for p in token_loss.parameters()}
+    parameters = {local_share(p).untyped_storage().data_ptr() for p in token_loss.parameters()}
 
     def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -251,6 +253,7 @@ def _quantization_states(model: Any) -> list[Tensor]:
 
 
 def storage_bytes(tensors: Sequence[Tensor]) -> int:
-    """Bytes of the tensors' storages, on any device. A storage that several tensors share counts once."""
-    storages = [tensor.untyped_storage() for tensor in tensors]
+    """Bytes of the tensors' storages on this process. A storage that several tensors share counts once."""
+    # Not by their address, which a tensor on `meta` does not have.
+    storages = [local_share(tensor).untyped_storage() for tensor in tensors]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
