@@ -56,8 +56,7 @@ def train(config: Config) -> int:
 
     # Data: rows -> token ids and labels.
     tokenizer = load_tokenizer(config)
-    with accelerator.main_process_first():  # the other ranks find its tokens in the cache
-        data = load_data(config, tokenizer)
+    data = load_data(config, tokenizer)  # one process of a node prepares it, the others find it in the cache
 
     # Model: a frozen, quantized base with a LoRA adapter, whose weights lie in one flat tensor.
     (source, remarks), int8 = folder.find_checkpoint(config), folder.recorded_int8(config)

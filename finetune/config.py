@@ -117,11 +117,14 @@ class TrainConfig:
     max_steps: int | None = None
     """Stop after this many updates, where that comes first"""
     early_stopping_patience: int | None = None
-    """End the run when this many evaluations in a row brought no lower eval loss; null never does"""
+    """End the run when this many evaluations in a row were no better by checkpoint.best_by; null: never"""
     micro_batch_size: int = 2
     """Examples per device and forward pass"""
-    gradient_accumulation_steps: int = 4
-    """Micro-batches per update: an update takes micro_batch_size x this x processes examples"""
+    gradient_accumulation_steps: int | None = 4
+    """Micro-batches per update: an update takes micro_batch_size x this x processes examples. null, and where
+    global_batch_size alone is given: as many as that takes"""
+    global_batch_size: int | None = None
+    """Examples per update over all processes, however many these are. null: what the two keys above make"""
     packing: bool = True
     """Lay whole examples side by side, what all begin with once; false pads them (the plain path)"""
     max_tokens_per_micro_batch: Literal["auto"] | int | None = None
@@ -198,6 +201,9 @@ class EvalConfig:
     precision: Literal["run", "fp32"] = "run"
     """Precision of the evaluation: that of the run, or fp32 with the same weights, which is slower and shows
     gains of less than 0.005 nats"""
+    answers: int = 0
+    """Also answer this many eval rows at each evaluation, greedily, and compare the answers with those of the
+    rows: exact match, chrF, how many end by themselves, right tool calls"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +215,11 @@ class CheckpointConfig:
     keep: int = 2
     """How many of the newest are kept"""
     keep_best: bool = False
-    """Save at each evaluation too, keep the checkpoint of the lowest eval loss, and make it the result"""
+    """Save at each evaluation too, keep the checkpoint that is the best by best_by, and make it the result"""
+    best_by: str = "loss"
+    """The eval metric that keep_best and train.early_stopping_patience go by: loss, loss_without_leaks or
+    mean_token_accuracy; with eval.answers exact_match, chrf, ended or tool_call_accuracy; with several
+    sources or eval sets also loss/NAME or mean_token_accuracy/NAME"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +284,28 @@ def described_rows(config: Config) -> str:
 def evaluates(config: Config) -> bool:
     """Whether a run has anything to evaluate on."""
     return config.data.eval_fraction > 0 or config.data.eval_path is not None or bool(config.eval.sets)
+
+
+def examples_per_update(train: TrainConfig, num_processes: int) -> int:
+    """The examples that an update takes, over all processes.
+
+    Raises:
+        ValueError: train.global_batch_size and the product of the older keys are given and disagree, or
+            neither is given.
+    """
+    size, accumulation = train.global_batch_size, train.gradient_accumulation_steps
+    if accumulation is None:
+        if size is None:
+            raise ValueError("train.gradient_accumulation_steps is null: set it, or train.global_batch_size")
+        return size
+    product = train.micro_batch_size * accumulation * num_processes
+    if size not in (None, product):
+        raise ValueError(
+            f"train.global_batch_size is {size}, but train.micro_batch_size {train.micro_batch_size} x "
+            f"train.gradient_accumulation_steps {accumulation} x {num_processes} process(es) is {product}: "
+            "set train.gradient_accumulation_steps to null, and it follows from train.global_batch_size"
+        )
+    return product
 
 
 # Keys whose value is itself a mapping, which is no section.

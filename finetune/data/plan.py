@@ -11,7 +11,7 @@ from heapq import heapreplace
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.config import Config
+from finetune.config import Config, examples_per_update
 from finetune.data.by_source import several_sources
 from finetune.data.examples import Examples
 from finetune.data.order import examples_at
@@ -126,6 +126,9 @@ def make_plan(
 
     `max_tokens` is the token budget that a run chose; None takes that of the configuration, and
     micro_batch_size x max_length where it leaves the choice to a run.
+
+    Raises:
+        ValueError: as `examples_per_update`.
     """
     train = config.train
     return Plan(
@@ -136,7 +139,7 @@ def make_plan(
             micro_batch_size=train.micro_batch_size,
             max_tokens=requested_budget(config) if max_tokens is None else max_tokens,
         ),
-        global_batch_size=train.micro_batch_size * train.gradient_accumulation_steps * num_processes,
+        global_batch_size=examples_per_update(train, num_processes),
         num_epochs=train.num_epochs,
         max_steps=train.max_steps,
         seed=train.seed,

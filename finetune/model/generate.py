@@ -82,7 +82,7 @@ def encode_prompt(tokenizer: Any, conversation: Conversation | list[Message]) ->
     return tokens
 
 
-def reference_answer(tokenizer: Any, conversation: Conversation) -> str:
+def reference_answer(tokenizer: Any, conversation: Conversation) -> Answer:
     """The answer that is the last turn of a conversation, in the form that `answer_prompts` gives answers.
 
     Raises:
@@ -95,7 +95,7 @@ def reference_answer(tokenizer: Any, conversation: Conversation) -> str:
     start = end
     while tokens.labels[start - 1] != IGNORE:
         start -= 1
-    return _answer(tokenizer, tokens.input_ids[start:end], stop_ids(tokenizer)).text
+    return _answer(tokenizer, tokens.input_ids[start:end], stop_ids(tokenizer))
 
 
 def require_room(model: Any, num_tokens: int, max_new_tokens: int) -> None:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from finetune.config import Config, described
 from finetune.data.rows import text_of
 from finetune.report.intervals import Interval, between, signed
-from finetune.report.records import Change, Record, loss_changes_by_source, rounding
+from finetune.report.records import Change, Record, answer_changes, loss_changes_by_source, rounding
 from finetune.run.summary import launch_command
-from finetune.training.evaluate import best_of
+from finetune.training.best import best_in_words, best_of
 
 Facts = Sequence[tuple[str, str]]
 
@@ -89,6 +89,18 @@ def source_rows(record: Record) -> list[MetricRow]:
     ]
 
 
+def answer_rows(record: Record) -> list[MetricRow]:
+    """The table of how answers compare with those of the rows; empty without `eval.answers`."""
+    names = {
+        "exact_match": ("exact match", "share of answers", 3),
+        "chrf": ("chrF", "0 to 100, likeness of the texts", 1),
+        "ended": ("end by themselves", "share of answers", 3),
+        "tool_call_accuracy": ("right tool calls", "share with the right name and arguments", 3),
+    }
+    found = answer_changes(record)
+    return [_row(*names[metric][:2], change, names[metric][2]) for metric, change in found.items()]
+
+
 def _row(name: str, unit: str, change: Change, digits: int) -> MetricRow:
     cells = [
         (f"{interval.value:.{digits}f}", between(interval, digits - 1))
@@ -158,9 +170,10 @@ def notes(record: Record) -> list[str]:
             f"The eval loss is computed in {precision}, {error}, as estimated from some examples in fp32; "
             "--eval.precision fp32 avoids it."
         )
-    best = best_of(lines)
+    by = record.config.checkpoint.best_by
+    best = best_of(lines, by)
     if best is not lines[-1]:
-        remarks.append(f"The lowest eval loss of the run was {best['loss']:.4f}, {_after(best['step'])}.")
+        remarks.append(f"The {best_in_words(by)} of the run was {best[by]:.4f}, {_after(best['step'])}.")
     return remarks
 
 

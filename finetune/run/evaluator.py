@@ -2,25 +2,24 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from finetune.config import Config
+from finetune.config_checks import may_be_best_by
 from finetune.data.plan import Indices, Plan, plan_evaluation
 from finetune.data.rows import iterate_rows
 from finetune.data.splits import Data
 from finetune.model.generate import generate_answers
 from finetune.model.loss import TokenLoss
 from finetune.run.checkpoint import Checkpointer, History, TrainState
+from finetune.run.eval_answers import answer_questions, choose_questions, show_questions
 from finetune.run.tracker import Tracker
 from finetune.runtime.processes import on_main
 from finetune.runtime.signals import StopRequest
-from finetune.training.evaluate import (
-    evaluate,
-    evaluation_metrics,
-    is_out_of_patience,
-    loss_error,
-    pick_conversations,
-)
+from finetune.training.answer_scores import mean_scores, score
+from finetune.training.best import is_out_of_patience
+from finetune.training.evaluate import evaluate, evaluation_metrics, loss_error, pick_conversations
 
 PROBED = 16  # eval examples that are computed in fp32 too, to measure the error of the others
 
@@ -49,11 +48,15 @@ class Evaluator:
         self._rounds = accelerator.mixed_precision != "no" and config.eval.precision == "run"
         self._conversations = pick_conversations(iterate_rows(data.rows.eval), config.data.system_prompt)
         self._tracker, self._stop, self._history = tracker, stop, history
+        self._questions = choose_questions(config, tokenizer, data.rows)
+        if accelerator.is_main_process:
+            show_questions(self._questions, config.eval.answers)
+        self._require_best_by()
 
     def is_over(self, step: int) -> bool:
         """Whether all updates are made, or `train.early_stopping_patience` has run out."""
-        patience = self._config.train.early_stopping_patience
-        return step == self._plan.num_steps or is_out_of_patience(self._history, patience)
+        patience, by = self._config.train.early_stopping_patience, self._config.checkpoint.best_by
+        return step == self._plan.num_steps or is_out_of_patience(self._history, patience, by)
 
     def run_if_due(self, state: TrainState, checkpointer: Checkpointer) -> None:
         """Make the evaluation and the answers that are due after `state.step` updates, unless they were made
@@ -79,6 +82,17 @@ class Evaluator:
             if exact is None:
                 return
             metrics["loss_error"] = loss_error(sums[:PROBED], exact[:PROBED])
+        if self._questions:
+            self._tracker.show_activity(f"answering {len(self._questions)} eval rows")
+            together = self._plan.collective
+            answers = answer_questions(
+                self._accelerator, self._token_loss, self._tokenizer, self._questions, self._stop, together
+            )
+            if answers is None:
+                return
+            scores = [score(*pair) for pair in zip(self._questions, answers, strict=True)]
+            metrics |= mean_scores(scores)
+            self._tracker.write_answer_scores(step, self._questions, answers, scores)
         self._tracker.write_example_sums(step, self._eval_set, sums)
         self._tracker.log("eval", step, metrics)
         self._history.append({"step": step, **metrics})
@@ -95,3 +109,18 @@ class Evaluator:
         self._tracker.show_activity("writing a few answers")
         answers = generate_answers(self._accelerator, self._token_loss, self._tokenizer, self._conversations)
         on_main(self._accelerator, self._tracker.log_answers, step, self._conversations, answers)
+
+    def _require_best_by(self) -> None:
+        """Raise ValueError if the evaluations of this run lack the metric that `checkpoint.best_by` names."""
+        by, eval_set = self._config.checkpoint.best_by, self._eval_set
+        if by == "loss" or len(eval_set.dataset) == 0:
+            return
+        nothing = torch.ones(len(eval_set.dataset), 4, dtype=torch.float64)
+        metrics = evaluation_metrics(nothing, eval_set, self._leaks, self._config.eval.sets or ())
+        if self._questions:
+            metrics |= mean_scores([score(question, question.reference) for question in self._questions])
+        if by not in metrics:
+            known = [metric for metric in metrics if may_be_best_by(metric)]
+            raise ValueError(
+                f"checkpoint.best_by: the evaluations of this run have no {by}, but {', '.join(known)}"
+            )

@@ -23,10 +23,12 @@ from finetune.data.examples import Examples
 from finetune.data.plan import Plan
 from finetune.data.rows import text_of
 from finetune.model.generate import Answer
+from finetune.run.answer_files import write_answer_scores
 from finetune.run.folder import ANSWERS, METRICS, read_lines, write_example_sums
 from finetune.run.summary import SHOWN
 from finetune.runtime import console
 from finetune.runtime.files import cannot_write
+from finetune.training.answer_scores import Question, Scores
 from finetune.training.metrics import Metrics
 
 
@@ -108,6 +110,14 @@ class Tracker:
             with _saying_where(self._run_dir):
                 sources = source_of_each(eval_set) if several_sources(eval_set) else None
                 write_example_sums(self._run_dir, step, eval_set.dataset["row_number"], sums, sources)
+
+    def write_answer_scores(
+        self, step: int, questions: Sequence[Question], answers: Sequence[Answer], scores: Sequence[Scores]
+    ) -> None:
+        """Write the answers to the rows of `eval.answers`, and how each compares with that of its row."""
+        if self._main:
+            with _saying_where(self._run_dir):
+                write_answer_scores(self._run_dir, step, questions, answers, scores)
 
     def log_answers(
         self, step: int, conversations: Sequence[Conversation], answers: Sequence[Answer]

@@ -15,6 +15,7 @@ from accelerate.utils import GradScalerKwargs, InitProcessGroupKwargs, parse_fla
 
 from finetune.config import Config
 from finetune.runtime.choice import Choice
+from finetune.runtime.launch import refuse_other_engines, require_same_launch
 from finetune.runtime.memory import GIB
 from finetune.runtime.processes import PEER_TIMEOUT, under_accelerate_launch
 
@@ -88,8 +89,10 @@ def create_accelerator(config: Config, precision: str) -> Accelerator:
     Accumulation, the schedule and fp16's loss scale are the loop's own.
 
     Raises:
-        ValueError: the launcher started several processes and Accelerate does not see them.
+        ValueError: the launcher started several processes and Accelerate does not see them, or it asks for
+            what `refuse_other_engines` refuses; or as `require_same_launch`.
     """
+    refuse_other_engines()
     # oneDNN caches a compiled program for each shape. Each update has another number of tokens, so that its
     # default of 1024 programs grows to half a GiB. A forward and backward pass needs about 150.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
@@ -108,7 +111,7 @@ def create_accelerator(config: Config, precision: str) -> Accelerator:
         kwargs_handlers=[GradScalerKwargs(enabled=False), InitProcessGroupKwargs(timeout=PEER_TIMEOUT)],
     )
     if accelerator.device.type == "cpu":
-        _use_all_cores(accelerator.num_processes)
+        _use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
     else:
         compute_same_bits()
     started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -117,6 +120,7 @@ def create_accelerator(config: Config, precision: str) -> Accelerator:
             f"{started} processes were started, but Accelerate knows of {accelerator.num_processes}; each "
             "would train alone on the same data. Launch with `accelerate launch --num_processes` or torchrun"
         )
+    require_same_launch(accelerator, config)
     return accelerator
 
 
@@ -130,12 +134,12 @@ def compute_same_bits() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _use_all_cores(num_processes: int) -> None:
+def _use_all_cores(num_local_processes: int) -> None:
     """Undo the launchers' OMP_NUM_THREADS=1, which leaves all cores but one idle; a higher value is the
     user's own."""
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
-        torch.set_num_threads(max(1, cores // num_processes))
+        torch.set_num_threads(max(1, cores // num_local_processes))
 
 
 def reseed(seed: int, step: int, rank: int) -> None:

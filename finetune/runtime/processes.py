@@ -4,10 +4,12 @@ import os
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
+
+T = TypeVar("T")
 
 # How long a process waits for another that is silent: longer than what one of them does for all, such as
 # writing answers on a CPU. Where one is dead and its computer still runs, gloo notices at once.
@@ -32,6 +34,14 @@ def all_reduce_max(accelerator: Any, number: int) -> int:
     tensor = torch.tensor(number)
     torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, _cpu_group())
     return int(tensor)
+
+
+def gather_objects(accelerator: Any, own: T) -> list[T]:
+    """What each rank brought, in the order of ranks: the same on all. Each must call it equally often."""
+    gathered: list[Any] = [own] * accelerator.num_processes
+    if accelerator.num_processes > 1:
+        torch.distributed.all_gather_object(gathered, own, _cpu_group())
+    return gathered
 
 
 @cache
