@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from rich.table import Table
 
-from finetune.config import Config
+from finetune.config import Config, examples_per_update
 from finetune.data.plan import Plan, make_plan, requested_budget
 from finetune.model.fast_paths import choose_fast_paths
 from finetune.model.given_adapter import parse_training_config
@@ -150,7 +150,8 @@ def _plan_cards(config: Config, cards: int, nodes: int, gib: float | None) -> in
     say("Predicted, not run; without Python, the libraries, the driver's memory and the buffers of NCCL.")
     _show_parts_of_card(memory, num_tokens)
     _show_moments(memory)
-    _show_traffic(sent, config.train.gradient_accumulation_steps)
+    examples = examples_per_update(config.train, num_cards)
+    _show_traffic(sent, math.ceil(examples / (num_cards * config.train.micro_batch_size)))
     if gib is None:
         return 0
     fitting = [name for name, card in memory.items() if max(card.loading, card.update) <= gib * GIB]

@@ -178,6 +178,12 @@ def test_for_several_cards_it_shows_each_way_to_shard_without_rows(plan):
     assert printed.endswith("8.0 GiB a card fit train.sharding: none; base; base, over all nodes\n")
 
 
+def test_more_cards_make_fewer_micro_batches_of_the_same_update(plan):
+    size = ["--train.global_batch_size", "16", "--train.gradient_accumulation_steps", "null"]
+    _, printed = plan("--cards", "2", *size, "--train.micro_batch_size", "2")
+    assert "an update of 4 micro-batches" in printed
+
+
 def test_cards_of_one_node_have_no_nodes_to_shard_over(plan):
     _, printed = plan("--cards", "2")
     assert re.search(r"train.sharding +┃ none ┃ base ┃\n", printed)
