@@ -198,14 +198,14 @@ def with_tables(page: str) -> str:
 
 
 def measure() -> None:
-    """Count what a token keeps in each model, and run processes with a model of 24 million parameters."""
+    """Count what a token keeps in each model, and run processes with a model of 10 million parameters."""
     config = alpaca("none")
     accelerator = create_accelerator(config, config.train.mixed_precision)
     kept = {
         model: count_kept_per_token(config, accelerator, architecture(model)) for model in ("1.5B", *MODELS)
     }
     with tempfile.TemporaryDirectory() as folder:
-        sizes = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 16384, "num_hidden_layers": 4}
+        sizes = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 4096, "num_hidden_layers": 2}
         heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
         small = Qwen2Config(**sizes, **heads, tie_word_embeddings=True)
         Qwen2ForCausalLM(small).to(torch.bfloat16).save_pretrained(folder)
