@@ -23,7 +23,7 @@ from finetune.data.splits import load_data
 from finetune.model.fast_paths import choose_fast_paths
 from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.given_adapter import parse_training_config
-from finetune.model.load import base_fingerprint, check_vocabulary, describe_base, load_model, load_tokenizer
+from finetune.model.load import base_fingerprint, check_vocabulary, describe_model, load_model, load_tokenizer
 from finetune.model.loss import TokenLoss
 from finetune.model.sharding import choose_sharding, shard_base
 from finetune.report.model_card import model_card
@@ -61,9 +61,9 @@ def train(config: Config) -> int:
     # Model: a frozen, quantized base with a LoRA adapter, whose weights lie in one flat tensor.
     (source, remarks), int8 = folder.find_checkpoint(config), folder.recorded_int8(config)
     sharding, added = choose_sharding(config, accelerator), added_token_ids(tokenizer)
-    model = load_model(config, precision.actual, device, added, source, plain_weights=sharding.is_on)
+    model = load_model(config, precision.actual, device, added, source, data.train, sharding.is_on)
     check_vocabulary(model, tokenizer)
-    adapter, token_loss = FlatAdapter(model), TokenLoss(model).train()
+    adapter, token_loss = FlatAdapter(model, bool(config.optim.lora_b_lr_ratio)), TokenLoss(model).train()
     adapter.broadcast(accelerator)
     optimizer_choice = choose_optimizer(config.optim.name, device)
     optimizer = create_optimizer(optimizer_choice.actual, adapter, config.optim)
@@ -72,8 +72,8 @@ def train(config: Config) -> int:
     fast_paths = choose_fast_paths(config, accelerator, token_loss, data.train, int8, sharding.is_on)
     shard_base(token_loss, sharding)
     budget = token_budget.choose(config, accelerator, token_loss, fast_paths.packed)
-    choices = [*machine.describe_machine(accelerator), precision, describe_base(config.model, model)]
-    choices += [*sharding.choices, optimizer_choice, *fast_paths, *budget.choices]
+    choices = [*machine.describe_machine(accelerator, config.log.trackers), precision, *sharding.choices]
+    choices += [*describe_model(config, model), optimizer_choice, *fast_paths, *budget.choices]
     if config.strict:
         require_as_requested(choices)
     flop_per_second = machine.matmul_rate(device, precision.actual)

@@ -27,8 +27,12 @@ sys.path.insert(0, str(ROOT))
 
 from finetune.ops import dropout, triton_makers  # noqa: E402
 
-CARDS = (75, 80, 86, 89, 90, 120)  # compute capabilities: Turing, A100, Ampere, Ada, Hopper, Blackwell
-TURING = 75
+NVIDIA = (75, 80, 86, 89, 90, 120)  # compute capabilities: Turing, A100, Ampere, Ada, Hopper, Blackwell
+CARDS = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in NVIDIA}
+# AMD's Instinct MI200 and MI300, and a Radeon RX 7900. Triton compiles for them without ROCm.
+CARDS |= {"gfx90a": GPUTarget("hip", "gfx90a", 64), "gfx942": GPUTarget("hip", "gfx942", 64)}
+CARDS |= {"gfx1100": GPUTarget("hip", "gfx1100", 32)}
+TURING = "sm_75"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TRITON_TYPES = {
     torch.bfloat16: "*bf16",
@@ -117,8 +121,8 @@ def launches(sizes: Sizes, dtype: torch.dtype) -> Iterator[Launch]:
     yield from recorded
 
 
-def compiled(launch: Launch, card: int) -> dict[str, int]:
-    """Compile a launch for a compute capability. Returns a thread's registers, and the bytes it spills."""
+def compiled(launch: Launch, card: str) -> dict[str, int]:
+    """Compile a launch for a card. Returns a thread's registers, and the bytes it spills."""
     names = launch.function.arg_names
     constants = {name: value for name, value in launch.settings.items() if name in names}
     signature = dict(zip(names, [_type_of(x) for x in launch.arguments], strict=False))
@@ -127,10 +131,12 @@ def compiled(launch: Launch, card: int) -> dict[str, int]:
     aligned = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(launch.arguments) if _is_aligned(x)}
     options = {name: launch.settings[name] for name in OPTIONS if name in launch.settings}
     source = ASTSource(fn=launch.function, signature=signature, constexprs=constants, attrs=aligned)
-    binary = triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
+    binary = triton.compile(source, target=CARDS[card], options=options)
+    text = binary.asm.get("ptx") or binary.asm["amdgcn"]
     if launch.kernel in triton_makers.PRODUCTS:
-        assert re.search(r"\bw?g?mma", binary.asm["ptx"]), f"{launch.kernel} takes no tensor cores"
-    return _resources(binary.asm["cubin"]) | {"shared_memory": binary.metadata.shared}
+        assert re.search(r"\bw?g?mma|v_w?mf?ma", text), f"{launch.kernel} takes no tensor cores on {card}"
+    used = _resources(binary.asm["cubin"]) if "cubin" in binary.asm else _resources_amd(text)
+    return used | {"shared_memory": binary.metadata.shared}
 
 
 def _type_of(argument: Any) -> str:
@@ -156,8 +162,17 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {"registers": found["REG"], "spilled_bytes": found["STACK"] + found["LOCAL"]}
 
 
+def _resources_amd(assembly: str) -> dict[str, int]:
+    """What the compiler says of an AMD program; its private segment holds what spills."""
+    found = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size): +(\d+)", assembly))
+    return {
+        "registers": int(found["vgpr_count"]),
+        "spilled_bytes": int(found["private_segment_fixed_size"]),
+    }
+
+
 def cases(
-    models: Sequence[str], cards: Sequence[int], dtypes: Sequence[torch.dtype]
+    models: Sequence[str], cards: Sequence[str], dtypes: Sequence[torch.dtype]
 ) -> Iterator[dict[str, Any]]:
     """Compile every launch for every card. On Turing, torch makes the products and there is no bf16."""
     for model in models:
@@ -170,7 +185,7 @@ def cases(
                     yield {
                         "kernel": launch.kernel,
                         "dtype": str(dtype).removeprefix("torch."),
-                        "card": f"sm_{card}",
+                        "card": card,
                         **compiled(launch, card),
                     }
 
@@ -199,7 +214,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--cards", nargs="+", type=int, default=CARDS, choices=CARDS)
+    parser.add_argument("--cards", nargs="+", default=list(CARDS), choices=CARDS)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     arguments = parser.parse_args()
     dtypes = [DTYPES[name] for name in arguments.dtypes]

@@ -36,7 +36,7 @@ from finetune.runtime.memory import release_freed_memory  # noqa: E402
 
 CASES = [("none", "none"), ("none", "base"), ("int8", "base"), ("nf4", "base")]
 NUM_TOKENS, NUM_MICRO_BATCHES, NUM_UPDATES = 64, 2, 2
-# Offset of tcpi_bytes_sent in Linux's struct tcp_info.
+# Offset of tcpi_bytes_sent in Linux's struct tcp_info; tcpi_bytes_retrans, which it includes, follows.
 BYTES_SENT = 200
 
 
@@ -67,9 +67,11 @@ def measure(model: str, base: str, sharding: str) -> dict[str, Any]:
             with accelerator.autocast():
                 sums = token_loss(batch)
             accelerator.backward(sums.nll / len(batch.target_ids))
+        distributed.barrier()  # what is still in a buffer would be counted later
         of_passes = sent_bytes()
         adapter.reduce_gradients(accelerator)
         seconds.append(time.perf_counter() - start)
+        distributed.barrier()
         gathered.append(of_passes - sent)
         reduced.append(sent_bytes() - of_passes)
         peaks.append(resident("VmHWM") - before)
@@ -103,7 +105,7 @@ def examples() -> list[dict[str, Any]]:
 
 
 def sent_bytes() -> int:
-    """Bytes that this process has sent over its open TCP connections, as the kernel counts them."""
+    """Bytes that this process has sent over its open TCP connections, as the kernel counts them, once each."""
     total = 0
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -116,7 +118,8 @@ def sent_bytes() -> int:
             is_tcp = connection.type == socket.SOCK_STREAM and connection.family != socket.AF_UNIX
             if is_tcp:
                 info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                total += struct.unpack_from("Q", info, BYTES_SENT)[0]
+                sent, again = struct.unpack_from("QQ", info, BYTES_SENT)
+                total += sent - again
     return total
 
 

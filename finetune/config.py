@@ -38,6 +38,13 @@ class LoraConfig:
     """Scale by lora_alpha / sqrt(r) instead (rank-stabilized LoRA)"""
     use_dora: bool = False
     """Train magnitude and direction apart (DoRA): slower"""
+    exclude_modules: list[str] | None = None
+    """Modules that get none of it, of those that target_modules names"""
+    layers_to_transform: list[int] | None = None
+    """Numbers of the decoder layers that get it, from 0; null is all"""
+    init_lora_weights: Literal["pissa", "olora", "eva"] | None = None
+    """Start from the main part of each weight of the base (pissa, olora), at twice the adapter's memory, or
+    from the main directions of what the layers get of the training rows (eva); null starts from a random A"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,10 +188,19 @@ class OptimConfig:
     """Decoupled weight decay"""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them as they are"""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Course of the learning rate after the warm-up: to 0 (linear, cosine) or level"""
+    lora_b_lr_ratio: float | None = None
+    """LoRA+: the learning rate of the matrices B is this many times that of A; null is 1"""
+    schedule: Literal["linear", "cosine", "constant", "warmup_stable_decay"] = "linear"
+    """Course of the learning rate after the warm-up: falling (linear, cosine), level (constant), or level and
+    falling linearly at the end (warmup_stable_decay)"""
+    min_lr_ratio: float | None = None
+    """Where it falls to, as a share of the peak; null is 0"""
+    decay_ratio: float | None = None
+    """Share of the updates over which warmup_stable_decay falls; null is 0.1"""
     warmup_ratio: float = 0.0
     """Share of the updates over which the learning rate rises from 0"""
+    warmup_steps: int | None = None
+    """Their number instead of a share: with warmup_ratio 0"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +244,11 @@ class LogConfig:
 
     every_steps: int = 20
     """Updates between two log lines"""
+    trackers: list[Literal["tensorboard", "mlflow", "trackio", "wandb", "swanlab"]] = field(
+        default_factory=lambda: ["tensorboard"]
+    )
+    """Where metrics and answers go beside the run's files: tensorboard always, and those named of mlflow,
+    trackio, wandb and swanlab, which pip installs by these names"""
     progress: bool = True
     """A live progress bar where the output is a terminal"""
 

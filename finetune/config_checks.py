@@ -9,6 +9,7 @@ from typing import Any
 from finetune.config import (
     Config,
     DataConfig,
+    OptimConfig,
     SourceConfig,
     TrainConfig,
     described,
@@ -62,6 +63,7 @@ def check_config(config: Config) -> None:
         "train.global_batch_size": train.global_batch_size,
         "fast.head_mib": config.fast.head_mib,
         "eval.every": None if config.eval.every == "epoch" else config.eval.every,
+        "optim.warmup_steps": optim.warmup_steps,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep": config.checkpoint.keep,
         "log.every_steps": config.log.every_steps,
@@ -83,6 +85,7 @@ def check_config(config: Config) -> None:
         ("optim.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "at least 0"),
         ("optim.max_grad_norm", optim.max_grad_norm, optim.max_grad_norm >= 0, "at least 0"),
         ("optim.warmup_ratio", optim.warmup_ratio, 0 <= optim.warmup_ratio <= 1, "between 0 and 1"),
+        *_ranges_of_ratios(optim),
         *(("optim.betas", beta, 0 <= beta < 1, "at least 0 and below 1") for beta in optim.betas),
     ]
     seeds = {
@@ -110,6 +113,8 @@ def check_config(config: Config) -> None:
     _check_texts(config)
     _check_sources(config)
     _check_evaluation(config)
+    _check_schedule(optim)
+    _check_lora(config)
     if budget is not None and budget < data.max_length:
         raise ValueError(
             f"train.max_tokens_per_micro_batch ({budget}) must be at least data.max_length "
@@ -168,6 +173,61 @@ def _check_evaluation(config: Config) -> None:
         raise ValueError(
             f"checkpoint.best_by {by} is of answers, and eval.answers is 0: set it to the number of rows to "
             "answer"
+        )
+
+
+def _ranges_of_ratios(optim: OptimConfig) -> Iterator[tuple[str, float, bool, str]]:
+    """The ranges of the ratios that may be left out."""
+    if (ratio := optim.lora_b_lr_ratio) is not None:
+        yield "optim.lora_b_lr_ratio", ratio, ratio > 0, "above 0"
+    if (ratio := optim.min_lr_ratio) is not None:
+        yield "optim.min_lr_ratio", ratio, 0 <= ratio <= 1, "between 0 and 1"
+    if (ratio := optim.decay_ratio) is not None:
+        yield "optim.decay_ratio", ratio, 0 < ratio <= 1, "above 0 and at most 1"
+
+
+def _check_schedule(optim: OptimConfig) -> None:
+    """The keys of the schedule belong together, and none of them is without effect."""
+    if optim.warmup_steps is not None and optim.warmup_ratio > 0:
+        raise ValueError(
+            f"optim.warmup_steps is {optim.warmup_steps} and optim.warmup_ratio {optim.warmup_ratio}: set "
+            "warmup_ratio to 0, or leave warmup_steps out"
+        )
+    if optim.decay_ratio is not None and optim.schedule != "warmup_stable_decay":
+        raise ValueError(
+            f"optim.decay_ratio belongs to the schedule warmup_stable_decay, and optim.schedule is "
+            f"{optim.schedule}"
+        )
+    if optim.min_lr_ratio is not None and optim.schedule == "constant":
+        raise ValueError("optim.min_lr_ratio is where a schedule falls to, and optim.schedule is constant")
+    if optim.warmup_ratio + (optim.decay_ratio or 0) > 1:
+        raise ValueError(
+            f"optim.warmup_ratio {optim.warmup_ratio} and optim.decay_ratio {optim.decay_ratio} are together "
+            "more than all updates"
+        )
+
+
+def _check_lora(config: Config) -> None:
+    """What must hold of the adapter's layers and first weights."""
+    lora = config.lora
+    for key in ("exclude_modules", "layers_to_transform"):
+        if getattr(lora, key) == []:
+            raise ValueError(f"lora.{key} is an empty list: leave it null")
+    if any(number < 0 for number in lora.layers_to_transform or ()):
+        raise ValueError(
+            f"lora.layers_to_transform must be numbers from 0, not {min(lora.layers_to_transform or ())}"
+        )
+    own = ("exclude_modules", "layers_to_transform", "init_lora_weights")
+    if config.model.adapter is not None:
+        for key in own:
+            if getattr(lora, key) is not None:
+                raise ValueError(
+                    f"lora.{key} is for a new adapter, and model.adapter names one: leave it out"
+                )
+    if lora.init_lora_weights in ("pissa", "olora") and config.optim.weight_decay > 0:
+        raise ValueError(
+            f"lora.init_lora_weights {lora.init_lora_weights} holds half of the adapter fixed, which "
+            "optim.weight_decay would change: set it to 0"
         )
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,10 +86,12 @@ def require_compiler() -> None:
 
 def open_terminal() -> tuple[int, int]:
     """Both ends of a terminal: the person's, and the program's; the test is skipped where there is none."""
+    pty = pytest.importorskip("pty")
     try:
-        return pty.openpty()
+        master, slave = pty.openpty()
     except OSError as error:  # no /dev/pts, as in some containers
         pytest.skip(f"needs a terminal: {error}")
+    return master, slave
 
 
 @pytest.fixture(autouse=True)

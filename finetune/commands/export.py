@@ -18,6 +18,7 @@ from finetune.model.starter import starter_model_dir
 from finetune.report.model_card import VLLM_RANKS
 from finetune.run.adapter import Trained, load_trained_tokenizer, parse_trained, trained_parser
 from finetune.run.folder import CHAT_TEMPLATE
+from finetune.runtime import system
 from finetune.runtime.cli import CommandParser
 from finetune.runtime.console import say
 from finetune.runtime.files import staged_folder
@@ -53,7 +54,7 @@ def command(argv: Sequence[str]) -> None:
     text, left_out = modelfile(gguf_name, merged.tokenizer, trained.config.data.system_prompt, length)
     with staged_folder(output.absolute()) as staging:
         write_gguf(staging / gguf_name, merged.model, merged.tokenizer, name, arguments.format)
-        (staging / "Modelfile").write_text(text, encoding="utf-8")
+        system.write_text(staging / "Modelfile", text)
     _show(trained, merged.tokenizer, output, gguf_name, left_out)
 
 

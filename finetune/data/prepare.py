@@ -29,7 +29,9 @@ import psutil
 import pyarrow as pa
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from finetune.runtime import system
 from finetune.runtime.console import console
+from finetune.runtime.system import available_cpus
 
 Job = Callable[[Any], pa.Table]
 """What is done to the payload of a chunk. Jobs and payloads go to other processes, so they can be pickled."""
@@ -39,6 +41,7 @@ CHUNK_BYTES = 4 << 20  # of long texts, fewer rows: encoding takes some 70 bytes
 FEW_ROWS = 8_000  # are done sooner by this process than others start
 MANY_CHUNKS = 60  # are never few: those that are looked at first lie in memory
 QUEUED_PER_WORKER = 4  # chunks that wait in memory
+MOST_WORKERS = 61 if sys.platform == "win32" else 1_000  # Windows waits for no more than 63 objects at once
 QUIET_SECONDS = 1.0  # a shorter preparation needs no progress bar
 ENCODING = "finetune.data.encoding"  # what processes import before they have work
 COUNTS = b"counts"  # of a chunk, as JSON, in the metadata of its schema
@@ -122,13 +125,6 @@ def counts_of(table: pa.Table) -> Any:
     return json.loads(table.schema.metadata[COUNTS])
 
 
-def available_cpus() -> int:
-    """CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A file to write into that then becomes `path`, which is there whole or not at all, also where several
@@ -137,7 +133,9 @@ def written_whole(path: Path) -> Iterator[Path]:
     yield partial
     try:
         os.replace(partial, path)
-    except FileNotFoundError:  # one that does not see this process, as in containers, took it for left over
+    except (FileNotFoundError, PermissionError):
+        # One that does not see this process, as in containers, took it for left over. Or one that made the
+        # same has it open, on Windows.
         if not path.exists():
             raise
 
@@ -165,7 +163,7 @@ def write_chunk(path: Path, table: pa.Table) -> None:
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write what is known of chunks as JSON, as `written_whole`."""
     with written_whole(path) as partial:
-        partial.write_text(json.dumps(record), encoding="utf-8")
+        system.write_text(partial, json.dumps(record))
 
 
 def read_chunk(path: Path) -> pa.Table:
@@ -210,9 +208,9 @@ class _Pool:
         """Start all of them; they import what they need meanwhile."""
         if self.executor is None:
             context = multiprocessing.get_context("spawn")
-            self.executor = ProcessPoolExecutor(available_cpus(), context, initializer=_start_worker)
+            self.executor = ProcessPoolExecutor(_num_workers(), context, initializer=_start_worker)
             with _without_main_module():
-                for _ in range(available_cpus()):
+                for _ in range(_num_workers()):
                     self.executor.submit(import_module, ENCODING)
 
     def submit(self, *arguments: Any) -> Future[None]:
@@ -227,6 +225,10 @@ class _Pool:
 
 
 _pool = _Pool()
+
+
+def _num_workers() -> int:
+    return min(available_cpus(), MOST_WORKERS)
 
 
 def _run_here(tasks: Iterable[Task], job: Job) -> Iterator[int]:
@@ -246,7 +248,7 @@ def _run_in_others(tasks: Iterator[Task], job: Job, folder: Path) -> Iterator[in
     is_done = False
     try:
         while True:
-            while len(queue) < available_cpus() * QUEUED_PER_WORKER and (task := next(tasks, None)):
+            while len(queue) < _num_workers() * QUEUED_PER_WORKER and (task := next(tasks, None)):
                 path, chunk = task
                 queue.append((chunk.num_rows, _pool.submit(digest, job_file, path, chunk.payload())))
             if not queue:

@@ -17,6 +17,7 @@ from finetune.model.loss import TokenLoss
 from finetune.ops.quantized import dropout_off
 from finetune.run.adapter import Trained, TrainedModel
 from finetune.run.folder import read_environment
+from finetune.runtime.accelerator import sum_dtype
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # A merge is faithful if, on the eval rows, it agrees with the trained model to within these bounds.
@@ -124,13 +125,13 @@ def predict(
 @torch.no_grad()
 def difference(p: Predictions, q: Predictions, target_ids: Tensor) -> Difference:
     """Compute how q differs from p on N target tokens; target_ids [N]."""
-    sums = torch.zeros(3, dtype=torch.float64, device=target_ids.device)
+    sums = torch.zeros(3, dtype=sum_dtype(target_ids.device), device=target_ids.device)
     for start in range(0, len(target_ids), CHUNK):
         part = slice(start, start + CHUNK)
         log_p, log_q = (predictions.logits(part).log_softmax(-1) for predictions in (p, q))
         same = log_p.argmax(-1) == log_q.argmax(-1)
         nll = -log_q.gather(-1, target_ids[part, None])
-        sums += torch.stack([(log_p.exp() * (log_p - log_q)).sum(), same.sum(), nll.sum()]).double()
+        sums += torch.stack([(log_p.exp() * (log_p - log_q)).sum(), same.sum(), nll.sum()]).to(sums.dtype)
     kl, agreement, loss = (sums / len(target_ids)).tolist()
     return Difference(kl, agreement, loss)
 

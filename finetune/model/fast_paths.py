@@ -352,7 +352,7 @@ def _choose_int8(
         return Choice(name, requested, requested)
     if recorded is not None:
         return Choice(name, recorded, recorded, "as at the start of this run")
-    if accelerator.device.type == "cuda":
+    if accelerator.device.type != "cpu":
         reason = "to multiply in int8, bitsandbytes waits for the GPU in every layer"
         return Choice(name, "dequantize", "dequantize", reason)
     layer = max(layers, key=lambda layer: layer.weight.numel())

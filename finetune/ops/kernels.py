@@ -1,18 +1,11 @@
 """Compile `kernels.cpp` on the machine that runs it, and call its functions with tensors.
 
-The compiler is the one on the user's PATH. The compiled library is kept in the user's cache. If the compiler
-is missing or fails, torch's own operations compute the same results. The table at the start of a run shows
-which of the two is used.
+`compiler` finds a compiler and keeps what it makes in the user's cache. If the compiler is missing or fails,
+torch's own operations compute the same results. The table at the start of a run shows which of the two is
+used.
 """
 
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,12 +13,10 @@ import torch
 from torch import Tensor
 
 from finetune.data.segments import Segment
-from finetune.runtime.files import cache_dir
+from finetune.ops import compiler
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 DTYPES = (torch.float32, torch.bfloat16)  # in the order of the function pointers that the source exports
-COMPILE_TIMEOUT = 120  # seconds
 
 _library: ctypes.CDLL | None = None
 
@@ -37,15 +28,12 @@ def enable() -> None:
         OSError: there is no compiler, it failed, or the library cannot be loaded; the message says which.
     """
     global _library
-    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("c++") or ""]
-    if compiler == [""]:
-        raise OSError("there is no C++ compiler: install g++")
-    version, source = _run([*compiler, "--version"]), SOURCE.read_text(encoding="utf-8")
-    key = "\n".join([source, *FLAGS, version, _instruction_set()])
-    file = cache_dir() / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not file.exists():
-        _compile(compiler, file)
-    _library = ctypes.CDLL(str(file))
+    library = compiler.build(SOURCE)
+    try:
+        _library = ctypes.CDLL(str(library))
+    except OSError:
+        library.unlink(missing_ok=True)  # one that cannot be loaded is not kept
+        raise
 
 
 def disable() -> None:
@@ -66,49 +54,6 @@ def can_compute(*tensors: Tensor) -> bool:
         and first.dtype in DTYPES
         and all(x.device.type == "cpu" and x.dtype == first.dtype for x in tensors)
     )
-
-
-def _run(command: list[str]) -> str:
-    """The standard output of a program.
-
-    Raises:
-        OSError: the program cannot be started, fails, or exceeds the time limit.
-    """
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", check=True, timeout=COMPILE_TIMEOUT
-        )
-    except subprocess.CalledProcessError as error:
-        lines = [line for line in error.stderr.splitlines() if "error" in line] or [
-            f"exit {error.returncode}"
-        ]
-        raise OSError(f"{Path(command[0]).name} failed: {lines[0].strip()}") from error
-    except subprocess.TimeoutExpired as error:
-        raise OSError(f"{Path(command[0]).name} took over {COMPILE_TIMEOUT} s") from error
-    return done.stdout
-
-
-def _compile(compiler: list[str], file: Path) -> None:
-    """Compile and link separately: the linker gets no OpenMP flag, so that the library uses torch's threads.
-    With a second thread pool, one would busy-wait while the other computes."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        compiled, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
-        _run([*compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)])
-        _run([*compiler, "-shared", str(compiled), "-o", str(linked)])
-        ctypes.CDLL(str(linked))  # a library that cannot be loaded is not kept
-        with linked.open("rb") as written:
-            os.fsync(written.fileno())  # a power cut must not leave a truncated file
-        linked.replace(file)
-
-
-def _instruction_set() -> str:
-    """What "native" means on this machine: different machines may share a cache."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        return platform.machine() + platform.processor()
 
 
 def attention_forward(

@@ -11,6 +11,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from finetune.runtime import system
+
 TEMPLATES = PackageLoader("finetune.report", "templates")
 
 # Invisible characters and those that reorder others: control characters and direction marks.
@@ -53,8 +55,8 @@ def write_page(path: Path, template: str, **values: Any) -> None:
     )
     page = environment.get_template(template).render(values)
     try:
-        _partial(path).write_text(page, encoding="utf-8")
-        os.replace(_partial(path), path)
+        system.write_text(_partial(path), page)
+        system.replace(_partial(path), path)
     finally:
         _partial(path).unlink(missing_ok=True)
 

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from finetune.config import Config, described
+from finetune.config import Config, OptimConfig, described
 from finetune.data.rows import text_of
 from finetune.report.intervals import Interval, between, signed
 from finetune.report.records import Change, Record, answer_changes, loss_changes_by_source, rounding
@@ -219,10 +219,6 @@ def setting_facts(config: Config) -> Facts:
     lora, data, train, optim = config.lora, config.data, config.train, config.optim
     targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
     variants = [name for name, used in (("rsLoRA", lora.use_rslora), ("DoRA", lora.use_dora)) if used]
-    rate = f"{optim.learning_rate:g}, {optim.schedule}"
-    rate += (
-        f", warm-up over {optim.warmup_ratio:.0%} of the updates" if optim.warmup_ratio else ", no warm-up"
-    )
     facts = [
         ("LoRA", f"r {lora.r}, alpha {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, on {targets}"),
         ("trained on", "every token" if data.train_on == "all" else "the answers alone"),
@@ -235,11 +231,29 @@ def setting_facts(config: Config) -> Facts:
             "optimizer",
             f"{optim.name}, weight decay {optim.weight_decay:g}, clipped at {optim.max_grad_norm:g}",
         ),
-        ("learning rate", rate),
+        ("learning rate", _learning_rate_in_words(optim)),
         ("precision", {"no": "fp32"}.get(train.mixed_precision, train.mixed_precision)),
         ("seeds", f"sample {data.sample_seed}, split {data.split_seed}, training {train.seed}"),
     ]
     return [*facts, ("variants", ", ".join(variants))] if variants else facts
+
+
+def _learning_rate_in_words(optim: OptimConfig) -> str:
+    words = [f"{optim.learning_rate:g}"]
+    if optim.lora_b_lr_ratio:
+        words.append(f"of B {optim.lora_b_lr_ratio:g} times that (LoRA+)")
+    decay = (
+        f" over the last {optim.decay_ratio or 0.1:.0%}" if optim.schedule == "warmup_stable_decay" else ""
+    )
+    floor = f" to {optim.min_lr_ratio:g} of it" if optim.min_lr_ratio else ""
+    words.append(f"{optim.schedule}{decay}{floor}")
+    if optim.warmup_steps:
+        words.append(f"warm-up over {optim.warmup_steps} updates")
+    elif optim.warmup_ratio:
+        words.append(f"warm-up over {optim.warmup_ratio:.0%} of the updates")
+    else:
+        words.append("no warm-up")
+    return ", ".join(words)
 
 
 def machine_facts(record: Record) -> Facts:

@@ -26,6 +26,7 @@ from finetune.model.load import base_fingerprint, check_vocabulary, load_base, l
 from finetune.ops import token_rows
 from finetune.run.checkpoint import STATE, TRAINING_CONFIG, fault_of, list_checkpoints
 from finetune.run.folder import CHAT_TEMPLATE, CONFIG, ENVIRONMENT, RESULT, read_environment
+from finetune.runtime import system
 from finetune.runtime.accelerator import choose_precision, create_accelerator
 from finetune.runtime.choice import Choice
 from finetune.runtime.cli import CommandParser, split_arguments
@@ -117,10 +118,10 @@ def find_trained(path: Path, settings: Sequence[str] = ()) -> Trained:
         return Trained(adapter, config, run_dir, own_tokenizer)
     say(f"{adapter} does not say how it was trained: its base is taken as it names it, without quantization.")
     config = Config(model=ModelConfig(name_or_path=_named_base(adapter), quantization="none"))
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
-        file.write(config_to_yaml(config))
-        file.flush()
-        return Trained(adapter, parse_config(["--config", file.name, *settings]), None, own_tokenizer)
+    with tempfile.TemporaryDirectory() as folder:  # Windows reads no temporary file that is open
+        file = Path(folder) / CONFIG
+        system.write_text(file, config_to_yaml(config))
+        return Trained(adapter, parse_config(["--config", str(file), *settings]), None, own_tokenizer)
 
 
 def _adapter_in(path: Path) -> Path:

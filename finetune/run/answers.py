@@ -162,7 +162,7 @@ def answer_rows(
     if not partial.exists():
         write_atomically(partial, json.dumps({"settings": settings}) + "\n")
     with (
-        partial.open("a", encoding="utf-8") as file,
+        partial.open("a", encoding="utf-8", newline="") as file,
         Progress(*bar, console=console, disable=not console.is_terminal) as progress,
     ):
         task = progress.add_task("", total=len(questions))
@@ -213,7 +213,7 @@ def format_answers(rows: Dataset, records: Mapping[int, Record], suffix: str) ->
         return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     frame = pd.DataFrame([{column: _as_cell(value) for column, value in line.items()} for line in lines])
     # A carriage return in an answer would end the line, unquoted.
-    return frame.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)
+    return frame.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
 
 
 def _as_cell(value: Any) -> Any:

@@ -5,7 +5,6 @@ optimizer state and the sums of the open log window. Tensors are stored as safet
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from finetune.model.given_adapter import (
     find_adapter,
     load_weights,
 )
+from finetune.runtime import system
 from finetune.runtime.files import atomic_folder, file_sha256, tensor_bytes
 from finetune.runtime.processes import on_main
 from finetune.training.best import best_in_words, best_of, best_value_first
@@ -163,7 +163,7 @@ def save_checkpoint(
     best = [path for path, _ in best_first(run_dir, history, config.best_by)] if config.keep_best else []
     for other in written[:position] + written[position + config.keep :]:
         if other not in best:
-            shutil.rmtree(other)
+            system.remove_folder(other)
     return folder
 
 
@@ -214,8 +214,8 @@ def save_result(folder: Path, model: PeftModel, tokenizer: Any, training_config:
     with atomic_folder(folder, tensor_bytes(adapter_weights(model).values())) as staging:
         save_adapter(model, staging)
         tokenizer.save_pretrained(staging)
-        (staging / TRAINING_CONFIG).write_text(training_config, encoding="utf-8")
-        (staging / CARD).write_text(card, encoding="utf-8")
+        system.write_text(staging / TRAINING_CONFIG, training_config)
+        system.write_text(staging / CARD, card)
 
 
 def estimate_bytes(model: PeftModel, optimizer_name: str) -> int:
@@ -320,4 +320,4 @@ def load_best(run_dir: Path, history: History, by: str, state: TrainState, model
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    system.write_text(path, json.dumps(value, indent=1))

@@ -66,7 +66,7 @@ def answer_questions(
     limit, batches = longest_reference(questions), in_batches(questions)
     own = batches if together else batches[accelerator.process_index :: accelerator.num_processes]
     answered: list[tuple[int, Answer]] = []
-    for batch in stop.until(own):
+    for batch in stop.until(own, together):
         prompts = [question.prompt for question in batch]
         answers = answer_prompts(accelerator, model, tokenizer, prompts, limit)
         answered += zip((question.row_number for question in batch), answers, strict=True)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from finetune.data.plan import Plan
 from finetune.data.splits import Data, fingerprint_of
 from finetune.model import given_adapter
 from finetune.run.checkpoint import checkpoints_dir, fault_of, list_checkpoints
+from finetune.runtime import system
 from finetune.runtime.files import require_room, write_atomically
 from finetune.runtime.locks import LOCK, folder_lock
 
@@ -32,6 +32,7 @@ CONFIG, ENVIRONMENT = given_adapter.RUN_FILES
 RESULT, CHAT_TEMPLATE = given_adapter.RESULT, "chat_template.jinja"
 METRICS, ANSWERS, EVALUATIONS = "metrics.jsonl", "answers.jsonl", "evaluations"
 SOURCE = "source"
+LONGEST_NAME = 100  # in characters: tensorboard/events.out.tfevents.1764482400.HOST.1.0 and the like
 EXAMPLE_SUMS = ["nll", "entropy", "correct", "num_target_tokens"]
 RECORDED = {"base", "int8", "data", "global_batch_size", "num_processes", "started_from"}
 # Keys that change what is shown and kept, or how an update is laid out, not what it is.
@@ -73,6 +74,7 @@ def run_status(config: Config) -> RunStatus:
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
         raise ValueError(f"output_dir {folder}: {existing} is a file, not a folder; choose another")
+    system.check_path_length(folder, LONGEST_NAME)
     if not os.access(existing, os.W_OK):
         raise ValueError(f"output_dir {folder}: {existing} cannot be written; choose another")
     if not (folder / CONFIG).exists():
@@ -113,7 +115,7 @@ def only_one_at_a_time(config: Config) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield  # rank 0 holds the lock for all ranks
         return
-    name = f"finetune-{os.getuid()}-{hashlib.sha256(folder.encode()).hexdigest()[:24]}.lock"
+    name = f"finetune-{system.user()}-{hashlib.sha256(folder.encode()).hexdigest()[:24]}.lock"
     lock = FileLock(Path(tempfile.gettempdir()) / name)
     try:
         lock.acquire(timeout=0)
@@ -214,7 +216,7 @@ def start_run(
     require_room(folder, to_write * checkpoint_bytes, "the run")
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in (*folder.glob(".*.partial"), *checkpoints_dir(folder).glob(".*.partial")):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        system.remove_folder(leftover) if leftover.is_dir() else leftover.unlink()
     environment = {
         **environment,
         "global_batch_size": plan.global_batch_size,
@@ -369,7 +371,7 @@ def write_example_sums(
         frame[SOURCE] = sources
     path = example_sums_file(run_dir, step)
     path.parent.mkdir(exist_ok=True)
-    write_atomically(path, frame.to_csv(index=False))
+    write_atomically(path, frame.to_csv(index=False, lineterminator="\n"))
 
 
 def read_example_sums(run_dir: Path, step: int) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from rich.text import Text
 from finetune.config import Config
 from finetune.config_checks import ANSWER_METRICS, is_higher_better
 from finetune.data.plan import Plan
+from finetune.run.extra_trackers import recorded_links
 from finetune.run.folder import CONFIG, METRICS
 from finetune.runtime.choice import Choice
 from finetune.runtime.console import console, say, show_choices
@@ -117,6 +118,8 @@ def show_end(
     say(f"adapter      {run_dir / 'adapter'}")
     say(f"metrics      {run_dir / METRICS}")
     say(f"to see it    tensorboard --logdir {run_dir}")
+    for name, link in recorded_links(run_dir):
+        say(f"in {name:<9} {link}")
 
 
 def _show_last_step(config: Config, plan: Plan, evaluations: Sequence[dict[str, Any]]) -> None:

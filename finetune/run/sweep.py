@@ -22,6 +22,7 @@ from finetune.config import Config, flatten
 from finetune.config_parsing import config_to_dict
 from finetune.model.given_adapter import parse_training_config
 from finetune.run.folder import RunStatus, read_environment, read_evaluations, run_status
+from finetune.runtime import system
 from finetune.runtime.console import say
 from finetune.runtime.files import write_atomically
 
@@ -184,10 +185,10 @@ def run_trials(trials: Sequence[Trial], folder: Path) -> tuple[int, dict[str, st
             if received or code > 1:
                 continue
             say(f"Run {number} of {len(trials)}: {name}")
-            process = subprocess.Popen([sys.executable, str(TRAIN), *trial.arguments], process_group=0)
+            process = system.start_apart([sys.executable, str(TRAIN), *trial.arguments])
             children.append(process)
             if received:  # it came while the process was started
-                process.send_signal(received[0])
+                system.ask_to_stop(process, received[0])
             ended = process.wait()
             if ended == 0:
                 outcomes[name] = "finished"
@@ -225,12 +226,13 @@ def _signals_passed_on() -> Iterator[tuple[list[subprocess.Popen[bytes]], list[i
     received: list[int] = []
 
     def pass_on(number: int, _: FrameType | None) -> None:
-        received.append(number if number != signal.SIGHUP else signal.SIGTERM)
+        received.append(number if number == signal.SIGINT else signal.SIGTERM)
         if children:
-            children[-1].send_signal(received[-1])
+            system.ask_to_stop(children[-1], received[-1])
 
     previous = {
-        number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        number: signal.signal(number, pass_on)
+        for number in system.signals_named("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
     }
     try:
         yield children, received

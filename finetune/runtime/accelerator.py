@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -11,9 +12,11 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradScalerKwargs, InitProcessGroupKwargs, parse_flag_from_env
 
 from finetune.config import Config
+from finetune.runtime import system
 from finetune.runtime.choice import Choice
 from finetune.runtime.launch import refuse_other_engines, require_same_launch
 from finetune.runtime.memory import GIB
@@ -23,14 +26,29 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "data
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def describe_machine(accelerator: Accelerator) -> list[Choice]:
-    """Device, processes and data workers, as requested and actual."""
+def describe_machine(accelerator: Accelerator, trackers: Sequence[str]) -> list[Choice]:
+    """Device, processes, data workers and trackers, as requested and actual."""
     device, processes = accelerator.device, accelerator.num_processes
-    return [_describe_device(device), _describe_processes(processes), Choice("data workers", "0", "0")]
+    workers = Choice("data workers", "0", "0")
+    return [_describe_device(device), _describe_processes(processes), workers, _describe_trackers(trackers)]
+
+
+def installed_trackers(names: Sequence[str]) -> list[str]:
+    """TensorBoard, and those of `names` whose packages are installed."""
+    available = [str(tracker) for tracker in get_available_trackers()]
+    return [name for name in dict.fromkeys(("tensorboard", *names)) if name in available]
+
+
+def _describe_trackers(names: Sequence[str]) -> Choice:
+    """The trackers, with the command that installs those that are missing."""
+    requested, actual = dict.fromkeys(("tensorboard", *names)), installed_trackers(names)
+    missing = " ".join(name for name in requested if name not in actual)
+    reason = f"not installed; to have them: pip install {missing}" if missing else ""
+    return Choice("trackers", ", ".join(requested), ", ".join(actual), reason)
 
 
 def _describe_device(device: torch.device) -> Choice:
-    """A torch build for CUDA requests a GPU, unless the launcher was told to use the CPU."""
+    """A torch build for CUDA or ROCm requests a GPU, unless the launcher was told to use the CPU."""
     actual = device.type
     told_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     if actual == "cpu" and torch.version.cuda and not told_cpu:
@@ -44,7 +62,21 @@ def _describe_device(device: torch.device) -> Choice:
                 f"{torch.version.cuda}; update the driver, or install a torch for CUDA {version} or older"
             )
         return Choice("device", "cuda", actual, reason)
+    if actual == "cpu" and torch.version.hip and not told_cpu:
+        reason = f"torch is built for ROCm {torch.version.hip} and finds no GPU that it can use"
+        return Choice("device", "cuda", actual, reason)
     return Choice("device", actual, actual)
+
+
+def on_apple_gpu() -> bool:
+    """Whether this process computes on the GPU of a Mac: torch calls it "mps"."""
+    return torch.backends.mps.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What sums over many tokens are kept in: fp64 resolves one token's part of a million nats; fp32 on
+    Apple's GPUs, which have no fp64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _as_numbers(version: str) -> tuple[int, ...]:
@@ -55,7 +87,7 @@ def _driver_cuda_version() -> tuple[int, int] | None:
     """The newest version of CUDA that the NVIDIA driver supports, such as (12, 4); None without a driver."""
     number = ctypes.c_int()
     try:
-        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+        failed = ctypes.CDLL(system.CUDA_DRIVER).cuDriverGetVersion(ctypes.byref(number))
     except OSError:
         return None
     return None if failed else (number.value // 1000, number.value % 1000 // 10)
@@ -74,6 +106,10 @@ def _describe_processes(num_processes: int) -> Choice:
 def choose_precision(requested: str) -> Choice:
     """bf16 becomes fp16 with loss scaling on a GPU without native bf16; fp16 becomes bf16 on a CPU."""
     name = "precision"
+    if on_apple_gpu():
+        if requested == "bf16" and not torch.backends.mps.is_macos_or_newer(14, 0):
+            return Choice(name, requested, "fp16", "macOS has bf16 from version 14 on; losses are scaled")
+        return Choice(name, requested, requested)
     if requested == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
         return Choice(
             name, requested, "fp16", f"{torch.cuda.get_device_name()} has no bf16; losses are scaled"
@@ -105,7 +141,7 @@ def create_accelerator(config: Config, precision: str) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=1,
-        cpu=not torch.cuda.is_available(),
+        cpu=not (torch.cuda.is_available() or on_apple_gpu()),
         log_with="tensorboard",
         project_dir=config.output_dir,
         kwargs_handlers=[GradScalerKwargs(enabled=False), InitProcessGroupKwargs(timeout=PEER_TIMEOUT)],
@@ -138,7 +174,7 @@ def _use_all_cores(num_local_processes: int) -> None:
     """Undo the launchers' OMP_NUM_THREADS=1, which leaves all cores but one idle; a higher value is the
     user's own."""
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
+        cores = min(psutil.cpu_count(logical=False) or 1, system.available_cpus())
         torch.set_num_threads(max(1, cores // num_local_processes))
 
 
@@ -150,21 +186,23 @@ def reseed(seed: int, step: int, rank: int) -> None:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"Apple GPU, {system.processor()}"
     return f"CPU, {torch.get_num_threads()} threads on {psutil.cpu_count(logical=False)} cores"
 
 
 def matmul_rate(device: torch.device, precision: str) -> float:
     """FLOP/s of the device in matrix multiplications: the best of ten, measured now."""
     dtype = DTYPES[precision]
-    size = 4096 if device.type == "cuda" else 1024
+    size = 1024 if device.type == "cpu" else 4096
     # Random numbers: with constants a GPU's multipliers switch less, draw less power and clock higher.
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
 
     def seconds() -> float:
         start = time.perf_counter()
         torch.mm(a, b)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize()
         return time.perf_counter() - start
 
     return 2 * size**3 / min(seconds() for _ in range(10))
@@ -176,17 +214,8 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {package: version(package) for package in PACKAGES},
         "device": device_name(accelerator.device),
-        "processor": _processor(),
+        "processor": system.processor(),
         "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
         "cuda": torch.version.cuda,
         "num_processes": accelerator.num_processes,
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()

@@ -11,6 +11,7 @@ from itertools import zip_longest
 from typing import Any, NoReturn
 
 from finetune.config_parsing import unused_preset_settings
+from finetune.runtime.system import let_streams_take_any_text
 
 LOST_PEER = (
     "stopped: another process of this run has ended or does not answer; if it did not say why, it was "
@@ -35,6 +36,7 @@ def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
     print one line and give 2; a FloatingPointError (a run that diverged) and the loss of another process of
     the run print one line and give 1. With --debug the traceback comes first.
     """
+    let_streams_take_any_text()
     try:
         return command(argv) or 0
     except (ValueError, OSError) as error:

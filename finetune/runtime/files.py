@@ -11,12 +11,15 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
+from finetune.runtime import system
+from finetune.runtime.system import flush_to_disk
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a kill leaves either the old or the new one, never a torn one."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    system.write_text(partial, text)
+    system.replace(partial, path)
 
 
 SMALL_FILES_BYTES = 2**20  # beside the tensors: JSON, the tokenizer's few files
@@ -54,7 +57,7 @@ def staged_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
             flush_to_disk(path)
         if overwrite:
             shutil.rmtree(folder, ignore_errors=True)
-        os.replace(staging, folder)  # an empty folder of that name gives way
+        system.replace(staging, folder)  # an empty folder of that name gives way
         flush_to_disk(folder.parent)
     except SafetensorError as error:  # safetensors has its own kind for a full disk
         raise OSError(errno.EIO, str(error), str(folder)) from error
@@ -86,15 +89,6 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush_to_disk(path: Path) -> None:
-    """Flush a file's content, or a folder's entries, to disk, so that they survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def cache_dir() -> Path:

@@ -2,14 +2,14 @@
 
 import ctypes
 import os
-import resource
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from typing import NamedTuple
 
 import psutil
 import torch
+
+from finetune.runtime import system
 
 GIB, MIB = 2**30, 2**20
 UPDATES_BETWEEN_RELEASES = 20
@@ -35,10 +35,15 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory so far: allocated on a GPU, resident (RSS) on a CPU."""
+    """Peak memory so far: allocated on a GPU, resident (RSS) on a CPU.
+
+    On Apple's GPUs, what the driver holds for this process: torch returns none of it, so that it is the peak.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / GIB
+    return system.peak_resident_bytes() / GIB
 
 
 def peak_reserved_gib(device: torch.device) -> float | None:
@@ -51,6 +56,8 @@ def held_bytes(device: torch.device) -> int:
     """Memory held now: allocated on a GPU, resident (RSS) on a CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
     return psutil.Process().memory_info().rss
 
 
@@ -79,14 +86,15 @@ def room_on(device: torch.device) -> Room:
         free, total = torch.cuda.mem_get_info(device)
         limit = total * torch.cuda.get_per_process_memory_fraction(device)
         return Room(min(free + torch.cuda.memory_reserved(device), limit) / GIB)
+    if device.type == "mps":
+        return Room(torch.mps.recommended_max_memory() / GIB)
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
     return Room((held_bytes(device) + psutil.virtual_memory().available / num_processes) / GIB)
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Reset the peak to the memory held now."""
+    """Reset the peak to the memory held now; that of Apple's GPUs stays."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
-            file.write("5")  # proc(5): the high-water mark of the resident memory
+    elif device.type == "cpu":
+        system.reset_peak_resident()

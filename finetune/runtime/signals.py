@@ -10,8 +10,9 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from finetune.runtime.processes import all_reduce_max, under_accelerate_launch
+from finetune.runtime.system import is_orphan_of, signals_named
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = signals_named("SIGTERM", "SIGINT", "SIGBREAK")
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Whether this process was requested to stop."""
-        if not self._received and self._launcher is not None and os.getppid() != self._launcher:
+        if not self._received and self._launcher is not None and is_orphan_of(self._launcher):
             self._received.append(signal.SIGTERM)
         return len(self._received) > 0
 

@@ -18,6 +18,7 @@ from finetune.data.targets import is_trained
 from finetune.model.loss import TokenLoss
 from finetune.model.precision import in_fp32
 from finetune.ops.quantized import dropout_off
+from finetune.runtime.accelerator import sum_dtype
 from finetune.runtime.signals import StopRequest
 from finetune.training.metrics import COUNT, Metrics, means, means_by_source
 
@@ -43,20 +44,20 @@ def evaluate(
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    sums = torch.zeros(len(dataset), 4, dtype=torch.float64, device=accelerator.device)
+    sums = torch.zeros(len(dataset), 4, dtype=sum_dtype(accelerator.device), device=accelerator.device)
     micro_batches = iterate_batches(batches, dataset, packing, accelerator.device)
     exact = precision == "fp32"
     with dropout_off(token_loss), in_fp32(token_loss) if exact else nullcontext():
         pairs = zip(batches, micro_batches, strict=True)
         for indices, batch in pairs if stop is None else stop.until(pairs, together=collective):
             with nullcontext() if exact else accelerator.autocast():
-                values = token_loss.token_stats(batch).double()
+                values = token_loss.token_stats(batch).to(sums.dtype)
             counted = torch.cat([values, torch.ones_like(values[:, :1])], dim=1)
             examples = torch.tensor(indices, dtype=torch.long, device=sums.device)[batch.example_of_target()]
             sums.index_add_(0, examples, counted)
     if stop is not None and stop.should_stop():
         return None
-    total: Tensor = accelerator.reduce(sums, reduction="sum").cpu()
+    total: Tensor = accelerator.reduce(sums, reduction="sum").cpu().double()
     if not bool(total.isfinite().all()):
         raise FloatingPointError("the loss of the evaluation is not a finite number")
     return total

@@ -12,6 +12,7 @@ from torch import Tensor
 from finetune.data.collate import MicroBatch
 from finetune.model.load import training_flop
 from finetune.model.loss import TokenSums
+from finetune.runtime.accelerator import sum_dtype
 from finetune.runtime.processes import all_reduce_max
 
 Metrics = dict[str, float | int]
@@ -28,9 +29,8 @@ class SumWindow:
 
     def __init__(self, device: torch.device, source_names: Sequence[str] = ()) -> None:
         self.source_names = source_names
-        # nll, entropy, correct, count: of all tokens, then of each source. fp64 resolves one token's part of
-        # a million nats.
-        self._sums = torch.zeros(1 + len(source_names), 4, dtype=torch.float64, device=device)
+        # nll, entropy, correct, count: of all tokens, then of each source.
+        self._sums = torch.zeros(1 + len(source_names), 4, dtype=sum_dtype(device), device=device)
         self._of_update = torch.zeros_like(self._sums)
 
     def begin_update(self) -> None:
@@ -47,8 +47,8 @@ class SumWindow:
         self._sums += self._of_update
 
     def total(self, accelerator: Any) -> Tensor:
-        """The sums over all ranks, without those of the current update: [1 + S, 4] float64, of all tokens and
-        of each of the S sources."""
+        """The sums over all ranks, without those of the current update: [1 + S, 4], of all tokens and of each
+        of the S sources."""
         total: Tensor = accelerator.reduce(self._sums, reduction="sum")
         return total
 
@@ -71,7 +71,7 @@ class SumWindow:
         means are over fewer tokens, which their number says.
         """
         rows = [sums, *(by_source.get(name, [0.0] * 4) for name in self.source_names)]
-        self._sums += torch.tensor(rows, dtype=torch.float64, device=self._sums.device)
+        self._sums += torch.tensor(rows, dtype=self._sums.dtype, device=self._sums.device)
 
 
 def means(sums: Tensor) -> Metrics:

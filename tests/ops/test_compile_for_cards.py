@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-# The bytes of shared memory that a program may take, by compute capability.
+# The bytes of shared memory that a program may take, by NVIDIA's compute capability or AMD's architecture.
 SHARED_MEMORY = {
     "sm_75": 65_536,
     "sm_80": 166_912,
@@ -18,6 +18,9 @@ SHARED_MEMORY = {
     "sm_89": 101_376,
     "sm_90": 232_448,
     "sm_120": 101_376,
+    "gfx90a": 65_536,
+    "gfx942": 65_536,
+    "gfx1100": 65_536,
 }
 KERNELS = {
     "rms_norm",

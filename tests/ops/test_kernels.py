@@ -18,7 +18,7 @@ from torch import Tensor
 
 from finetune.data.collate import Boundaries
 from finetune.data.segments import Branch, Segment, segments_of
-from finetune.ops import kernels
+from finetune.ops import compiler, kernels
 from finetune.ops.attention import packed_attention
 from finetune.ops.quantized import frozen_weight
 
@@ -246,7 +246,7 @@ def test_they_are_compiled_once_and_nothing_else_is_left(empty_cache, monkeypatc
     kernels.enable()
     (library,) = empty_cache.iterdir()
     written = library.stat().st_mtime_ns
-    monkeypatch.setattr(kernels, "_compile", lambda *_: pytest.fail("it was compiled again"))
+    monkeypatch.setattr(compiler, "_compile", lambda *_: pytest.fail("it was compiled again"))
     kernels.enable()
     assert kernels.can_compute(torch.ones(1))
     assert library.stat().st_mtime_ns == written
@@ -296,7 +296,7 @@ def test_without_a_compiler_it_says_what_to_install(empty_cache, tmp_path, monke
 def test_a_compiler_that_fails_is_named_and_leaves_nothing(
     script, message, empty_cache, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(kernels, "COMPILE_TIMEOUT", 2)
+    monkeypatch.setattr(compiler, "COMPILE_TIMEOUT", 2)
     fake_compiler(tmp_path, monkeypatch, script)
     with pytest.raises(OSError, match=message):
         kernels.enable()
