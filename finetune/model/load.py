@@ -183,7 +183,7 @@ def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
     Raises:
         ValueError: no such folder, file or Hub model, no network, or not a causal language model.
     """
-    _quiet_libraries()
+    quiet_libraries()
     dtype = DTYPES[precision]
     source, arguments = _locate(config)
     quantization = {
@@ -403,7 +403,7 @@ def _in_one_line(error: Exception) -> str:
     return textwrap.shorten(str(error), 400, placeholder=" ...") or type(error).__name__
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Silence messages that do not concern a user: a deprecation warning that PEFT causes in transformers, a
     progress bar for weights that load in a second, and a warning in every int8 multiplication."""
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
