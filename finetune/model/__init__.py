@@ -8,7 +8,7 @@ each compared with its reference path), then `sharding` (a share of the base on 
 an adapter from the base's own weights, `given_adapter` finds and checks the adapter that a run begins
 from, and `added_tokens` makes rows for tokens that the base lacks. `starter` fetches the default model.
 `generate` generates answers, and `prefix_cache` keeps what was computed of a conversation. `precision`
-makes the model compute in fp32 temporarily.
+makes the model compute in fp32 temporarily. `size` counts parameters and operations.
 
 May import: ops, data, runtime, the configuration.
 """
