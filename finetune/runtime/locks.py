@@ -1,6 +1,5 @@
 """Locks between processes: one run in a folder, and one process a cache that prepares rows."""
 
-import fcntl
 import json
 import os
 import platform
@@ -12,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from finetune.runtime import system
 
 LOCK = ".lock"  # in a run's folder
 BEAT_SECONDS = 5.0  # between two signs of life of the process that holds it
@@ -75,24 +76,15 @@ def _acquire(lock: Path) -> int:
 
 def _write(descriptor: int, beat: int) -> None:
     pid = os.getpid()
-    record = {"host": platform.node(), "computer": _computer(), "pid": pid, "start": _start_of(pid)}
-    os.pwrite(descriptor, json.dumps({**record, "beat": beat}).encode(), 0)
+    started = system.start_of_process(pid)
+    record = {"host": platform.node(), "computer": system.computer(), "pid": pid, "start": started}
+    _overwrite(descriptor, json.dumps({**record, "beat": beat}).encode())
     os.fsync(descriptor)
 
 
-def _computer() -> str:
-    """Where process numbers mean the same: since this boot, in this container."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-
-
-def _start_of(pid: int) -> str | None:
-    """When a process was started, in clock ticks since the boot (proc_pid_stat(5), field 22): numbers of
-    processes are used again. None if there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-    except OSError:
-        return None
+def _overwrite(descriptor: int, content: bytes) -> None:
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.write(descriptor, content)
 
 
 def _read(lock: Path) -> bytes | None:
@@ -114,8 +106,8 @@ def _parse(content: bytes | None) -> dict[str, Any]:
 def _is_gone(lock: Path, content: bytes) -> bool:
     """Whether the process that wrote this is gone."""
     holder = _parse(content)
-    if holder.get("computer") == _computer():
-        return bool(_start_of(holder["pid"]) != holder["start"])
+    if holder.get("computer") == system.computer():
+        return bool(system.start_of_process(holder["pid"]) != holder["start"])
     deadline = time.monotonic() + SILENT_SECONDS
     while time.monotonic() < deadline:
         time.sleep(SILENT_SECONDS / 60)
@@ -160,6 +152,10 @@ def preparing(lock: Path) -> Iterator[None]:
 
     Where files cannot be locked, nobody waits.
     """
+    kernel = system.file_locks()
+    if kernel is None:
+        yield
+        return
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
@@ -167,24 +163,25 @@ def preparing(lock: Path) -> Iterator[None]:
         yield
         return
     try:
-        alone = _is_first(descriptor)
+        alone = _is_first(descriptor, kernel)
         yield
         if alone:
-            os.pwrite(descriptor, PREPARED, 0)
+            _overwrite(descriptor, PREPARED)
     finally:
         os.close(descriptor)
 
 
-def _is_first(descriptor: int) -> bool:
+def _is_first(descriptor: int, kernel: Any) -> bool:
     """Wait until this process may go on: alone (True), or because another one has prepared all."""
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kernel.flock(descriptor, kernel.LOCK_EX | kernel.LOCK_NB)
         except BlockingIOError:
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            if os.pread(descriptor, len(PREPARED), 0) == PREPARED:
+            kernel.flock(descriptor, kernel.LOCK_SH)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            if os.read(descriptor, len(PREPARED)) == PREPARED:
                 return False
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            kernel.flock(descriptor, kernel.LOCK_UN)
         except OSError:  # this file system has no locks
             return False
         else:
