@@ -78,25 +78,34 @@ def predict(config: Config, accelerator: Any, token_loss: TokenLoss, packing: bo
     adapter = [p for p in model.parameters() if p.requires_grad]
     tensors = [*model.parameters(), *model.buffers(), *_quantization_states(model)]
     base = storage_bytes([tensor for tensor in tensors if not tensor.requires_grad])
-    optimizer = choose_optimizer(config.optim.name, device).actual
-    num_trained = sum(p.numel() for p in adapter)
     gradients = [p.grad for p in adapter if p.grad is not None]
-    dtype = DTYPES[accelerator.mixed_precision]
-    widths = [m.in_features + m.out_features for m in _linear_layers(model)]
-    weights = [m.in_features * m.out_features for m in _linear_layers(model)]
     return Prediction(
         process=max(0, held_bytes(device) - base - storage_bytes([*adapter, *gradients])),
         base=base + gathered_bytes(token_loss),
-        adapter=2 * storage_bytes(adapter) + (num_trained * dtype.itemsize if dtype.itemsize < 4 else 0),
-        optimizer=num_trained * state_bytes(optimizer),
-        kept_per_token=_kept_per_token(accelerator, token_loss, packing),
-        per_layer_and_token=4 * max(widths) * dtype.itemsize,
-        weight=2 * max(weights) * dtype.itemsize,
-        **_head_bytes(token_loss, dtype, device),
+        kept_per_token=kept_per_token(accelerator, token_loss, packing),
+        **bytes_by_sizes(config, accelerator, token_loss),
     )
 
 
-def _kept_per_token(accelerator: Any, token_loss: TokenLoss, packing: bool) -> float:
+def bytes_by_sizes(config: Config, accelerator: Any, token_loss: TokenLoss) -> dict[str, Any]:
+    """The parts of a Prediction that follow from sizes alone: the model may be on the device `meta`."""
+    model = token_loss.model
+    adapter = [p for p in model.parameters() if p.requires_grad]
+    optimizer = choose_optimizer(config.optim.name, accelerator.device).actual
+    num_trained = sum(p.numel() for p in adapter)
+    dtype = DTYPES[accelerator.mixed_precision]
+    widths = [m.in_features + m.out_features for m in _linear_layers(model)]
+    weights = [m.in_features * m.out_features for m in _linear_layers(model)]
+    return {
+        "adapter": 2 * storage_bytes(adapter) + (num_trained * dtype.itemsize if dtype.itemsize < 4 else 0),
+        "optimizer": num_trained * state_bytes(optimizer),
+        "per_layer_and_token": 4 * max(widths) * dtype.itemsize,
+        "weight": 2 * max(weights) * dtype.itemsize,
+        **_head_bytes(token_loss, dtype, accelerator.device),
+    }
+
+
+def kept_per_token(accelerator: Any, token_loss: TokenLoss, packing: bool) -> float:
     """Bytes that autograd saves for a token: the slope between a sequence and one of twice its length."""
     kept, short = [], 64
     for length in (short, 2 * short):
@@ -245,5 +254,6 @@ def _quantization_states(model: Any) -> list[Tensor]:
 
 def storage_bytes(tensors: Sequence[Tensor]) -> int:
     """Bytes of the tensors' storages on this process. A storage that several tensors share counts once."""
+    # Not by their address, which a tensor on `meta` does not have.
     storages = [local_share(tensor).untyped_storage() for tensor in tensors]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
