@@ -48,7 +48,7 @@ def train(config: Config) -> int:
     """Train as configured. Returns the exit code: 0, or 128 + the signal that stopped the run."""
     precision = machine.choose_precision(config.train.mixed_precision)
     accelerator = machine.create_accelerator(config, precision.actual)
-    device, rank = accelerator.device, accelerator.process_index
+    device, rank, size = accelerator.device, accelerator.process_index, accelerator.num_processes
     stop = StopRequest(accelerator)  # made before the slow loading: it notes its launcher
     if folder.run_status(config) is folder.RunStatus.FINISHED:
         on_main(accelerator, summary.show_finished, Path(config.output_dir))
@@ -77,7 +77,7 @@ def train(config: Config) -> int:
     if config.strict:
         require_as_requested(choices)
     flop_per_second = machine.matmul_rate(device, precision.actual)
-    plan = make_plan(config, data.train, fast_paths.packed, rank, accelerator.num_processes, budget.tokens)
+    plan = make_plan(config, data.train, fast_paths.packed, rank, size, budget.tokens, sharding.is_on)
 
     # The run: new, or resumed from its newest whole checkpoint.
     loss_scale, window = LossScale(precision.actual), SumWindow(device, list(plan.sources.values()))

@@ -5,8 +5,9 @@
 The rows are short and repeat after PERIOD, as preparing ten million different ones takes an hour. The file is
 real, and so is reading it; what else preparation leaves in its cache is made for one period by the program's
 own jobs, and copied for the others with their row numbers. So the cache holds the files that it would hold if
-each row had been prepared. Then train.py runs from it, in a process of its own, with a tiny random model and the
-starter's tokenizer. The first entry, of few rows, is what a run takes without rows. FOLDER needs 1 KiB a row.
+each row had been prepared. Then train.py runs from it, in a process of its own, with a tiny random model and
+the starter's tokenizer. The first entry, of few rows, is what a run takes without them. FOLDER needs 1 KiB a
+row.
 """
 
 import argparse

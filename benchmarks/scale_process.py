@@ -105,7 +105,7 @@ def examples() -> list[dict[str, Any]]:
 
 
 def sent_bytes() -> int:
-    """Bytes that this process has sent over its TCP connections, each once, as the kernel counts them."""
+    """Bytes that this process has sent over its open TCP connections, by the kernel's count, once each."""
     total = 0
     for name in os.listdir("/proc/self/fd"):
         try:

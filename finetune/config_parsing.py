@@ -14,8 +14,9 @@ from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_
 
 from finetune.config import Config, SourceConfig, described, flatten
 from finetune.config_checks import check_config
+from finetune.config_files import shipped
 
-DEFAULT_CONFIG_FILE = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+DEFAULT_CONFIG_FILE = shipped("configs/quickstart.yaml")
 
 # The sections of a preset that speak of its rows, or count the updates which those rows make.
 OF_ITS_ROWS = ("data", "eval", "checkpoint", "log")

@@ -21,10 +21,11 @@ from finetune.data.collate import MicroBatch, collate
 from finetune.data.examples import Examples
 from finetune.model.fast_paths import choose_fast_paths
 from finetune.model.flat_adapter import FlatAdapter
-from finetune.model.load import count_parameters, describe_base, load_model
+from finetune.model.load import describe_base, load_model
 from finetune.model.loss import TokenLoss
 from finetune.model.precision import in_fp32
 from finetune.model.sharding import Sharding, choose_sharding, local_share, shard_base
+from finetune.model.size import count_parameters
 from finetune.ops.quantized import dropout_off
 from finetune.runtime.accelerator import create_accelerator, reseed
 

@@ -121,11 +121,12 @@ def make_plan(
     rank: int,
     num_processes: int,
     max_tokens: int | None = None,
+    collective: bool = False,
 ) -> Plan:
     """The plan of a configuration for rank `rank` of `num_processes`.
 
     `max_tokens` is the token budget that a run chose; None takes that of the configuration, and
-    micro_batch_size x max_length where it leaves the choice to a run.
+    micro_batch_size x max_length where it leaves the choice to a run. `collective` is as in Plan.
 
     Raises:
         ValueError: as `examples_per_update`.
@@ -148,6 +149,7 @@ def make_plan(
         shared_prefix=train_set.shared_prefix,
         sequences=train_set.sequence_sizes,
         sources=several_sources(train_set),
+        collective=collective,
     )
 
 

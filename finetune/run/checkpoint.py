@@ -36,6 +36,8 @@ from finetune.training.optim_state import kind_of, load_state, split_state
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 TRAINING_CONFIG = "training_config.yaml"  # beside a result: the configuration of its run
 
+BASE = "base_fingerprint.txt"  # and the fingerprint of its base
+
 CARD = "README.md"  # and what it is, as the Hugging Face Hub shows it
 
 
@@ -78,6 +80,7 @@ class Checkpointer:
         self.config, self.run_dir = config, Path(config.output_dir)
         self.trained = trained
         self._accelerator, self._window = accelerator, window
+        self._base = ""
 
     def resume(self, source: Path | None, base: str) -> TrainState:
         """Restore the checkpoint `source`; without one, start from scratch or from `model.adapter`.
@@ -87,6 +90,7 @@ class Checkpointer:
         Raises:
             ValueError: as `load_checkpoint` and `load_weights`.
         """
+        self._base = base
         if source is None:
             if self.config.model.adapter is not None:
                 load_weights(find_adapter(self.config.model.adapter), self.trained.model)
@@ -120,7 +124,7 @@ class Checkpointer:
 
     def save_result(self, folder: Path, tokenizer: Any, training_config: str, card: str) -> None:
         """As the function `save_result`, of this run."""
-        save_result(folder, self.trained.model, tokenizer, training_config, card)
+        save_result(folder, self.trained.model, tokenizer, training_config, card, self._base)
 
     def estimate_bytes(self) -> int:
         """Approximate size of one checkpoint on disk."""
@@ -203,10 +207,12 @@ def write_checkpoint(folder: Path, state: TrainState, trained: Trained) -> None:
         _write_json(staging / MANIFEST, files)
 
 
-def save_result(folder: Path, model: PeftModel, tokenizer: Any, training_config: str, card: str) -> None:
+def save_result(
+    folder: Path, model: PeftModel, tokenizer: Any, training_config: str, card: str, base: str
+) -> None:
     """Write the result of a run atomically. It loads with PeftModel and AutoTokenizer.
 
-    `training_config` (YAML) says how it was trained; `card` is its README.md.
+    `training_config` (YAML) says how it was trained; `card` is its README.md; `base` identifies its base.
 
     Raises:
         ValueError: the disk is full.
@@ -216,6 +222,7 @@ def save_result(folder: Path, model: PeftModel, tokenizer: Any, training_config:
         tokenizer.save_pretrained(staging)
         system.write_text(staging / TRAINING_CONFIG, training_config)
         system.write_text(staging / CARD, card)
+        system.write_text(staging / BASE, f"{base}\n")
 
 
 def estimate_bytes(model: PeftModel, optimizer_name: str) -> int:

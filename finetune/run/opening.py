@@ -12,7 +12,7 @@ from finetune.data.plan import Plan
 from finetune.data.splits import Data, fingerprint_of, in_words
 from finetune.model.added_tokens import token_ids_of
 from finetune.model.fast_paths import FastPaths
-from finetune.model.load import count_parameters
+from finetune.model.size import count_parameters
 from finetune.run import folder, summary
 from finetune.run.checkpoint import Checkpointer, TrainState
 from finetune.run.origin import describe_origin, origin_record

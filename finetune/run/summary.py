@@ -10,6 +10,7 @@ from rich.text import Text
 
 from finetune.config import Config
 from finetune.config_checks import ANSWER_METRICS, is_higher_better
+from finetune.config_files import TRAIN_PROGRAM
 from finetune.data.plan import Plan
 from finetune.run.extra_trackers import recorded_links
 from finetune.run.folder import CONFIG, METRICS
@@ -75,7 +76,7 @@ def launch_command(run_dir: Path, num_processes: int, on_gpu: bool) -> str:
     if num_processes > 1:
         launcher = f"accelerate launch --multi_gpu --num_processes {num_processes}"
         launcher = launcher if on_gpu else f"torchrun --nproc_per_node {num_processes}"
-    return f"{launcher} train.py --config {shlex.quote(str(run_dir / CONFIG))}"
+    return f"{launcher} {TRAIN_PROGRAM} --config {shlex.quote(str(run_dir / CONFIG))}"
 
 
 def show_end(

@@ -82,3 +82,13 @@ def under_accelerate_launch() -> bool:
         return False
     words = {os.path.basename(word) for word in command}
     return {"accelerate", "launch"} <= words or "accelerate.commands.launch" in words
+
+
+SWEEP = "FINETUNE_SWEEP"  # in the environment of a sweep's runs: the sweep's process
+
+
+def launcher() -> int | None:
+    """The process without which this one should not go on training: `accelerate launch`, or a sweep."""
+    if sweep := os.environ.get(SWEEP):
+        return int(sweep)
+    return os.getppid() if under_accelerate_launch() else None

@@ -9,7 +9,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, TypeVar
 
-from finetune.runtime.processes import all_reduce_max, under_accelerate_launch
+from finetune.runtime.processes import all_reduce_max, launcher
 from finetune.runtime.system import is_orphan_of, signals_named
 
 SIGNALS = signals_named("SIGTERM", "SIGINT", "SIGBREAK")
@@ -20,8 +20,8 @@ T = TypeVar("T")
 class StopRequest:
     """Records the first signal and leaves it to the loop when to stop; a second one ends the process.
 
-    The death of `accelerate launch` counts as a SIGTERM: otherwise a signal sent to the launcher alone would
-    leave its process training unnoticed.
+    The death of `accelerate launch` or of a sweep counts as a SIGTERM: otherwise a signal sent to the
+    launcher alone would leave its process training unnoticed.
     """
 
     def __init__(self, accelerator: Any) -> None:
@@ -30,7 +30,7 @@ class StopRequest:
         # A terminal signals torchrun and its processes, and torchrun forwards its own: two signals for one.
         self._last = 3 if "TORCHELASTIC_RUN_ID" in os.environ else 2
         self._agreed = 0
-        self._launcher = os.getppid() if under_accelerate_launch() else None
+        self._launcher = launcher()
         self._accelerator = accelerator
 
     def __enter__(self) -> "StopRequest":

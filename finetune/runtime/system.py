@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -125,12 +125,12 @@ def signals_named(*names: str) -> tuple[signal.Signals, ...]:
     return tuple(getattr(signal, name) for name in names if hasattr(signal, name))
 
 
-def start_apart(command: Sequence[str]) -> subprocess.Popen[bytes]:
+def start_apart(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Start a program out of reach of the terminal's Ctrl-C."""
     flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", None)  # Windows
     if flags is not None:
-        return subprocess.Popen(command, creationflags=flags)
-    return subprocess.Popen(command, process_group=0)
+        return subprocess.Popen(command, env=environment, creationflags=flags)
+    return subprocess.Popen(command, env=environment, process_group=0)
 
 
 def ask_to_stop(process: subprocess.Popen[bytes], number: int) -> None:
