@@ -32,7 +32,7 @@ from finetune.run import folder, out_of_memory, summary, token_budget
 from finetune.run.bad_update import record_bad_update
 from finetune.run.checkpoint import Checkpointer, History, Trained, TrainState
 from finetune.run.evaluator import Evaluator
-from finetune.run.opening import RunFacts, open_run
+from finetune.run.opening import RunFacts, open_run, require_same_start
 from finetune.run.tracker import Tracker
 from finetune.runtime import accelerator as machine
 from finetune.runtime.choice import require_as_requested
@@ -60,6 +60,7 @@ def train(config: Config) -> int:
 
     # Model: a frozen, quantized base with a LoRA adapter, whose weights lie in one flat tensor.
     (source, remarks), int8 = folder.find_checkpoint(config), folder.recorded_int8(config)
+    require_same_start(accelerator, data, source)
     sharding, added = choose_sharding(config, accelerator), added_token_ids(tokenizer)
     model = load_model(config, precision.actual, device, added, source, data.train, sharding.is_on)
     check_vocabulary(model, tokenizer)

@@ -40,7 +40,6 @@ OTHER_VALUES = Config(
     model=ModelConfig(
         name_or_path="Qwen/Qwen2-0.5B-Instruct",
         revision="123",
-        adapter="runs/before",
         quantization="nf4",
         trust_remote_code=True,
     ),
@@ -53,7 +52,7 @@ OTHER_VALUES = Config(
         use_dora=True,
         exclude_modules=["up_proj"],
         layers_to_transform=[0, 3],
-        init_lora_weights="pissa",
+        init_lora_weights="eva",
     ),
     data=DataConfig(
         path=[
@@ -569,8 +568,9 @@ def test_the_token_budget_is_a_number_auto_or_null(config_file):
 def test_the_config_used_for_the_round_trip_differs_from_the_defaults_in_every_key():
     default, other = flatten(config_to_dict(Config())), flatten(config_to_dict(OTHER_VALUES))
     assert list(default) == list(other) == list(KEYS)
-    # These two contradict others: fast.lora false on a quantized base, and optim.warmup_steps.
-    assert [key for key in KEYS if default[key] == other[key]] == ["train.sharding", "optim.warmup_ratio"]
+    # These contradict others: lora.init_lora_weights, fast.lora false on a quantized base, optim.warmup_steps.
+    contradicting = ["model.adapter", "train.sharding", "optim.warmup_ratio"]
+    assert [key for key in KEYS if default[key] == other[key]] == contradicting
 
 
 @pytest.mark.parametrize("config", [Config(), OTHER_VALUES], ids=["defaults", "other values"])

@@ -9,7 +9,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, TypeVar
 
-from finetune.runtime.processes import all_reduce_max, launcher
+from finetune.runtime.processes import all_reduce_max, is_lost_peer, launcher
 from finetune.runtime.system import is_orphan_of, signals_named
 
 SIGNALS = signals_named("SIGTERM", "SIGINT", "SIGBREAK")
@@ -37,9 +37,12 @@ class StopRequest:
         self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if isinstance(error, RuntimeError) and is_lost_peer(error):
+            # torchrun, which has lost the same process, sends a SIGTERM before this one can say why it ends.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     @property
     def requested(self) -> bool:
