@@ -23,8 +23,9 @@ from finetune.data.splits import load_data
 from finetune.model.fast_paths import choose_fast_paths
 from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.given_adapter import parse_training_config
-from finetune.model.load import base_fingerprint, check_vocabulary, describe_base, load_model, load_tokenizer
+from finetune.model.load import base_fingerprint, check_vocabulary, describe_model, load_model, load_tokenizer
 from finetune.model.loss import TokenLoss
+from finetune.model.sharding import choose_sharding, shard_base
 from finetune.report.model_card import model_card
 from finetune.report.page import leave_report
 from finetune.run import folder, out_of_memory, summary, token_budget
@@ -47,40 +48,39 @@ def train(config: Config) -> int:
     """Train as configured. Returns the exit code: 0, or 128 + the signal that stopped the run."""
     precision = machine.choose_precision(config.train.mixed_precision)
     accelerator = machine.create_accelerator(config, precision.actual)
-    device, rank = accelerator.device, accelerator.process_index
+    device, rank, size = accelerator.device, accelerator.process_index, accelerator.num_processes
     stop = StopRequest(accelerator)  # made before the slow loading: it notes its launcher
     if folder.run_status(config) is folder.RunStatus.FINISHED:
-        if accelerator.is_main_process:
-            summary.show_finished(Path(config.output_dir))
+        on_main(accelerator, summary.show_finished, Path(config.output_dir))
         return 0
 
     # Data: rows -> token ids and labels.
     tokenizer = load_tokenizer(config)
-    with accelerator.main_process_first():  # the other ranks find its tokens in the cache
-        data = load_data(config, tokenizer)
+    data = load_data(config, tokenizer)  # one process of a node prepares it, the others find it in the cache
 
     # Model: a frozen, quantized base with a LoRA adapter, whose weights lie in one flat tensor.
-    source, remarks = folder.find_checkpoint(config)
-    model = load_model(config, precision.actual, device, added_token_ids(tokenizer), source)
+    (source, remarks), int8 = folder.find_checkpoint(config), folder.recorded_int8(config)
+    sharding, added = choose_sharding(config, accelerator), added_token_ids(tokenizer)
+    model = load_model(config, precision.actual, device, added, source, data.train, sharding.is_on)
     check_vocabulary(model, tokenizer)
-    adapter, token_loss = FlatAdapter(model), TokenLoss(model).train()
+    adapter, token_loss = FlatAdapter(model, bool(config.optim.lora_b_lr_ratio)), TokenLoss(model).train()
     adapter.broadcast(accelerator)
     optimizer_choice = choose_optimizer(config.optim.name, device)
     optimizer = create_optimizer(optimizer_choice.actual, adapter, config.optim)
-    loss_scale = LossScale(precision.actual)
 
-    # Fast paths, each checked against its reference path; then the plan of all updates.
-    fast_paths = choose_fast_paths(config, accelerator, token_loss, data.train, folder.recorded_int8(config))
+    # Fast paths, each checked against its reference path, on the whole base; then the plan of all updates.
+    fast_paths = choose_fast_paths(config, accelerator, token_loss, data.train, int8, sharding.is_on)
+    shard_base(token_loss, sharding)
     budget = token_budget.choose(config, accelerator, token_loss, fast_paths.packed)
-    choices = [*machine.describe_machine(accelerator), precision, describe_base(config.model, model)]
-    choices += [optimizer_choice, *fast_paths, *budget.choices]
+    choices = [*machine.describe_machine(accelerator, config.log.trackers), precision, *sharding.choices]
+    choices += [*describe_model(config, model), optimizer_choice, *fast_paths, *budget.choices]
     if config.strict:
         require_as_requested(choices)
     flop_per_second = machine.matmul_rate(device, precision.actual)
-    plan = make_plan(config, data.train, fast_paths.packed, rank, accelerator.num_processes, budget.tokens)
+    plan = make_plan(config, data.train, fast_paths.packed, rank, size, budget.tokens, sharding.is_on)
 
     # The run: new, or resumed from its newest whole checkpoint.
-    window = SumWindow(device, list(plan.sources.values()))
+    loss_scale, window = LossScale(precision.actual), SumWindow(device, list(plan.sources.values()))
     checkpointer = Checkpointer(config, accelerator, Trained(adapter, optimizer, loss_scale), window)
     state = checkpointer.resume(source, base_fingerprint(config.model, model))
     facts = RunFacts(config, model, tokenizer, data, plan, choices, fast_paths, budget, flop_per_second)
@@ -122,9 +122,8 @@ def train(config: Config) -> int:
             stopwatch.count(update.num_tokens, micro_batches)
             tracker.advance(state.step)
             if plan.is_due(config.log.every_steps, state.step):
-                metrics = window.reduce(accelerator)
-                metrics |= {"learning_rate": learning_rate, "grad_norm": float(grad_norm)}
-                metrics |= {**loss_scale.metrics(), **stopwatch.speed()}
+                metrics = window.reduce(accelerator) | {"learning_rate": learning_rate}
+                metrics |= {"grad_norm": float(grad_norm), **loss_scale.metrics(), **stopwatch.speed()}
                 tracker.log("train", state.step, metrics | {"peak_memory_gib": peak_memory_gib(device)})
             with stopwatch.paused():
                 if plan.is_due(config.checkpoint.every_steps, state.step):

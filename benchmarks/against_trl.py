@@ -43,10 +43,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.config import Config, ModelConfig
 from finetune.config_parsing import parse_config
-from finetune.data.plan import epoch_order
+from finetune.data.order import epoch_order
 from finetune.data.rows import load_rows
 from finetune.data.tokenize import IGNORE
-from finetune.model.load import load_base, load_tokenizer, training_flop
+from finetune.model.load import load_base, load_tokenizer
+from finetune.model.size import training_flop
 from finetune.model.starter import starter_model_dir
 
 QUANTIZATION = {"int8": "int8", "bf16": "none"}

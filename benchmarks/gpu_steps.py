@@ -22,10 +22,11 @@ from transformers import TrainerCallback
 from update import PARTS, Program, make_update, set_up
 
 import train
-from finetune.config import Config
+from finetune.config import Config, examples_per_update
 from finetune.config_parsing import parse_config
 from finetune.data.collate import MicroBatch, iterate_batches
-from finetune.data.plan import epoch_order, make_plan, requested_budget
+from finetune.data.order import epoch_order
+from finetune.data.plan import make_plan, requested_budget
 from finetune.data.rows import load_rows
 from finetune.model.fast_paths import choose_fast_paths
 from finetune.model.load import load_base, load_tokenizer
@@ -290,7 +291,7 @@ def run_trl(
     )
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
     trainer.train()
-    size = config.train.micro_batch_size * config.train.gradient_accumulation_steps
+    size = examples_per_update(config.train, 1)
     first, last = job.num_dropped, len(clock.times)
     tokens = sum(lengths[first * size : last * size])
     seconds = clock.times[-1] - clock.times[first - 1]

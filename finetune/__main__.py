@@ -10,12 +10,14 @@ BEFORE = {
     "audit": ("--config FILE", "what would be trained on: roles, cut and dropped rows, duplicates, leaks"),
     "plan": ("--config FILE", "predicted and measured memory and time, and the token budget that fits"),
     "verify": ("--config FILE", "the fast paths against their reference paths, on your model and rows"),
+    "schema": ("FILE", "a JSON schema, with which an editor completes and checks the YAML files"),
     "sweep": ("--over KEY=A,B", "a run for each value of a key, and which has the lowest eval loss"),
 }
 AFTER = {
     "report": ("RUN", "a report on one page: curves, before and after, answers, settings"),
     "compare": ("RUN RUN ...", "runs side by side, and the difference of their losses on the same rows"),
     "chat": ("RUN", "chat with the trained model or its base; answers the lines of a pipe"),
+    "serve": ("RUN", "the model and its base by OpenAI's interface, with a page to talk to both"),
     "generate": ("RUN --input ROWS", "answers to the rows of a file, in batches; resumes if killed"),
     "export": ("RUN --output DIR", "a GGUF file of the merged model, for llama.cpp and Ollama"),
     "push": ("RUN --repo OWNER/NAME", "upload the adapter and its card to the Hugging Face Hub"),
@@ -69,5 +71,10 @@ def main(argv: Sequence[str]) -> int:
     return 2
 
 
+def run() -> int:
+    """The console script `finetune`."""
+    return main(sys.argv[1:])
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run())

@@ -38,6 +38,13 @@ class LoraConfig:
     """Scale by lora_alpha / sqrt(r) instead (rank-stabilized LoRA)"""
     use_dora: bool = False
     """Train magnitude and direction apart (DoRA): slower"""
+    exclude_modules: list[str] | None = None
+    """Modules that get none of it, of those that target_modules names"""
+    layers_to_transform: list[int] | None = None
+    """Numbers of the decoder layers that get it, from 0; null is all"""
+    init_lora_weights: Literal["pissa", "olora", "eva"] | None = None
+    """Start from the main part of each weight of the base (pissa, olora), at twice the adapter's memory, or
+    from the main directions of what the layers get of the training rows (eva); null starts from a random A"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +124,14 @@ class TrainConfig:
     max_steps: int | None = None
     """Stop after this many updates, where that comes first"""
     early_stopping_patience: int | None = None
-    """End the run when this many evaluations in a row brought no lower eval loss; null never does"""
+    """End the run when this many evaluations in a row were no better by checkpoint.best_by; null: never"""
     micro_batch_size: int = 2
     """Examples per device and forward pass"""
-    gradient_accumulation_steps: int = 4
-    """Micro-batches per update: an update takes micro_batch_size x this x processes examples"""
+    gradient_accumulation_steps: int | None = 4
+    """Micro-batches per update: an update takes micro_batch_size x this x processes examples. null, and where
+    global_batch_size alone is given: as many as that takes"""
+    global_batch_size: int | None = None
+    """Examples per update over all processes, however many these are. null: what the two keys above make"""
     packing: bool = True
     """Lay whole examples side by side, what all begin with once; false pads them (the plain path)"""
     max_tokens_per_micro_batch: Literal["auto"] | int | None = None
@@ -131,6 +141,12 @@ class TrainConfig:
     """Precision of the forward pass: no (fp32), bf16, or fp16 with loss scaling"""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower"""
+    sharding: Literal["none", "base"] = "none"
+    """base: each process keeps a share of the frozen base, and gathers a layer while it computes (FSDP2).
+    accelerate launch --use_fsdp --fsdp_version 2 says the same"""
+    shard_over: Literal["node", "all"] = "node"
+    """Which processes share a base: those of a node, so that the links between nodes carry the adapter alone,
+    or all"""
     seed: int = 42
     """Seed of the adapter, the order of the examples and the dropout noise"""
 
@@ -172,10 +188,19 @@ class OptimConfig:
     """Decoupled weight decay"""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them as they are"""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Course of the learning rate after the warm-up: to 0 (linear, cosine) or level"""
+    lora_b_lr_ratio: float | None = None
+    """LoRA+: the learning rate of the matrices B is this many times that of A; null is 1"""
+    schedule: Literal["linear", "cosine", "constant", "warmup_stable_decay"] = "linear"
+    """Course of the learning rate after the warm-up: falling (linear, cosine), level (constant), or level and
+    falling linearly at the end (warmup_stable_decay)"""
+    min_lr_ratio: float | None = None
+    """Where it falls to, as a share of the peak; null is 0"""
+    decay_ratio: float | None = None
+    """Share of the updates over which warmup_stable_decay falls; null is 0.1"""
     warmup_ratio: float = 0.0
     """Share of the updates over which the learning rate rises from 0"""
+    warmup_steps: int | None = None
+    """Their number instead of a share: with warmup_ratio 0"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +217,9 @@ class EvalConfig:
     precision: Literal["run", "fp32"] = "run"
     """Precision of the evaluation: that of the run, or fp32 with the same weights, which is slower and shows
     gains of less than 0.005 nats"""
+    answers: int = 0
+    """Also answer this many eval rows at each evaluation, greedily, and compare the answers with those of the
+    rows: exact match, chrF, how many end by themselves, right tool calls"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +231,11 @@ class CheckpointConfig:
     keep: int = 2
     """How many of the newest are kept"""
     keep_best: bool = False
-    """Save at each evaluation too, keep the checkpoint of the lowest eval loss, and make it the result"""
+    """Save at each evaluation too, keep the checkpoint that is the best by best_by, and make it the result"""
+    best_by: str = "loss"
+    """The eval metric that keep_best and train.early_stopping_patience go by: loss, loss_without_leaks or
+    mean_token_accuracy; with eval.answers exact_match, chrf, ended or tool_call_accuracy; with several
+    sources or eval sets also loss/NAME or mean_token_accuracy/NAME"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +244,11 @@ class LogConfig:
 
     every_steps: int = 20
     """Updates between two log lines"""
+    trackers: list[Literal["tensorboard", "mlflow", "trackio", "wandb", "swanlab"]] = field(
+        default_factory=lambda: ["tensorboard"]
+    )
+    """Where metrics and answers go beside the run's files: tensorboard always, and those named of mlflow,
+    trackio, wandb and swanlab, which pip installs by these names"""
     progress: bool = True
     """A live progress bar where the output is a terminal"""
 
@@ -268,6 +305,28 @@ def described_rows(config: Config) -> str:
 def evaluates(config: Config) -> bool:
     """Whether a run has anything to evaluate on."""
     return config.data.eval_fraction > 0 or config.data.eval_path is not None or bool(config.eval.sets)
+
+
+def examples_per_update(train: TrainConfig, num_processes: int) -> int:
+    """The examples that an update takes, over all processes.
+
+    Raises:
+        ValueError: train.global_batch_size and the product of the older keys are given and disagree, or
+            neither is given.
+    """
+    size, accumulation = train.global_batch_size, train.gradient_accumulation_steps
+    if accumulation is None:
+        if size is None:
+            raise ValueError("train.gradient_accumulation_steps is null: set it, or train.global_batch_size")
+        return size
+    product = train.micro_batch_size * accumulation * num_processes
+    if size not in (None, product):
+        raise ValueError(
+            f"train.global_batch_size is {size}, but train.micro_batch_size {train.micro_batch_size} x "
+            f"train.gradient_accumulation_steps {accumulation} x {num_processes} process(es) is {product}: "
+            "set train.gradient_accumulation_steps to null, and it follows from train.global_batch_size"
+        )
+    return product
 
 
 # Keys whose value is itself a mapping, which is no section.

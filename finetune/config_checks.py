@@ -6,12 +6,28 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from finetune.config import Config, DataConfig, SourceConfig, described, evaluates, flatten
+from finetune.config import (
+    Config,
+    DataConfig,
+    OptimConfig,
+    SourceConfig,
+    TrainConfig,
+    described,
+    evaluates,
+    examples_per_update,
+    flatten,
+)
 
 LARGEST_FLOAT = 1e38  # about what fp32 holds, in which optimizers compute
 
 
 LARGEST_WHOLE_NUMBER = 10**9  # beyond every size and count, and far from where 64 bits overflow
+
+ANSWER_METRICS = ("exact_match", "chrf", "ended", "tool_call_accuracy")
+"""What eval.answers adds to an eval line"""
+LOWER_IS_BETTER = ("loss", "loss_without_leaks")
+HIGHER_IS_BETTER = ("mean_token_accuracy", *ANSWER_METRICS)
+OF_A_SOURCE = ("loss", "mean_token_accuracy")  # also as loss/NAME
 
 
 # What a column can be, by the names that data.columns maps to.
@@ -44,8 +60,10 @@ def check_config(config: Config) -> None:
         "train.early_stopping_patience": train.early_stopping_patience,
         "train.micro_batch_size": train.micro_batch_size,
         "train.gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "train.global_batch_size": train.global_batch_size,
         "fast.head_mib": config.fast.head_mib,
         "eval.every": None if config.eval.every == "epoch" else config.eval.every,
+        "optim.warmup_steps": optim.warmup_steps,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep": config.checkpoint.keep,
         "log.every_steps": config.log.every_steps,
@@ -67,6 +85,7 @@ def check_config(config: Config) -> None:
         ("optim.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "at least 0"),
         ("optim.max_grad_norm", optim.max_grad_norm, optim.max_grad_norm >= 0, "at least 0"),
         ("optim.warmup_ratio", optim.warmup_ratio, 0 <= optim.warmup_ratio <= 1, "between 0 and 1"),
+        *_ranges_of_ratios(optim),
         *(("optim.betas", beta, 0 <= beta < 1, "at least 0 and below 1") for beta in optim.betas),
     ]
     seeds = {
@@ -93,20 +112,123 @@ def check_config(config: Config) -> None:
         raise ValueError("lora.target_modules is an empty list: name the modules, or say all-linear")
     _check_texts(config)
     _check_sources(config)
-    by_eval_loss = {
-        "checkpoint.keep_best": config.checkpoint.keep_best,
-        "train.early_stopping_patience": train.early_stopping_patience,
-    }
-    for key, setting in by_eval_loss.items():
-        if setting and not evaluates(config):
-            raise ValueError(f"{key} goes by the eval loss, and data.eval_fraction 0 does not evaluate")
+    _check_evaluation(config)
+    _check_schedule(optim)
+    _check_lora(config)
     if budget is not None and budget < data.max_length:
         raise ValueError(
             f"train.max_tokens_per_micro_batch ({budget}) must be at least data.max_length "
             f"({data.max_length}): an example is never split"
         )
+    _check_batch_sizes(train)
     if model.quantization == "nf4" and train.mixed_precision == "no":
         raise ValueError("model.quantization nf4 multiplies in 16 bits: set train.mixed_precision to bf16")
+    if train.sharding == "base" and model.quantization != "none" and (lora.use_dora or not config.fast.lora):
+        key = "lora.use_dora" if lora.use_dora else "fast.lora false"
+        raise ValueError(
+            f"train.sharding base shares out {model.quantization} weights that only the fast LoRA layers can "
+            f"read: leave {key} out, or set model.quantization to none"
+        )
+
+
+def _check_batch_sizes(train: TrainConfig) -> None:
+    """Some number of processes must make an update as large as the keys say; which one is not known here."""
+    of_one_process = train.micro_batch_size * (train.gradient_accumulation_steps or 1)
+    examples_per_update(train, max(1, (train.global_batch_size or 0) // of_one_process))
+
+
+def is_higher_better(metric: str) -> bool:
+    """Whether a higher value of a metric that checkpoint.best_by may name is better."""
+    return metric.partition("/")[0] in HIGHER_IS_BETTER
+
+
+def may_be_best_by(metric: str) -> bool:
+    """Whether checkpoint.best_by may name a metric: one of which it is known whether higher is better."""
+    kind, slash, name = metric.partition("/")
+    if slash:
+        return kind in OF_A_SOURCE and name != ""
+    return kind in LOWER_IS_BETTER + HIGHER_IS_BETTER
+
+
+def _check_evaluation(config: Config) -> None:
+    """What goes by the evaluations needs some, and checkpoint.best_by names a metric that they have."""
+    by, answers = config.checkpoint.best_by, config.eval.answers
+    if not 0 <= answers <= LARGEST_WHOLE_NUMBER:
+        bound = "at least 0" if answers < 0 else f"at most {LARGEST_WHOLE_NUMBER}"
+        raise ValueError(f"eval.answers must be {bound}, not {answers}")
+    by_evaluation = {
+        "checkpoint.keep_best": config.checkpoint.keep_best,
+        "train.early_stopping_patience": config.train.early_stopping_patience,
+        "eval.answers": answers,
+    }
+    for key, setting in by_evaluation.items():
+        if setting and not evaluates(config):
+            raise ValueError(f"{key} needs evaluations, and data.eval_fraction 0 does not evaluate")
+    metric = by.partition("/")[0]
+    if not may_be_best_by(by):
+        named = [f"{of}/NAME of a source or eval set" for of in OF_A_SOURCE]
+        known = ", ".join([*LOWER_IS_BETTER, *HIGHER_IS_BETTER, *named])
+        raise ValueError(f"checkpoint.best_by must be one of {known}, not {by!r:.60}")
+    if metric in ANSWER_METRICS and answers == 0:
+        raise ValueError(
+            f"checkpoint.best_by {by} is of answers, and eval.answers is 0: set it to the number of rows to "
+            "answer"
+        )
+
+
+def _ranges_of_ratios(optim: OptimConfig) -> Iterator[tuple[str, float, bool, str]]:
+    """The ranges of the ratios that may be left out."""
+    if (ratio := optim.lora_b_lr_ratio) is not None:
+        yield "optim.lora_b_lr_ratio", ratio, ratio > 0, "above 0"
+    if (ratio := optim.min_lr_ratio) is not None:
+        yield "optim.min_lr_ratio", ratio, 0 <= ratio <= 1, "between 0 and 1"
+    if (ratio := optim.decay_ratio) is not None:
+        yield "optim.decay_ratio", ratio, 0 < ratio <= 1, "above 0 and at most 1"
+
+
+def _check_schedule(optim: OptimConfig) -> None:
+    """The keys of the schedule belong together, and none of them is without effect."""
+    if optim.warmup_steps is not None and optim.warmup_ratio > 0:
+        raise ValueError(
+            f"optim.warmup_steps is {optim.warmup_steps} and optim.warmup_ratio {optim.warmup_ratio}: set "
+            "warmup_ratio to 0, or leave warmup_steps out"
+        )
+    if optim.decay_ratio is not None and optim.schedule != "warmup_stable_decay":
+        raise ValueError(
+            f"optim.decay_ratio belongs to the schedule warmup_stable_decay, and optim.schedule is "
+            f"{optim.schedule}"
+        )
+    if optim.min_lr_ratio is not None and optim.schedule == "constant":
+        raise ValueError("optim.min_lr_ratio is where a schedule falls to, and optim.schedule is constant")
+    if optim.warmup_ratio + (optim.decay_ratio or 0) > 1:
+        raise ValueError(
+            f"optim.warmup_ratio {optim.warmup_ratio} and optim.decay_ratio {optim.decay_ratio} are together "
+            "more than all updates"
+        )
+
+
+def _check_lora(config: Config) -> None:
+    """What must hold of the adapter's layers and first weights."""
+    lora = config.lora
+    for key in ("exclude_modules", "layers_to_transform"):
+        if getattr(lora, key) == []:
+            raise ValueError(f"lora.{key} is an empty list: leave it null")
+    if any(number < 0 for number in lora.layers_to_transform or ()):
+        raise ValueError(
+            f"lora.layers_to_transform must be numbers from 0, not {min(lora.layers_to_transform or ())}"
+        )
+    own = ("exclude_modules", "layers_to_transform", "init_lora_weights")
+    if config.model.adapter is not None:
+        for key in own:
+            if getattr(lora, key) is not None:
+                raise ValueError(
+                    f"lora.{key} is for a new adapter, and model.adapter names one: leave it out"
+                )
+    if lora.init_lora_weights in ("pissa", "olora") and config.optim.weight_decay > 0:
+        raise ValueError(
+            f"lora.init_lora_weights {lora.init_lora_weights} holds half of the adapter fixed, which "
+            "optim.weight_decay would change: set it to 0"
+        )
 
 
 def _check_sources(config: Config) -> None:

@@ -14,11 +14,17 @@ from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_
 
 from finetune.config import Config, SourceConfig, described, flatten
 from finetune.config_checks import check_config
+from finetune.config_files import shipped
 
-DEFAULT_CONFIG_FILE = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+DEFAULT_CONFIG_FILE = shipped("configs/quickstart.yaml")
 
 # The sections of a preset that speak of its rows, or count the updates which those rows make.
 OF_ITS_ROWS = ("data", "eval", "checkpoint", "log")
+
+NO_STREAMING = (
+    "streaming is not supported: an update takes its examples by their number, and a stream has none; leave "
+    "it out, as rows are read in batches and kept on disk, not in memory"
+)
 
 
 def parse_config(argv: Sequence[str]) -> Config:
@@ -70,9 +76,13 @@ def _parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
             if unused:
                 place = f"configs/{Path(file).name}, which is for {described(its_path)}"
                 remarks.append(f"not used for {described(config.data.path)}: {', '.join(unused)} of {place}")
+    defaults: dict[str, Any] = {}  # of keys that are not given, where others are
     if config.data.eval_path is not None or config.eval.sets:
-        # Then no rows are split off, unless eval_fraction is given.
-        parser.set_defaults({"data.eval_fraction": 0.0})
+        defaults["data.eval_fraction"] = 0.0  # then no rows are split off
+    if config.train.global_batch_size is not None:
+        defaults["train.gradient_accumulation_steps"] = None  # then it follows
+    if defaults:
+        parser.set_defaults(defaults)
         config = _instantiate(parser, arguments)
     check_config(config)
     return config, remarks
@@ -221,6 +231,8 @@ def _wrong_entry(key: str, value: Any) -> str | None:
     for number, entry in enumerate(value, 1):
         if not isinstance(entry, dict):
             return f"{key} has files and sources in one list: write {{path: {entry}}} for entry {number}"
+        if "streaming" in entry:
+            return f"{key}, entry {number}: {NO_STREAMING}"
         if unknown := next((name for name in entry if name not in known), None):
             return f"{key}, entry {number}: unknown key {unknown}; there are {', '.join(known)}"
         if entry.get("path") is None:
@@ -264,6 +276,8 @@ def _one_line(error: Exception) -> str:
         unknown = match[1] or match[2]
     if unknown is None:
         return message
+    if unknown.rpartition(".")[2] == "streaming":
+        return f"{unknown}: {NO_STREAMING}"
     nearest = _nearest_key(unknown)
     return f"unknown key {unknown}; {f'the nearest is {nearest}' if nearest else '--help lists all'}"
 

@@ -27,6 +27,7 @@ from finetune.config import (
     OptimConfig,
     SourceConfig,
     TrainConfig,
+    examples_per_update,
     flatten,
 )
 from finetune.config_parsing import config_to_dict, config_to_yaml, parse_config, unused_preset_settings
@@ -50,6 +51,9 @@ OTHER_VALUES = Config(
         target_modules=["q_proj", "v_proj"],
         use_rslora=True,
         use_dora=True,
+        exclude_modules=["up_proj"],
+        layers_to_transform=[0, 3],
+        init_lora_weights="pissa",
     ),
     data=DataConfig(
         path=[
@@ -74,7 +78,8 @@ OTHER_VALUES = Config(
         max_steps=10,
         early_stopping_patience=2,
         micro_batch_size=3,
-        gradient_accumulation_steps=1,
+        gradient_accumulation_steps=None,
+        global_batch_size=12,
         packing=False,
         max_tokens_per_micro_batch=4096,
         mixed_precision="fp16",
@@ -97,12 +102,16 @@ OTHER_VALUES = Config(
         eps=1e-20,
         weight_decay=0.01,
         max_grad_norm=0.0,
-        schedule="cosine",
+        lora_b_lr_ratio=16.0,
+        schedule="warmup_stable_decay",
+        min_lr_ratio=0.1,
+        decay_ratio=0.2,
         warmup_ratio=0.03,
+        warmup_steps=3,
     ),
-    eval=EvalConfig(at_start=False, every=7, sets={"math": ["e.csv"]}, precision="fp32"),
-    checkpoint=CheckpointConfig(every_steps=5, keep=1, keep_best=True),
-    log=LogConfig(every_steps=1, progress=False),
+    eval=EvalConfig(at_start=False, every=7, sets={"math": ["e.csv"]}, precision="fp32", answers=5),
+    checkpoint=CheckpointConfig(every_steps=5, keep=1, keep_best=True, best_by="chrf"),
+    log=LogConfig(every_steps=1, trackers=["mlflow", "wandb"], progress=False),
     output_dir="runs/мой прогон",
     resume="never",
     strict=True,
@@ -361,8 +370,10 @@ OUT_OF_RANGE = [
     ("train.num_epochs", "0", "at least 1"),
     ("train.max_steps", "0", "at least 1"),
     ("train.early_stopping_patience", "0", "at least 1"),
+    ("eval.answers", "-1", "at least 0"),
     ("train.micro_batch_size", "0", "at least 1"),
     ("train.gradient_accumulation_steps", "0", "at least 1"),
+    ("train.global_batch_size", "0", "at least 1"),
     ("train.seed", "-1", "at least 0 and below 2^32"),
     ("train.seed", "4294967296", "at least 0 and below 2^32"),
     ("fast.head_mib", "0", "at least 1"),
@@ -372,6 +383,13 @@ OUT_OF_RANGE = [
     ("optim.eps", "0", "above 0"),
     ("optim.weight_decay", "-0.1", "at least 0"),
     ("optim.max_grad_norm", "-0.1", "at least 0"),
+    ("optim.lora_b_lr_ratio", "0", "above 0"),
+    ("optim.min_lr_ratio", "-0.1", "between 0 and 1"),
+    ("optim.min_lr_ratio", "1.1", "between 0 and 1"),
+    ("optim.decay_ratio", "0", "above 0 and at most 1"),
+    ("optim.decay_ratio", "1.1", "above 0 and at most 1"),
+    ("optim.warmup_steps", "0", "at least 1"),
+    ("lora.layers_to_transform", "[-1]", "numbers from 0"),
     ("optim.warmup_ratio", "-0.1", "between 0 and 1"),
     ("optim.warmup_ratio", "1.1", "between 0 and 1"),
     ("eval.every", "0", "at least 1"),
@@ -461,7 +479,39 @@ def test_a_number_that_is_not_finite_is_refused(key, value, config_file):
             ["--train.early_stopping_patience", "2", "--data.eval_fraction", "0"],
             ["train.early_stopping_patience", "data.eval_fraction"],
         ),
+        (
+            # No number of processes makes 12 of products of 8.
+            ["--train.global_batch_size", "12", "--train.gradient_accumulation_steps", "4"],
+            ["train.global_batch_size is 12", "train.gradient_accumulation_steps 4", "is 8"],
+        ),
+        (
+            ["--train.gradient_accumulation_steps", "null"],
+            ["train.gradient_accumulation_steps is null", "train.global_batch_size"],
+        ),
+        (["--data.streaming", "true"], ["data.streaming", "streaming is not supported", "kept on disk"]),
         (["--lora.target_modules", "q_proj"], ["lora.target_modules", "all-linear", "'q_proj'"]),
+        (
+            ["--optim.warmup_steps", "3", "--optim.warmup_ratio", "0.1"],
+            ["optim.warmup_steps is 3", "optim.warmup_ratio 0.1"],
+        ),
+        (["--optim.decay_ratio", "0.1"], ["optim.decay_ratio", "optim.schedule is linear"]),
+        (["--optim.min_lr_ratio", "0.1", "--optim.schedule", "constant"], ["optim.min_lr_ratio"]),
+        (
+            [
+                *("--optim.schedule", "warmup_stable_decay", "--optim.decay_ratio", "0.6"),
+                *("--optim.warmup_ratio", "0.5"),
+            ],
+            ["optim.warmup_ratio 0.5", "optim.decay_ratio 0.6"],
+        ),
+        (["--lora.exclude_modules", "[]"], ["lora.exclude_modules is an empty list"]),
+        (
+            ["--lora.init_lora_weights", "pissa", "--optim.weight_decay", "0.1"],
+            ["lora.init_lora_weights pissa", "optim.weight_decay"],
+        ),
+        (
+            ["--lora.init_lora_weights", "eva", "--model.adapter", "runs/before"],
+            ["lora.init_lora_weights", "model.adapter"],
+        ),
         (["--lora.target_modules", "[]"], ["lora.target_modules is an empty list"]),
         (["--data.path", ""], ["data.path is empty"]),
         (["--data.path", "[]"], ["data.path is empty"]),
@@ -472,6 +522,30 @@ def test_a_number_that_is_not_finite_is_refused(key, value, config_file):
 def test_settings_that_cannot_hold_together_are_refused_with_their_keys(arguments, parts, config_file):
     message = error_of("--config", config_file("{}\n"), *arguments)
     assert [part for part in parts if part not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "accumulation", "sizes"),
+    [
+        ([], 4, [8, 16, 128]),
+        (["--train.global_batch_size", "12"], None, [12, 12, 12]),
+        (["--train.global_batch_size", "1"], None, [1, 1, 1]),
+        (
+            ["--train.global_batch_size", "16", "--train.gradient_accumulation_steps", "4"],
+            4,
+            [None, 16, None],
+        ),
+    ],
+)
+def test_an_update_takes_as_many_examples_as_the_keys_say_on_1_2_and_16_processes(given, accumulation, sizes):
+    train = parse_config(given).train
+    assert train.gradient_accumulation_steps == accumulation
+    for num_processes, size in zip((1, 2, 16), sizes, strict=True):
+        if size is not None:
+            assert examples_per_update(train, num_processes) == size
+            continue
+        with pytest.raises(ValueError, match=r"train.global_batch_size is 16, but .*accumulation_steps 4"):
+            examples_per_update(train, num_processes)
 
 
 def test_the_value_on_the_command_line_is_checked_against_the_file(config_file):

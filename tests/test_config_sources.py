@@ -142,6 +142,10 @@ def test_what_goes_by_the_eval_loss_is_content_with_any_eval_rows(parse, by):
             ["data.path has files and sources", "{path: a.csv}", "entry 1"],
         ),
         ("data: {path: [{path: b.csv, nmae: x}]}", ["data.path, entry 1: unknown key nmae", "name"]),
+        (
+            "data: {path: [{path: b.csv, streaming: true}]}",
+            ["data.path, entry 1: streaming is not supported"],
+        ),
         ("data: {path: [{path: a}, {name: x}]}", ["data.path, entry 2: path is missing"]),
         (
             "data: {eval_path: [{path: a}, b]}",

@@ -90,6 +90,7 @@ def test_a_run_leaves_its_record_its_checkpoints_and_the_adapter(run_train):
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "base_fingerprint.txt",
         "chat_template.jinja",
         "tokenizer.json",
         "tokenizer_config.json",

@@ -25,7 +25,8 @@ import train
 from finetune.config import Config
 from finetune.config_parsing import parse_config
 from finetune.data.collate import pack
-from finetune.data.plan import epoch_order, make_plan
+from finetune.data.order import epoch_order
+from finetune.data.plan import make_plan
 from finetune.ops.quantized import dropout_off
 from finetune.run.checkpoint import fault_of
 from finetune.training.setup import Parts, load_parts

@@ -4,12 +4,16 @@ import html
 import io
 import json
 import shutil
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
 import gguf
+import openai
 import pytest
 import torch
+import uvicorn
 from accelerate.state import AcceleratorState, GradientState
 from conftest import CHATML_TOKENS, tiny_model, tiny_tokenizer
 from tools import tool_rows, write_rows
@@ -21,6 +25,8 @@ from finetune.data.chat_template import render, stop_ids
 from finetune.data.conversations import Conversation
 from finetune.model.generate import generate_answers
 from finetune.run.adapter import find_trained, load_trained, load_trained_tokenizer
+from finetune.serving.app import create_app
+from finetune.serving.engine import Engine
 
 MEMORISE = {
     "data__chat_template": "chatml",
@@ -106,6 +112,46 @@ def test_the_calls_and_answers_that_were_trained_are_generated(memorised, tmp_pa
         assert all(line["ended"] for line in lines)
         assert [line["tools"] for line in lines] == [row["tools"] for row in rows]
         assert [len(line["messages"]) for line in lines] == turns
+
+
+def test_a_server_gives_the_calls_as_calls_whole_and_streamed(memorised):
+    start_anew()
+    model = load_trained(find_trained(memorised))
+    with Engine(model, batch_size=4) as engine, socket.create_server(("127.0.0.1", 0)) as listener:
+        app = create_app(engine, model, system_prompt=None, max_new_tokens=200, title="tools")
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
+        try:
+            for row in tool_rows():
+                question, calling, *results, last = row["messages"]
+                asked = {"model": "tuned", "messages": [question], "tools": row["tools"]}
+                (choice,) = client.chat.completions.create(**asked).choices
+                expected = [call["function"] for call in calling["tool_calls"]]
+                assert choice.finish_reason == "tool_calls"
+                calls = choice.message.tool_calls
+                assert [
+                    {"name": call.function.name, "arguments": json.loads(call.function.arguments)}
+                    for call in calls
+                ] == expected
+                with client.chat.completions.stream(**asked) as stream:
+                    (again,) = stream.get_final_completion().choices
+                assert [call.function.name for call in again.message.tool_calls] == [
+                    one["name"] for one in expected
+                ]
+                assert again.message.content == choice.message.content
+                # The client sends its turn back, as it got it, with the results.
+                thought = {key: value for key, value in calling.items() if key == "reasoning_content"}
+                said = {**choice.message.model_dump(), **thought, **({"content": None} if thought else {})}
+                asked["messages"] = [question, said, *results]
+                (choice,) = client.chat.completions.create(**asked).choices
+                assert choice.message.content == last["content"]
+                assert choice.finish_reason == "stop"
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def test_chat_is_given_the_tools_and_shows_the_calls(memorised, tmp_path, monkeypatch, capsys):

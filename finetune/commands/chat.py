@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from finetune.data.chat_template import stop_ids
 from finetune.data.conversations import Conversation, Message
 from finetune.data.messages import read_tools
 from finetune.model.generate import Answer, check_limits, multiply_dequantized
+from finetune.model.prefix_cache import PrefixCache
 from finetune.report.html import visible
 from finetune.run.adapter import Trained, TrainedModel, find_trained, load_trained, trained_parser
 from finetune.run.answers import answer, encode_question
@@ -52,6 +53,8 @@ class Chat:
     temperature: float
     max_new_tokens: int
     tools: list[dict[str, Any]] | None = None
+    prefix_cache: PrefixCache | None = None
+    """Of the trained model's turns; None where each question is a conversation of its own"""
     turns: list[Message] = field(default_factory=list)
     """User and assistant turns, alternating"""
 
@@ -139,6 +142,7 @@ def command(argv: Sequence[str]) -> None:
         system_prompt = trained.config.data.system_prompt
     chat = Chat(model, system_prompt, temperature, arguments.max_new_tokens, tools)
     if is_terminal:
+        chat.prefix_cache = PrefixCache(model.model)
         _greet(trained)
         with suppress(KeyboardInterrupt):
             _talk(chat)
@@ -223,7 +227,7 @@ def _run_chat_command(chat: Chat, line: str) -> None:
                 raise ValueError("There is no question yet.")
             console.print(Text("without the adapter:", style="dim"))
             with chat.model.model.disable_adapter():
-                _show_answer(chat, chat.turns[:-1])
+                _show_answer(replace(chat, prefix_cache=None), chat.turns[:-1])
         case "/temperature":
             if value:
                 temperature = _number(value, float)
@@ -290,5 +294,9 @@ def _answer(chat: Chat, turns: list[Message], streamer: Any = None) -> Answer:
     conversation = Conversation([*system, *turns], chat.tools)
     prompt = encode_question(chat.model, conversation, chat.max_new_tokens)
     seeds = [secrets.randbits(63)]
-    (made,) = answer(chat.model, [prompt], chat.max_new_tokens, chat.temperature, seeds, streamer)
+    (made,) = answer(
+        *(chat.model, [prompt], chat.max_new_tokens, chat.temperature, seeds),
+        streamer=streamer,
+        prefix_cache=chat.prefix_cache,
+    )
     return made

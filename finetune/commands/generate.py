@@ -6,14 +6,17 @@ The output itself is written once, at the end.
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from finetune.data.rows import read_questions
 from finetune.data.sources import FILE_SUFFIXES, kind_of
 from finetune.data.splits import in_words
 from finetune.model.generate import check_limits, multiply_dequantized
-from finetune.run.adapter import load_trained, parse_trained, trained_parser
+from finetune.run.adapter import Trained, load_trained, parse_trained, trained_parser
 from finetune.run.answers import (
     MODELS,
     Record,
@@ -68,6 +71,12 @@ def command(argv: Sequence[str]) -> None:
     parser.add_argument("--system_prompt", help="system prompt (default: the run's)")
     arguments, trained = parse_trained(parser, argv)
     _check(arguments)
+    with _only_writer(arguments.output):
+        _generate(arguments, trained)
+
+
+def _generate(arguments: argparse.Namespace, trained: Trained) -> None:
+    """Answer the rows that are not answered yet, and write the output."""
     request = Request(
         arguments.which,
         arguments.max_new_tokens,
@@ -112,10 +121,37 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--input {rows} is not a file that ends in {', '.join(FILE_SUFFIXES)}")
     if output.suffix.lower() not in OUTPUT_SUFFIXES:
         raise ValueError(f"--output {output}: name a file that ends in {' or '.join(OUTPUT_SUFFIXES)}")
-    if os.path.lexists(output):
-        raise ValueError(f"--output {output} exists already; choose another, or delete it")
+    _require_new(output)
     if not os.access(output.parent, os.W_OK):
         raise ValueError(f"--output {output}: {output.parent} is not a writable folder")
+
+
+def _require_new(output: Path) -> None:
+    if os.path.lexists(output):
+        raise ValueError(f"--output {output} exists already; choose another, or delete it")
+
+
+@contextmanager
+def _only_writer(output: Path) -> Iterator[None]:
+    """Lock the output against a second `generate`, for as long as this one lives.
+
+    Raises:
+        ValueError: another one writes it, or has just written it.
+    """
+    lock = FileLock(output.with_name(f".{output.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"--output {output} is being written by another generate; wait for it, or choose another"
+        ) from None
+    try:
+        _require_new(output)
+        yield
+        # Removed only beside an output: whoever still gets hold of this file then finds that one.
+        Path(lock.lock_file).unlink(missing_ok=True)
+    finally:
+        lock.release()
 
 
 def _rows_in_words(numbers: Sequence[int]) -> str:

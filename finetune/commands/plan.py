@@ -1,19 +1,23 @@
 """`python -m finetune plan --config FILE`: predict the memory and time of a run, and what would fit.
 
 The memory is predicted by part. The largest update and the largest batch of the evaluation are then run once,
-and what they took is shown beside the prediction.
+and what they took is shown beside the prediction. With `--cards N --nodes M` nothing is loaded: the memory of
+each card and what it sends follow from the configuration of the model.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from rich.table import Table
 
+from finetune.config import Config, examples_per_update
 from finetune.data.plan import Plan, make_plan, requested_budget
 from finetune.model.fast_paths import choose_fast_paths
 from finetune.model.given_adapter import parse_training_config
+from finetune.model.load import load_architecture
 from finetune.run.token_budget import fitting_budget, is_automatic, too_little_memory
+from finetune.runtime.accelerator import choose_precision, create_accelerator
 from finetune.runtime.cli import config_parser, split_arguments
 from finetune.runtime.console import console, say, show_choices
 from finetune.runtime.memory import GIB, room_on
@@ -24,26 +28,33 @@ from finetune.training.memory_model import (
     measure_update,
     predict,
 )
+from finetune.training.scale import Card, Traffic, card_memory, predict_unloaded, traffic
 from finetune.training.setup import Parts, load_parts
 
 
 def command(argv: Sequence[str]) -> int:
-    """Returns 0, or 1 if not even the longest example fits into the given GiB.
+    """Returns 0, or 1 if not even the longest example fits into the given GiB (with --cards: the update).
 
     Raises:
         ValueError: invalid arguments, or rows or a model that train.py cannot use either.
     """
     parser = config_parser(
         "plan",
-        "[--gib N]",
+        "[--gib N] [--cards N [--nodes M]]",
         "Memory by part and time of an epoch, predicted and measured, and the largest token budget that fits "
-        "into a number of GiB.",
+        "into a number of GiB. With --cards, the memory of each card and what it sends, without loading rows "
+        "or weights.",
     )
     parser.add_argument("--gib", type=float, help="memory to fit into (default: what is free, less a margin)")
+    parser.add_argument("--cards", type=int, help="cards of a node, for a run on several cards")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes with so many cards each (default: 1)")
     arguments, settings = split_arguments(parser, argv)
     if arguments.gib is not None and not 0 < arguments.gib < math.inf:
         raise ValueError(f"--gib must be above 0 and finite, not {arguments.gib}")
+    _check_cards(arguments.cards, arguments.nodes)
     config = parse_training_config(settings)
+    if arguments.cards is not None:
+        return _plan_cards(config, arguments.cards, arguments.nodes, arguments.gib)
     parts = load_parts(config)
     fast_paths = choose_fast_paths(config, parts.accelerator, parts.token_loss, parts.train_set)
     show_choices(fast_paths)
@@ -113,3 +124,80 @@ def _add_peak(table: Table, name: str, predicted: float, measured: Measured) -> 
     peaks = [predicted / GIB, measured.peak_gib]
     peaks += [] if measured.reserved_gib is None else [measured.reserved_gib]
     table.add_row(name, *(f"{gib:.2f}" for gib in peaks), f"{measured.seconds:.1f}")
+
+
+def _check_cards(cards: int | None, nodes: int) -> None:
+    if cards is None and nodes != 1:
+        raise ValueError("--nodes needs --cards, the number of cards of a node")
+    for name, number in (("cards", cards), ("nodes", nodes)):
+        if number is not None and number < 1:
+            raise ValueError(f"--{name} must be at least 1, not {number}")
+
+
+def _plan_cards(config: Config, cards: int, nodes: int, gib: float | None) -> int:
+    """Show what each card of a run needs and sends. Returns 1 if no `train.sharding` fits into `gib` GiB."""
+    accelerator = create_accelerator(config, choose_precision(config.train.mixed_precision).actual)
+    run = predict_unloaded(config, accelerator, load_architecture(config.model))
+    num_tokens, num_cards = requested_budget(config), cards * nodes
+    shards = {"none": 1}
+    if cards > 1:
+        shards["base"] = cards
+    if nodes > 1:
+        shards["base, over all nodes"] = num_cards
+    memory = {name: card_memory(run, number, num_tokens) for name, number in shards.items()}
+    sent = {name: traffic(run, number, num_cards) for name, number in shards.items()}
+    say(f"{config.model.name_or_path}, {config.model.quantization}: nodes x cards = {nodes} x {cards}")
+    say("Predicted, not run; without Python, the libraries, the driver's memory and the buffers of NCCL.")
+    _show_parts_of_card(memory, num_tokens)
+    _show_moments(memory)
+    examples = examples_per_update(config.train, num_cards)
+    _show_traffic(sent, math.ceil(examples / (num_cards * config.train.micro_batch_size)))
+    if gib is None:
+        return 0
+    fitting = [name for name, card in memory.items() if max(card.loading, card.update) <= gib * GIB]
+    say(f"{gib:.1f} GiB a card fit train.sharding: {'; '.join(fitting) or 'neither'}")
+    return 0 if fitting else 1
+
+
+def _show_parts_of_card(memory: dict[str, Card], num_tokens: int) -> None:
+    cards = list(memory.values())
+    rows: dict[str, list[float]] = {
+        "base": [card.base for card in cards],
+        "adapter and its gradient": [card.adapter for card in cards],
+        "optimizer": [card.optimizer for card in cards],
+        "embedding and head, gathered": [card.root for card in cards],
+        "a decoder layer, gathered": [card.layers for card in cards],
+        f"kept of {num_tokens:,} tokens for the backward pass": [card.kept for card in cards],
+        "temporary, in the largest layer": [card.at_layer for card in cards],
+        "temporary, in the head": [card.at_head for card in cards],
+    }
+    _show_columns("Memory of each card by part, GiB", memory, rows, GIB)
+
+
+def _show_moments(memory: dict[str, Card]) -> None:
+    cards = list(memory.values())
+    rows: dict[str, list[float]] = {
+        "while loading (each process loads all of the base)": [card.loading for card in cards],
+        "first update": [card.first_update for card in cards],
+        "later updates": [card.update for card in cards],
+        "between updates": [card.between_updates for card in cards],
+    }
+    _show_columns("Peak of each card by moment, GiB", memory, rows, GIB)
+
+
+def _show_traffic(sent: dict[str, Traffic], num_micro_batches: int) -> None:
+    ways = list(sent.values())
+    rows: dict[str, list[float]] = {
+        "the base, for a micro-batch": [way.gathered for way in ways],
+        "the adapter's gradient, for an update": [way.reduced for way in ways],
+        f"an update of {num_micro_batches} micro-batches": [way.of_update(num_micro_batches) for way in ways],
+    }
+    _show_columns("Sent by each card, GB (10^9 bytes)", sent, rows, 10**9)
+
+
+def _show_columns(title: str, columns: Iterable[str], rows: dict[str, list[float]], unit: int) -> None:
+    """Print bytes in multiples of `unit`: a column for each way to shard."""
+    table = Table("train.sharding", *columns, title=title, title_justify="left")
+    for name, sizes in rows.items():
+        table.add_row(name, *(f"{size / unit:.2f}" for size in sizes))
+    console.print(table)

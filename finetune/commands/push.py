@@ -118,7 +118,8 @@ def _shortened(value: Any) -> Any:
 
 def show(folder: Path, contents: Mapping[str, Path | bytes], url: str) -> None:
     """Print the files to upload and their destination."""
-    table = Table("file", "bytes", "", title=Text(f"From {folder} to {url}"), title_justify="left")
+    say(f"From {folder} to {url}")  # not the table's title, which would be folded inside a path
+    table = Table("file", "bytes", "")
     for name, content in contents.items():
         remark = "written again" if name == CARD else CHANGED
         size = len(content) if isinstance(content, bytes) else content.stat().st_size

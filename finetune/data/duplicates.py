@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.data.mixing import mix
+
 NEAR = 0.8  # two texts are near duplicates if they are at least this similar
 SHINGLE_CHARACTERS = 5
 # Texts are candidates if all hashes of a band agree. At similarity NEAR, one in 20,000 pairs agrees in none.
@@ -248,7 +250,8 @@ def _band_ranges(
 ) -> Band:
     """The candidates by one band."""
     keys, own = (_band_keys(s.hashes, at, band) for s, at in ((corpus, unique), (wanted, asking)))
-    order = np.argsort(keys, kind="stable")
+    agreeing = np.flatnonzero(np.isin(keys, own))  # of a million texts, most agree with none
+    order = agreeing[np.argsort(keys[agreeing], kind="stable")]
     keys = keys[order]
     left, right = np.searchsorted(keys, own), np.searchsorted(keys, own, side="right")
     return unique[order].astype(np.int32), left.astype(np.int32), right.astype(np.int32)
@@ -296,20 +299,12 @@ def _min_hashes_of_block(texts: Sequence[str]) -> NDArray[np.uint8]:
     inside = np.ones(len(windows) + SHINGLE_CHARACTERS - 1, bool)
     for back in range(1, SHINGLE_CHARACTERS):
         inside[ends - back] = False
-    shingles = _mix(windows[inside[: len(windows)]])
+    shingles = mix(windows[inside[: len(windows)]])
     starts = np.cumsum(counts) - counts
     hashes = np.empty((len(texts), NUM_HASHES), np.uint8)
     for k in range(NUM_HASHES):
         hashes[:, k] = np.minimum.reduceat(_FACTORS[k] * shingles + _TERMS[k], starts).astype(np.uint8)
     return hashes
-
-
-def _mix(numbers: NDArray[np.uint64]) -> NDArray[np.uint32]:
-    """The upper half of numbers whose every bit depends on all bits of those given (the finalizer of
-    SplitMix64, Steele et al. 2014)."""
-    numbers = (numbers ^ numbers >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    numbers = (numbers ^ numbers >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return (numbers >> np.uint64(32)).astype(np.uint32)
 
 
 def _jaccard(first: set[str], second: set[str]) -> float:

@@ -6,18 +6,21 @@ tokens, however they are packed, padded, split into micro-batches or distributed
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from heapq import heapreplace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.config import Config
+from finetune.config import Config, examples_per_update
 from finetune.data.by_source import several_sources
 from finetune.data.examples import Examples
+from finetune.data.order import examples_at
 from finetune.data.segments import SequenceSizes
 
 Indices = list[int]
+
+# Examples of a rank that are laid out together: the time that this takes grows faster than their number.
+LAID_OUT_AT_ONCE = 2**12
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Update:
     epoch: int
     """From 0"""
     micro_batches: list[Indices]
-    """The examples of this rank; one empty list if it has none, since it takes part all the same"""
+    """The examples of this rank. An empty list stands in for what this rank lacks: see `Plan.collective`; and
+    there is one if the rank has no example, since it takes part all the same"""
     num_target_tokens: int
     """Over all ranks: the divisor of the loss"""
     num_tokens: int
@@ -70,6 +74,9 @@ class Plan:
     """What the examples are in the padded layout; None: each is one sequence"""
     sources: Mapping[int, str] = field(default_factory=dict)
     """If the examples come from several sources: their names, to give the losses apart; else none"""
+    collective: bool = False
+    """Whether a forward pass takes all ranks, as where each holds a part of the base. Then all have the same
+    number of micro-batches, filled up with empty ones, or those with more would wait forever"""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -94,13 +101,14 @@ class Plan:
     def update(self, step: int) -> Update:
         """Update number `step`, from 0."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.seed, epoch, len(self.lengths))
-        examples = order[position * self.global_batch_size :][: self.global_batch_size]
-        mine = balance(examples, self.lengths, self.num_processes)[self.rank]
+        start = position * self.global_batch_size
+        stop = start + self.global_batch_size
+        examples = examples_at(self.seed, epoch, len(self.lengths), start, stop)
+        shares = balance(examples, self.lengths, self.num_processes)
         sizes = self.lengths, self.layout, self.shared_prefix, self.sequences
         return Update(
             epoch=epoch,
-            micro_batches=lay_out(mine, *sizes) or [[]],
+            micro_batches=_lay_out_own(self, shares, *sizes) or [[]],
             num_target_tokens=int(self.target_counts[examples].sum()),
             num_tokens=int(self.lengths[examples].sum()),
         )
@@ -113,11 +121,15 @@ def make_plan(
     rank: int,
     num_processes: int,
     max_tokens: int | None = None,
+    collective: bool = False,
 ) -> Plan:
     """The plan of a configuration for rank `rank` of `num_processes`.
 
     `max_tokens` is the token budget that a run chose; None takes that of the configuration, and
-    micro_batch_size x max_length where it leaves the choice to a run.
+    micro_batch_size x max_length where it leaves the choice to a run. `collective` is as in Plan.
+
+    Raises:
+        ValueError: as `examples_per_update`.
     """
     train = config.train
     return Plan(
@@ -128,7 +140,7 @@ def make_plan(
             micro_batch_size=train.micro_batch_size,
             max_tokens=requested_budget(config) if max_tokens is None else max_tokens,
         ),
-        global_batch_size=train.micro_batch_size * train.gradient_accumulation_steps * num_processes,
+        global_batch_size=examples_per_update(train, num_processes),
         num_epochs=train.num_epochs,
         max_steps=train.max_steps,
         seed=train.seed,
@@ -137,6 +149,7 @@ def make_plan(
         shared_prefix=train_set.shared_prefix,
         sequences=train_set.sequence_sizes,
         sources=several_sources(train_set),
+        collective=collective,
     )
 
 
@@ -145,12 +158,6 @@ def requested_budget(config: Config) -> int:
     `max_length`."""
     requested = config.train.max_tokens_per_micro_batch
     return requested if isinstance(requested, int) else config.train.micro_batch_size * config.data.max_length
-
-
-@cache
-def epoch_order(seed: int, epoch: int, num_examples: int) -> NDArray[np.int64]:
-    """The order of the examples in an epoch: a permutation that depends on these three numbers alone."""
-    return np.random.default_rng([seed, epoch]).permutation(num_examples)
 
 
 def balance(examples: Iterable[int], lengths: NDArray[np.int64], count: int) -> list[Indices]:
@@ -183,14 +190,36 @@ def lay_out(
     assert all(lengths[i] <= layout.max_tokens for i in examples), "max_length is within the budget"
     if not layout.packing:
         return _pad_to_width(examples, sequences or _one_sequence_each(lengths), layout)
-    own, budget = lengths - shared_prefix, layout.max_tokens - shared_prefix
-    first_fit = _first_fit(examples, own, budget)
+    ordered = np.array(sorted(examples), np.int64)
+    own, budget = lengths[ordered] - shared_prefix, layout.max_tokens - shared_prefix
+    return [ordered[group].tolist() for group in _pack_evenly(own, budget)]
+
+
+def _pack_evenly(own: NDArray[np.int64], budget: int) -> list[Indices]:
+    """The numbers from 0 of sequences of `own` [N] tokens, in groups of at most `budget` tokens."""
+    first_fit = _first_fit(own, budget)
     # First-fit fills all but the last group, and may need one more than balanced groups do.
-    for count in range(-(-int(own[examples].sum()) // budget), len(first_fit) + 1):
-        groups = balance(examples, own, count)
+    for count in range(-(-int(own.sum()) // budget), len(first_fit) + 1):
+        groups = balance(range(len(own)), own, count)
         if all(own[group].sum() <= budget for group in groups):
             return groups
     return first_fit
+
+
+def _lay_out_own(
+    plan: Plan,
+    shares: list[Indices],
+    lengths: NDArray[np.int64],
+    layout: Layout,
+    shared_prefix: int,
+    sequences: SequenceSizes | None,
+) -> list[Indices]:
+    """The micro-batches of this rank, of the shares of all. A `collective` plan gives all ranks as many."""
+    own = lay_out(shares[plan.rank], lengths, layout, shared_prefix, sequences)
+    if not plan.collective:
+        return own
+    counts = [len(lay_out(share, lengths, layout, shared_prefix, sequences)) for share in shares]
+    return own + [[]] * (max(counts) - len(own))
 
 
 def count_tokens(
@@ -211,19 +240,16 @@ def _one_sequence_each(lengths: NDArray[np.int64]) -> SequenceSizes:
     return SequenceSizes(np.broadcast_to(np.int64(1), lengths.shape), lengths)
 
 
-def _first_fit(examples: Indices, lengths: NDArray[np.int64], budget: int) -> list[Indices]:
+def _first_fit(own: NDArray[np.int64], budget: int) -> list[Indices]:
     """Groups of at most `budget` tokens, by first-fit decreasing."""
     groups: list[Indices] = []
-    loads: list[int] = []
-    for example in longest_first(examples, lengths):
-        length = int(lengths[example])
-        place = next((n for n, load in enumerate(loads) if load + length <= budget), None)
-        if place is None:
-            groups.append([example])
-            loads.append(length)
-        else:
-            groups[place].append(example)
-            loads[place] += length
+    loads = np.zeros(len(own) + 1, np.int64)  # behind the groups, an empty one
+    for number in longest_first(range(len(own)), own):
+        place = int(np.argmax(loads[: len(groups) + 1] <= budget - own[number]))
+        if place == len(groups):
+            groups.append([])
+        groups[place].append(number)
+        loads[place] += own[number]
     return groups
 
 
@@ -245,8 +271,14 @@ def _pad_to_width(examples: Indices, sequences: SequenceSizes, layout: Layout) -
 
 def plan_evaluation(plan: Plan, eval_set: Examples, most: int | None = None) -> list[Indices]:
     """The eval examples of this rank, laid out as in training: each example, or of the first `most`, is in
-    exactly one micro-batch of one rank."""
+    exactly one micro-batch of one rank. If the plan is
+    `collective`, empty ones fill up as in an update."""
     lengths = eval_set.lengths
-    shares = balance(range(len(lengths[:most])), lengths, plan.num_processes)
-    sequences = eval_set.sequence_sizes
-    return lay_out(shares[plan.rank], lengths, plan.layout, eval_set.shared_prefix, sequences)
+    sizes = lengths, plan.layout, eval_set.shared_prefix, eval_set.sequence_sizes
+    num_examples = len(lengths[:most])
+    at_once = LAID_OUT_AT_ONCE * plan.num_processes
+    batches: list[Indices] = []
+    for start in range(0, num_examples, at_once):
+        examples = range(start, min(start + at_once, num_examples))
+        batches += _lay_out_own(plan, balance(examples, lengths, plan.num_processes), *sizes)
+    return batches

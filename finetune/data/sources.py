@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.config import DataConfig, SourceConfig, Sources, described
+from finetune.config_files import SAMPLE, shipped
 
 FILE_SUFFIXES = (".csv", ".parquet", ".json", ".jsonl")
 COMPRESSED = (".gz", ".zst")  # behind the suffix of a text file
@@ -128,6 +129,8 @@ def _files(path: str, key: str) -> list[str]:
         files = sorted(file for file in glob.glob(path, recursive=True) if not Path(file).is_dir())
         if not files:
             raise ValueError(f"{key} {path} matches no file")
+    elif not place.exists() and path == SAMPLE:
+        files = [str(shipped(SAMPLE))]
     else:
         files = [path]
     for file in files:

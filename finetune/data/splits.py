@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,9 @@ from finetune.data.duplicates import Match
 from finetune.data.encoding import RowError
 from finetune.data.examples import Examples, tokenize_rows
 from finetune.data.prepare import workers_kept
-from finetune.data.row_tables import column_of
+from finetune.data.row_tables import cache_folder, column_of
 from finetune.data.rows import Rows, find_leaks, load_rows
+from finetune.runtime.locks import preparing
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,14 @@ class Data:
 def load_data(config: Config, tokenizer: Any) -> Data:
     """Read, clean, sample, split and tokenize the rows of a configuration.
 
+    Of the processes that share a cache of `datasets`, one does so at a time; the others find its rows there.
+
     Raises:
         ValueError: as `load_rows` and `tokenize_splits`; or under `strict`, something in them is not used.
     """
-    with workers_kept():
+    sections = (config.data, config.eval, config.model)
+    lock = cache_folder({"prepared": [asdict(section) for section in sections]}).with_suffix(".lock")
+    with preparing(lock), workers_kept():
         rows = load_rows(config.data, config.eval.sets)
         train_set, eval_set = tokenize_splits(rows, tokenizer, config.data)
         data = Data(rows, train_set, eval_set, find_leaks(rows))

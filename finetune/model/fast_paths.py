@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import bitsandbytes as bnb
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -55,23 +54,29 @@ class FastPaths(NamedTuple):
 
 
 def choose_fast_paths(
-    config: Config, accelerator: Any, token_loss: TokenLoss, train_set: Examples, int8: str | None = None
+    config: Config,
+    accelerator: Any,
+    token_loss: TokenLoss,
+    train_set: Examples,
+    int8: str | None = None,
+    is_sharded: bool = False,
 ) -> FastPaths:
     """Enable the configured fast paths of token_loss and its model that give the same results.
 
     `int8` is how an earlier part of this run multiplied int8 weights; if given, it is used without measuring.
+    With `is_sharded` they are those of a base that is to be sharded afterwards: none keeps a tensor of it.
     The process's peak memory is counted anew after the trials, which are no part of the training.
     """
     use_reference_paths(token_loss)
     trial = _Trial(accelerator, token_loss, train_set)
     expected = trial.logits(trial.alone)
     kernels_choice = _choose_kernels(config, accelerator.device)
-    int8_choice = _choose_int8(config, accelerator, token_loss.model, train_set, int8)
+    int8_choice = _choose_int8(config, accelerator, token_loss.model, train_set, int8, is_sharded)
     if config.fast.lora and int8_choice.actual != "int8":
         quantized.enable(token_loss.model)
-    lora_choice = _choose_lora(config, token_loss.model, int8_choice, trial, expected)
+    lora_choice = _choose_lora(config, token_loss.model, int8_choice, trial, expected, not is_sharded)
     elementwise_choice = _choose_elementwise(config, token_loss.model, trial, expected)
-    layers_choice = _choose_layers(config, token_loss.model, int8_choice, trial, expected)
+    layers_choice = _choose_layers(config, token_loss.model, int8_choice, trial, expected, not is_sharded)
     layout, attention = _choose_layout(config, token_loss, trial, expected)
     loss = _choose_head(config, token_loss, trial)
     del expected, trial
@@ -271,12 +276,14 @@ def _computes_logits(token_loss: TokenLoss, head: nn.Module, batch: MicroBatch) 
     return torch.equal(logits, own_logits) and torch.equal(hidden, own_hidden)
 
 
-def _choose_lora(config: Config, model: nn.Module, int8: Choice, trial: _Trial, expected: Tensor) -> Choice:
+def _choose_lora(
+    config: Config, model: nn.Module, int8: Choice, trial: _Trial, expected: Tensor, keep_joined: bool
+) -> Choice:
     """One function for the LoRA layers that share an input."""
     name, fused, reference = "LoRA layers", "one function for each input", "PEFT's"
     if not config.fast.lora:
         return Choice(name, reference, reference)
-    num_fast, num_all = lora.enable(model, int8.actual == "int8")
+    num_fast, num_all = lora.enable(model, int8.actual == "int8", keep_joined)
     if num_fast == 0:
         return Choice(name, fused, reference, "DoRA, or unsupported layer types")
     if fault := trial.fault(trial.alone, expected):
@@ -300,14 +307,16 @@ def _choose_elementwise(config: Config, model: nn.Module, trial: _Trial, expecte
     return Choice(name, fast, fast)
 
 
-def _choose_layers(config: Config, model: nn.Module, int8: Choice, trial: _Trial, expected: Tensor) -> Choice:
+def _choose_layers(
+    config: Config, model: nn.Module, int8: Choice, trial: _Trial, expected: Tensor, keep_joined: bool
+) -> Choice:
     """Whole decoder layers in a few functions, where their parts are fast."""
     name, fused, reference = "decoder layers", "fused", "module by module"
     if not (config.fast.lora and config.fast.elementwise):
         return Choice(name, reference, reference)
     if int8.actual == "int8":
         return Choice(name, fused, reference, "int8 weights are multiplied in int8")
-    num_fused, num_all = decoder_layer.enable(model)
+    num_fused, num_all = decoder_layer.enable(model, keep_joined)
     if num_fused == 0:
         return Choice(name, fused, reference, "no layers of Llama's kind with fast parts")
     if fault := trial.fault(trial.alone, expected):
@@ -319,15 +328,24 @@ def _choose_layers(config: Config, model: nn.Module, int8: Choice, trial: _Trial
 
 
 def _choose_int8(
-    config: Config, accelerator: Any, model: nn.Module, train_set: Examples, recorded: str | None
+    config: Config,
+    accelerator: Any,
+    model: nn.Module,
+    train_set: Examples,
+    recorded: str | None,
+    is_sharded: bool,
 ) -> Choice:
     """How int8 weights are multiplied. With "auto", a GPU dequantizes them, and a CPU takes the way that is
     faster for a typical micro-batch."""
     name, requested = "int8 weights", config.fast.int8_matmul
     bases = (module.base_layer for module in model.modules() if isinstance(module, LoraLayer))
-    layers = [base for base in bases if isinstance(base, bnb.nn.Linear8bitLt)]
+    layers = [base for base in bases if isinstance(base, quantized.INT8)]
     if not layers:
         return Choice(name, "none", "none")
+    if is_sharded:
+        asked = recorded if requested == "auto" and recorded is not None else requested
+        differs = "bitsandbytes cannot multiply in int8 by sharded weights" if asked == "int8" else ""
+        return Choice(name, "int8" if differs else "dequantize", "dequantize", differs)
     if not config.fast.lora:
         return Choice(name, "bitsandbytes'", "bitsandbytes'")
     if requested != "auto":

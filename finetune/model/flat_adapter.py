@@ -35,13 +35,16 @@ class Member:
 
 @dataclass(frozen=True)
 class Region:
-    """Tensors whose optimizer state has the same precision, as one parameter for the optimizer."""
+    """Tensors whose optimizer state has the same precision, and which have the same learning rate, as one
+    parameter for the optimizer."""
 
     parameter: nn.Parameter
     """[numbers] fp32, a view of the flat tensor; its gradient is a view of the flat gradient"""
     members: list[Member]
     is_large: bool
     """Whether each of its tensors is large enough for an 8-bit optimizer state"""
+    is_b: bool
+    """Whether it was separated for LoRA+: each is LoRA's B, or a vector such as DoRA's magnitudes"""
 
 
 class FlatAdapter:
@@ -49,14 +52,16 @@ class FlatAdapter:
 
     The padding makes the blocks of an 8-bit optimizer state those that the tensors have on their own, so that
     an update is the same to the bit. Its gradient is zero, and nothing depends on its weights. Tensors below
-    SMALLEST_8BIT form a region of their own, whose state stays in fp32.
+    SMALLEST_8BIT form a region of their own, whose state stays in fp32. With `separates_b`, LoRA's B form
+    regions of their own: their learning rate can be another.
 
     The parameters are new objects: whatever holds the model's old ones holds them in vain. Each has an
-    attribute `flat`, this FlatAdapter. `weights` and `gradient` [n] fp32 are the flat tensors; a parameter
+    attribute `flat`, this FlatAdapter; and `fixed`, where the old one has it: a dimension, and the index from
+    which on the weights are held fixed. `weights` and `gradient` [n] fp32 are the flat tensors; a parameter
     lies at its storage offset in both.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, separates_b: bool = False) -> None:
         self.model = model
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         assert all(parameter.dtype == torch.float32 for _, parameter in named)
@@ -64,8 +69,11 @@ class FlatAdapter:
         # All A, then all others, in the model's order. Layers that share an input (q, k, v; gate, up) follow
         # one another there. Their A then lie side by side and are one matrix, if A is whole blocks.
         ordered = sorted(indices, key=lambda index: ".lora_A." not in named[index][0])
-        large = [index for index in ordered if named[index][1].numel() >= SMALLEST_8BIT]
-        small = [index for index in ordered if named[index][1].numel() < SMALLEST_8BIT]
+        kinds: dict[tuple[bool, bool], list[int]] = {}
+        for index in ordered:
+            name, parameter = named[index]
+            is_b = separates_b and (".lora_B." in name or parameter.dim() == 1)  # as PEFT's LoRA+ has it
+            kinds.setdefault((parameter.numel() >= SMALLEST_8BIT, is_b), []).append(index)
         num_blocks = sum(_blocks(parameter.numel()) for _, parameter in named)
         device = named[0][1].device
         self.weights = torch.zeros(num_blocks * BLOCK, device=device)
@@ -74,14 +82,30 @@ class FlatAdapter:
         self._copies: dict[torch.dtype, _Copy] = {}
         self.regions: list[Region] = []
         start = 0
-        for chosen in (large, small):
-            if chosen:
-                self.regions.append(self._make_region(start, chosen, named, chosen is large))
-                start += self.regions[-1].parameter.numel()
+        for (is_large, is_b), chosen in sorted(kinds.items(), key=lambda kind: (not kind[0][0], kind[0][1])):
+            self.regions.append(self._make_region(start, chosen, named, is_large, is_b))
+            start += self.regions[-1].parameter.numel()
+        self._trained = self._mask_of_fixed()
         self._attach_gradients()
 
+    def _mask_of_fixed(self) -> Tensor | None:
+        """[n] fp32: 0 where a weight is held fixed, 1 elsewhere; None where all are trained."""
+        fixed = [(parameter, *parameter.fixed) for parameter, _ in self._views if hasattr(parameter, "fixed")]
+        if not fixed:
+            return None
+        mask = torch.ones_like(self.weights)
+        for parameter, dimension, start in fixed:
+            whole = mask.as_strided(parameter.shape, parameter.stride(), parameter.storage_offset())
+            whole.narrow(dimension, start, parameter.shape[dimension] - start).zero_()
+        return mask
+
     def _make_region(
-        self, start: int, indices: list[int], named: list[tuple[str, nn.Parameter]], is_large: bool
+        self,
+        start: int,
+        indices: list[int],
+        named: list[tuple[str, nn.Parameter]],
+        is_large: bool,
+        is_b: bool,
     ) -> Region:
         members, at = [], start
         for index in indices:
@@ -93,6 +117,8 @@ class FlatAdapter:
             with torch.no_grad():
                 new.copy_(old)
             new.flat = self  # type: ignore[attr-defined]
+            if hasattr(old, "fixed"):
+                new.fixed = old.fixed  # type: ignore[attr-defined]
             add_gradients_in_place([new])
             owner, _, attribute = name.rpartition(".")
             setattr(self.model.get_submodule(owner), attribute, new)
@@ -101,7 +127,7 @@ class FlatAdapter:
             at += _blocks(old.numel()) * BLOCK
         whole = nn.Parameter(self.weights[start:at])
         self._views.append((whole, self.gradient[start:at]))
-        return Region(whole, members, is_large)
+        return Region(whole, members, is_large, is_b)
 
     def _attach_gradients(self) -> None:
         for parameter, view in self._views:
@@ -114,7 +140,7 @@ class FlatAdapter:
             torch.distributed.broadcast(self.weights, 0)
 
     def reduce_gradients(self, accelerator: Any) -> None:
-        """Sum the gradient over all ranks, in one communication.
+        """Sum the gradient over all ranks, in one communication; it is 0 where a weight is held fixed.
 
         Raises:
             RuntimeError: a parameter's gradient is no view of the flat one any more.
@@ -123,6 +149,8 @@ class FlatAdapter:
             raise RuntimeError(
                 "a gradient was replaced, as zero_grad() does; FlatAdapter.zero_gradients() keeps it in place"
             )
+        if self._trained is not None:
+            self.gradient.mul_(self._trained)
         if accelerator.num_processes > 1:
             torch.distributed.all_reduce(self.gradient)
 

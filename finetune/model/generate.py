@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from finetune.config_checks import LARGEST_WHOLE_NUMBER
 from finetune.data.chat_template import render, stop_ids
 from finetune.data.conversations import Conversation, Message
 from finetune.data.tokenize import IGNORE, encode
+from finetune.model.prefix_cache import PrefixCache
 from finetune.ops import quantized
 from finetune.ops.quantized import dropout_off, frozen_weight
 from finetune.runtime.accelerator import DTYPES
@@ -86,7 +87,7 @@ def encode_prompt(tokenizer: Any, conversation: Conversation | list[Message]) ->
     return tokens
 
 
-def reference_answer(tokenizer: Any, conversation: Conversation) -> str:
+def reference_answer(tokenizer: Any, conversation: Conversation) -> Answer:
     """The answer that is the last turn of a conversation, in the form that `answer_prompts` gives answers.
 
     Raises:
@@ -99,7 +100,7 @@ def reference_answer(tokenizer: Any, conversation: Conversation) -> str:
     start = end
     while tokens.labels[start - 1] != IGNORE:
         start -= 1
-    return _answer(tokenizer, tokens.input_ids[start:end], stop_ids(tokenizer)).text
+    return _answer(tokenizer, tokens.input_ids[start:end], stop_ids(tokenizer))
 
 
 def require_room(model: Any, num_tokens: int, max_new_tokens: int) -> None:
@@ -121,18 +122,26 @@ def answer_prompts(
     max_new_tokens: int,
     sampler: Sampler | None = None,
     streamer: Any = None,
+    prefix_cache: PrefixCache | None = None,
+    stopping: StoppingCriteria | None = None,
 ) -> list[Answer]:
     """Answers to prompts (token ids), generated as one batch: greedy, or sampled by `sampler`.
 
-    `streamer`, one of transformers' streamers, receives the tokens of a single prompt as they are generated.
+    `model` is a model of transformers or PEFT, or a TokenLoss, as it must be for a sharded base.
+
+    `streamer`, one of transformers' streamers, receives the tokens of a single prompt as they are generated,
+    and `prefix_cache` keeps its keys and values. `stopping` sees all tokens [B, T] after each step, and says
+    which answers [B] end there.
     """
     # Calling the tokenizer with padding would leave padding enabled in the tokenizer that the run saves.
     padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     inputs = padded.to(accelerator.device)
     ends = stop_ids(tokenizer)
+    cache = None if prefix_cache is None else prefix_cache.start(prompts[0])
     with dropout_off(model), _dense_head_input(model), accelerator.autocast():
         tokens = model.generate(
             **inputs,
+            past_key_values=cache,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             repetition_penalty=1.0,  # some models come with a penalty of their own
@@ -142,8 +151,11 @@ def answer_prompts(
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=sorted(ends),
             logits_processor=LogitsProcessorList([] if sampler is None else [sampler]),
+            stopping_criteria=StoppingCriteriaList([] if stopping is None else [stopping]),
             streamer=streamer,
         )
+    if prefix_cache is not None:
+        prefix_cache.keep(tokens[0].tolist())
     return [_answer(tokenizer, row, ends) for row in tokens[:, inputs["input_ids"].shape[1] :].tolist()]
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from finetune.config import Config, LoraConfig
 from finetune.config_parsing import parse_config
 from finetune.runtime.files import file_sha256
+from finetune.runtime.fsdp_launch import follow_launcher
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # A run's folder: its configuration and record, its result, and what says that a checkpoint is whole.
@@ -48,12 +49,13 @@ OWN_KEYS = ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora")
 
 
 def parse_training_config(argv: Sequence[str]) -> Config:
-    """As `parse_config`, with the settings of the adapter that the run begins from.
+    """As `parse_config`, with the settings of the adapter that the run begins from, and what the launcher
+    says of sharding.
 
     Raises:
-        ValueError: as `parse_config` and `with_adapter_settings`.
+        ValueError: as `parse_config`, `with_adapter_settings` and `follow_launcher`.
     """
-    return with_adapter_settings(parse_config(argv))
+    return follow_launcher(with_adapter_settings(parse_config(argv)))
 
 
 def with_adapter_settings(config: Config) -> Config:

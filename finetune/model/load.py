@@ -21,10 +21,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from finetune.config import Config, LoraConfig, ModelConfig
 from finetune.data.chat_template import set_stop_ids
+from finetune.data.examples import Examples
 from finetune.data.named_templates import end_of_turn, use_template
+from finetune.model import first_weights
 from finetune.model.added_tokens import add_rows, token_ids_of, trainable_token_indices
 from finetune.model.given_adapter import check_weights, find_adapter, read_settings
 from finetune.model.starter import HUB_NAME, starter_model_dir
+from finetune.model.target_modules import targets_of
+from finetune.ops import quantized
+from finetune.ops.plain_weights import use_plain_weights
 from finetune.ops.token_rows import frozen_layer
 from finetune.runtime.accelerator import DTYPES
 from finetune.runtime.choice import Choice
@@ -111,8 +116,11 @@ def load_model(
     device: torch.device,
     added_token_ids: Sequence[int] = (),
     source: Path | None = None,
+    train_set: Examples | None = None,
+    plain_weights: bool = False,
 ) -> peft.PeftModel:
-    """The base with a fresh adapter: only its fp32 weights are trainable, initialized from the seed.
+    """The base with a fresh adapter: only its fp32 weights are trainable, initialized from the seed, and with
+    EVA from `train_set`.
 
     The rows of `added_token_ids` in the embedding and the head are trained with it. Where the base has none,
     it gets them: at first each is the mean of all others.
@@ -121,9 +129,11 @@ def load_model(
     `model.adapter` is set, and those of `model.adapter` where there is no checkpoint yet. Their weights are
     loaded later: into views of one flat tensor.
 
+    With `plain_weights`, quantized weights become plain parameters, as a base needs that is to be sharded.
+
     Raises:
-        ValueError: the model cannot be loaded, it does not have the target modules, or the weights of
-            `model.adapter` are not those of its layers.
+        ValueError: the model cannot be loaded, it does not have the target modules, the weights of
+            `model.adapter` are not those of its layers, or as `start_from_data`.
     """
     given = None if config.model.adapter is None else source or find_adapter(config.model.adapter)
     settings = None if given is None else read_settings(given)
@@ -139,13 +149,18 @@ def load_model(
         base.activation_checkpointing_enable({"use_reentrant": False})
     set_seed(config.train.seed)
     if given is None or settings is None:
-        return add_adapter(base, config.lora, added_token_ids)
-    if added_token_ids and not given_rows:
-        settings.trainable_token_indices = trainable_token_indices(base, added_token_ids)
-    settings.lora_dropout = config.lora.lora_dropout
-    model = _adapted(base, settings, f"model.adapter {given}")
-    if source is None:
-        check_weights(given, model)
+        model = add_adapter(base, config.lora, added_token_ids, is_new=source is None)
+        if config.lora.init_lora_weights == "eva" and source is None and train_set is not None:
+            first_weights.start_from_data(model, train_set.dataset)
+    else:
+        if added_token_ids and not given_rows:
+            settings.trainable_token_indices = trainable_token_indices(base, added_token_ids)
+        settings.lora_dropout = config.lora.lora_dropout
+        model = _adapted(base, settings, f"model.adapter {given}")
+        if source is None:
+            check_weights(given, model)
+    if plain_weights:  # after PEFT, which knows bitsandbytes' layers
+        use_plain_weights(model)
     return model
 
 
@@ -168,7 +183,7 @@ def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
     Raises:
         ValueError: no such folder, file or Hub model, no network, or not a causal language model.
     """
-    _quiet_libraries()
+    quiet_libraries()
     dtype = DTYPES[precision]
     source, arguments = _locate(config)
     quantization = {
@@ -233,17 +248,24 @@ def _init_8bit_state(layer: Any) -> None:
     type(layer).init_8bit_state(layer)
 
 
-def add_adapter(base: Any, config: LoraConfig, added_token_ids: Sequence[int] = ()) -> peft.PeftModel:
+def add_adapter(
+    base: Any, config: LoraConfig, added_token_ids: Sequence[int] = (), is_new: bool = True
+) -> peft.PeftModel:
     """The base with a new adapter, which trains the rows of `added_token_ids` too.
 
+    Unless it `is_new`, its weights are loaded later, and are not made from those of the base.
+
     Raises:
-        ValueError: the base does not have the target modules.
+        ValueError: the base does not have the target modules, or as `targets_of` and `start_from_base`.
     """
+    rank, alpha = first_weights.rank_and_alpha(config)
     settings = peft.LoraConfig(
-        r=config.r,
-        lora_alpha=config.lora_alpha,
+        r=rank,
+        lora_alpha=alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=config.target_modules,
+        target_modules=targets_of(base, config),
+        exclude_modules=config.exclude_modules,
+        layers_to_transform=config.layers_to_transform,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         trainable_token_indices=trainable_token_indices(base, added_token_ids) if added_token_ids else None,
@@ -255,6 +277,10 @@ def add_adapter(base: Any, config: LoraConfig, added_token_ids: Sequence[int] = 
         missing = [name for name in config.target_modules if name.rpartition(".")[2] not in found]
         if missing:  # PEFT accepts the list if one of them is found
             raise ValueError(f"lora.target_modules: the model has no {', '.join(missing)}")
+    if config.init_lora_weights in first_weights.FROM_BASE:
+        if is_new:
+            first_weights.start_from_base(model, config.init_lora_weights)
+        first_weights.hold_second_half(model)
     return model
 
 
@@ -284,44 +310,22 @@ def base_fingerprint(config: ModelConfig, model: Any) -> str:
     return digest.hexdigest()
 
 
+def describe_model(config: Config, model: Any) -> list[Choice]:
+    """The quantization of the base, and how the adapter begins where that was chosen."""
+    return [describe_base(config.model, model), *first_weights.describe_first_weights(config.lora)]
+
+
 def describe_base(config: ModelConfig, model: Any) -> Choice:
     """The quantization of the base, as found in its layers."""
     requested = config.quantization
     counts = {
-        "int8": sum(isinstance(module, bnb.nn.Linear8bitLt) for module in model.modules()),
-        "nf4": sum(isinstance(module, bnb.nn.Linear4bit) for module in model.modules()),
+        name: sum(isinstance(module, kinds) for module in model.modules())
+        for name, kinds in (("int8", quantized.INT8), ("nf4", quantized.NF4))
     }
     actual = next((name for name, count in counts.items() if count > 0), "none")
     chosen = choose_quantization(requested, next(model.parameters()).device)
     reason = "" if actual == requested else chosen.reason or f"no linear layer became {requested}"
     return Choice("quantization", requested, actual, reason)
-
-
-def training_flop(model: Any) -> tuple[int, int]:
-    """FLOP per token, and additional FLOP per target token, of an update.
-
-    The products with the frozen weights count, in the forward pass and for the gradient of the input: 2 FLOP
-    per weight each. LoRA, attention and everything else are a few percent, and count as overhead.
-    """
-    head = frozen_layer(model.get_output_embeddings())
-    kinds = (torch.nn.Linear, bnb.nn.Linear8bitLt, bnb.nn.Linear4bit)
-    weights = sum(
-        module.in_features * module.out_features
-        for name, module in model.named_modules()
-        if isinstance(module, kinds) and module is not head and ".lora_" not in name
-    )
-    return 4 * weights, 4 * head.weight.numel()
-
-
-def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """(trainable, total) numbers of parameters. Two 4-bit weights in one byte count as two."""
-    trainable = total = 0
-    for parameter in model.parameters():
-        packed = getattr(parameter, "quant_state", None)
-        size = parameter.numel() if packed is None else packed.shape.numel()
-        total += size
-        trainable += size if parameter.requires_grad else 0
-    return trainable, total
 
 
 def hub_name(config: ModelConfig) -> str | None:
@@ -370,7 +374,7 @@ def _in_one_line(error: Exception) -> str:
     return textwrap.shorten(str(error), 400, placeholder=" ...") or type(error).__name__
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Silence messages that do not concern a user: a deprecation warning that PEFT causes in transformers, a
     progress bar for weights that load in a second, and a warning in every int8 multiplication."""
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")

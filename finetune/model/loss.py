@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from finetune.data.collate import Boundaries, MicroBatch
 from finetune.ops.chunked_head import ChunkedTokenSums, bytes_per_logit, chunked_token_stats, tokens_per_chunk
@@ -32,7 +33,8 @@ class TokenSums:
 class TokenLoss(nn.Module):
     """A causal language model with its loss: the logits never leave the module.
 
-    It starts on the reference paths; `fast_paths.choose_fast_paths` enables the fast ones.
+    It starts on the reference paths; `fast_paths.choose_fast_paths` enables the fast ones. Where the base is
+    sharded, its weights exist within `forward`, `token_stats`, `target_logits` and `generate` alone.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -48,7 +50,7 @@ class TokenLoss(nn.Module):
     def forward(self, batch: MicroBatch) -> TokenSums:
         targets, is_from = batch.target_ids, batch.is_from
         if self.head_mib is None:
-            return reference_token_sums(self.target_logits(batch), targets, is_from)
+            return reference_token_sums(self._target_logits(batch), targets, is_from)
         stats = None if is_from is None else torch.empty(len(targets), 3, device=targets.device)
         sums: Tensor = self._through_head(ChunkedTokenSums.apply, batch, self.head_mib, stats)
         return _token_sums(sums, targets, stats, is_from)
@@ -57,7 +59,7 @@ class TokenLoss(nn.Module):
     def token_stats(self, batch: MicroBatch) -> Tensor:
         """[N, 3] fp32, for each target token: nll and entropy in nats, and 1 if it is predicted correctly."""
         if self.head_mib is None:
-            return reference_token_stats(self.target_logits(batch), batch.target_ids)
+            return reference_token_stats(self._target_logits(batch), batch.target_ids)
         return self._through_head(chunked_token_stats, batch, self.head_mib)
 
     def _through_head(
@@ -74,6 +76,20 @@ class TokenLoss(nn.Module):
 
     def target_logits(self, batch: MicroBatch) -> Tensor:
         """[N, vocabulary]: the logits at the target positions, in the precision of the forward pass."""
+        return self._target_logits(batch)
+
+    def generate(self, **inputs: Any) -> Tensor:
+        """[B, T]: token ids, as the model's method of this name generates them."""
+        model: Any = self.model
+        # All ranks stop together, even if rounding has them generate different tokens.
+        tokens: Tensor = model.generate(**inputs, synced_gpus=isinstance(self, FSDPModule))
+        return tokens
+
+    def get_output_embeddings(self) -> Any:
+        """The head, as the model's method of this name returns it."""
+        return self.base.get_output_embeddings()
+
+    def _target_logits(self, batch: MicroBatch) -> Tensor:
         # For a single sequence, the model can compute the logits of the target positions only.
         keep = self.can_skip_logits and len(batch.input_ids) == 1
         chosen: dict[str, Any] = {"logits_to_keep": batch.target_positions} if keep else {}

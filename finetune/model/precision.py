@@ -22,8 +22,8 @@ def in_fp32(model: nn.Module) -> Iterator[None]:
     handles = [
         handle
         for module in model.modules()
-        if (parameters := _rounded_parameters(module))
-        for handle in _compute_in_fp32(module, parameters)
+        if _rounded_parameters(module)
+        for handle in _compute_in_fp32(module)
     ]
     device = next(model.parameters()).device
     try:
@@ -42,18 +42,22 @@ def _rounded_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in own if p.is_floating_point() and p.dtype != torch.float32]
 
 
-def _compute_in_fp32(module: nn.Module, parameters: list[nn.Parameter]) -> list[Any]:
-    """Add hooks that replace the module's parameters by fp32 copies while its forward method runs."""
-    originals: list[Tensor] = []
+def _compute_in_fp32(module: nn.Module) -> list[Any]:
+    """Add hooks that replace the module's parameters by fp32 copies while its forward method runs.
+
+    They are looked up then: those of a sharded base are other ones while the module computes.
+    """
+    originals: list[tuple[nn.Parameter, Tensor]] = []
 
     def to_fp32(*_: Any) -> None:
-        originals[:] = [parameter.data for parameter in parameters]
-        for parameter in parameters:
-            parameter.data = parameter.data.float()
+        originals[:] = [(parameter, parameter.data) for parameter in _rounded_parameters(module)]
+        for parameter, original in originals:
+            parameter.data = original.float()
 
     def restore(*_: Any) -> None:
-        for parameter, original in zip(parameters, originals, strict=True):
+        for parameter, original in originals:
             parameter.data = original
+        originals.clear()
 
     return [
         module.register_forward_pre_hook(to_fp32),

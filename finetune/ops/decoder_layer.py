@@ -11,7 +11,6 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from transformers import AttentionInterface
 from finetune.ops import elementwise, lora, operators
 from finetune.ops.adapter_weights import AdapterCopies
 from finetune.ops.projection import Call, Projection
-from finetune.ops.quantized import compute_dtype, dequantized, dropout_off
+from finetune.ops.quantized import LINEARS, compute_dtype, dequantized, dropout_off
 
 # The children of a decoder layer, of its attention and of its MLP: all of them, and no others.
 CHILDREN = {
@@ -28,19 +27,19 @@ CHILDREN = {
     "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
     "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
 }
-LINEARS = (nn.Linear, bnb.nn.Linear8bitLt, bnb.nn.Linear4bit)
 TOLERANCE = 5e-2  # the largest relative difference that rounding may cause
 
 
-def enable(model: nn.Module) -> tuple[int, int]:
+def enable(model: nn.Module, keep_joined: bool = True) -> tuple[int, int]:
     """Replace the forward method of each decoder layer that computes the same function as this module.
 
-    `lora` and `elementwise` must be enabled. Returns the numbers of replaced and of all decoder layers.
+    `lora` and `elementwise` must be enabled. `keep_joined` is as in BaseWeights.
+    Returns the numbers of replaced and of all decoder layers.
     """
     count = num_layers = 0
-    for decoder, layers in _stacks(model):
+    for decoder, layers in stacks(model):
         copies = AdapterCopies(decoder)
-        fused = [FusedLayer(layer, copies) for layer in layers if _is_candidate(layer)]
+        fused = [FusedLayer(layer, copies, keep_joined) for layer in layers if _is_candidate(layer)]
         equivalent = [layer for layer in fused if layer.is_equivalent()]
         for layer in fused:
             if layer in equivalent:
@@ -63,7 +62,7 @@ def disable(model: nn.Module) -> None:
             fused.copies.stop()
 
 
-def _stacks(model: nn.Module) -> list[tuple[nn.Module, list[Any]]]:
+def stacks(model: nn.Module) -> list[tuple[nn.Module, list[Any]]]:
     """Each module that has a list of layers with attention, and these layers."""
     return [
         (module, list(layers))
@@ -118,12 +117,13 @@ def _has_hooks(module: Any) -> bool:
 class FusedLayer:
     """The forward method of a decoder layer."""
 
-    def __init__(self, layer: Any, copies: AdapterCopies) -> None:
-        """Join the layer's frozen weights. `copies` are those of the decoder that the layer belongs to."""
+    def __init__(self, layer: Any, copies: AdapterCopies, keep_joined: bool = True) -> None:
+        """`copies` are those of the decoder that the layer belongs to. `keep_joined` is as in BaseWeights."""
         self.module, self.copies = layer, copies
         q, k, v, o, gate, up, down = _linears(layer)
-        self.qkv, self.out = Projection([q, k, v]), Projection([o])
-        self.gate_up, self.down = Projection([gate, up]), Projection([down])
+        self.qkv, self.out, self.gate_up, self.down = (
+            Projection(layers, keep_joined) for layers in ([q, k, v], [o], [gate, up], [down])
+        )
         self.projections = (self.qkv, self.out, self.gate_up, self.down)
         # Modules whose hooks would not run. The others' are those of `in_fp32`, which need not.
         adapted = [linear for linear in _linears(layer) if isinstance(linear, LoraLayer)]

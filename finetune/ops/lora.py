@@ -10,29 +10,28 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from finetune.ops import token_rows
 from finetune.ops.projection import Call, Projection
-from finetune.ops.quantized import compute_dtype, multiply
+from finetune.ops.quantized import LINEARS, compute_dtype, multiply
 
 
-def enable(model: nn.Module, int8_matmul: bool = False) -> tuple[int, int]:
+def enable(model: nn.Module, int8_matmul: bool = False, keep_joined: bool = True) -> tuple[int, int]:
     """Replace the forward methods of the LoRA layers, and of layers with trained rows of added tokens.
 
     Returns the numbers of replaced and of all LoRA layers.
 
     With `int8_matmul`, bitsandbytes multiplies int8 weights by int8 activations in the forward pass.
-    Otherwise weights are dequantized for each multiplication.
+    Otherwise weights are dequantized for each multiplication. `keep_joined` is as in BaseWeights.
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     fast = [layer for layer in layers if _is_plain_lora(layer)]
     for layer in fast:
         layer.forward = types.MethodType(_fast_forward, layer)
-        layer.int8_matmul = int8_matmul
+        layer.int8_matmul, layer.keep_joined = int8_matmul, keep_joined
         layer.projections = {}
     if fast:
         token_rows.enable(model)
@@ -63,8 +62,7 @@ def int8_matmul_off(model: nn.Module) -> Iterator[None]:
 
 
 def _is_plain_lora(layer: Any) -> bool:
-    kinds = (nn.Linear, bnb.nn.Linear8bitLt, bnb.nn.Linear4bit)
-    return type(layer.base_layer) in kinds and not layer.lora_variant and not any(layer.lora_bias.values())
+    return type(layer.base_layer) in LINEARS and not layer.lora_variant and not any(layer.lora_bias.values())
 
 
 def _fast_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -114,7 +112,7 @@ def projection_of(layers: Sequence[Any]) -> Projection:
     known: dict[tuple[tuple[int, str], ...], Projection] = layers[0].projections
     key = tuple((id(layer), layer.active_adapters[0]) for layer in layers)
     if key not in known:
-        known[key] = Projection(layers)
+        known[key] = Projection(layers, layers[0].keep_joined)
     return known[key]
 
 

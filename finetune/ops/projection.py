@@ -39,9 +39,12 @@ class Projection:
     x [T, in], y [T, out]: the layers' outputs side by side.
     """
 
-    def __init__(self, layers: Sequence[Any]) -> None:
-        """`layers` are PEFT's LoRA layers, each with one active adapter and equal dropout, or plain ones."""
-        self.base = BaseWeights([getattr(layer, "base_layer", layer) for layer in layers])
+    def __init__(self, layers: Sequence[Any], keep_joined: bool = True) -> None:
+        """`layers` are PEFT's LoRA layers, each with one active adapter and equal dropout, or plain ones.
+
+        `keep_joined` is as in BaseWeights.
+        """
+        self.base = BaseWeights([getattr(layer, "base_layer", layer) for layer in layers], keep_joined)
         ends = [*accumulate(self.base.sizes)]
         adapted = [number for number, layer in enumerate(layers) if isinstance(layer, LoraLayer)]
         self.lora_layers: list[Any] = [layers[number] for number in adapted]

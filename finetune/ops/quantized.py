@@ -7,17 +7,24 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.ops import operators
+from finetune.ops.plain_weights import PlainInt8, PlainNf4
+
+INT8, NF4 = (bnb.nn.Linear8bitLt, PlainInt8), (bnb.nn.Linear4bit, PlainNf4)
+LINEARS = (nn.Linear, *INT8, *NF4)
+"""The classes of linear layers whose weights this module multiplies by"""
 
 
 def frozen_weight(base: Any, dtype: torch.dtype) -> Tensor:
     """[out, in]: the dequantized weight of a frozen linear layer, rounded as bitsandbytes rounds it."""
-    if isinstance(base, bnb.nn.Linear8bitLt):
+    if isinstance(base, INT8):
         codes, largest = int8_state(base)
         return operators.dequantize_int8(codes, largest, dtype)
+    if isinstance(base, PlainNf4):
+        return base.dequantize().to(dtype)
     if isinstance(base, bnb.nn.Linear4bit):
         assert not getattr(base.weight.quant_state, "packing_format_for_cpu", False), (
             "load_base disables this format"
@@ -30,6 +37,8 @@ def frozen_weight(base: Any, dtype: torch.dtype) -> Tensor:
 
 def int8_state(base: Any) -> tuple[Tensor, Tensor]:
     """The int8 codes [out, in], and the largest absolute value [out] of each row, which has code 127."""
+    if isinstance(base, PlainInt8):
+        return base.weight, base.largest
     if base.weight.CB is not None:  # before the layer's first call
         base.init_8bit_state()
     return base.state.CB, base.state.SCB
@@ -58,13 +67,13 @@ def enable(model: torch.nn.Module) -> None:
 
 
 def disable(model: torch.nn.Module) -> None:
-    """Restore bitsandbytes' forward methods."""
+    """Restore the layers' own forward methods."""
     for layer in _quantized_layers(model):
         layer.__dict__.pop("forward", None)
 
 
 def _quantized_layers(model: torch.nn.Module) -> list[Any]:
-    return [m for m in model.modules() if isinstance(m, bnb.nn.Linear8bitLt | bnb.nn.Linear4bit)]
+    return [m for m in model.modules() if isinstance(m, (*INT8, *NF4))]
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
@@ -138,8 +147,11 @@ def _multiply_dequantized(layer: Any, x: Tensor) -> Tensor:
 
 
 def _dequantize(layer: Any) -> Tensor:
-    if isinstance(layer, bnb.nn.Linear4bit):
-        weight: Tensor = bnb.functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
+    weight: Tensor
+    if isinstance(layer, PlainInt8 | PlainNf4):
+        weight = layer.dequantize()
+    elif isinstance(layer, bnb.nn.Linear4bit):
+        weight = bnb.functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
     else:
         scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
         weight = bnb.functional.int8_vectorwise_dequant(layer.weight.data, scales)

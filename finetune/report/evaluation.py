@@ -1,7 +1,7 @@
 """The base against the tuned model: losses with intervals, by slice, answers, and lm-evaluation-harness."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -15,13 +15,12 @@ from rich.text import Text
 from torch import Tensor
 
 from finetune.config import Config, DataConfig, Sources, described, described_rows, paths_of
-from finetune.data.conversations import Conversation, Message, Row, to_conversation
 from finetune.data.examples import Examples, tokenize_rows
 from finetune.data.plan import make_plan, plan_evaluation
 from finetune.data.rows import Rows, find_leaks, iterate_rows, load_rows
 from finetune.data.splits import fingerprint_of
 from finetune.model.fast_paths import choose_fast_paths
-from finetune.model.generate import Answer, generate_answers, reference_answer
+from finetune.model.generate import Answer, answer_prompts
 from finetune.model.loss import TokenLoss
 from finetune.ops.quantized import dropout_off
 from finetune.report.intervals import Interval, difference_interval, mean_interval
@@ -29,9 +28,9 @@ from finetune.run.adapter import Trained, TrainedModel
 from finetune.run.checkpoint import TRAINING_CONFIG
 from finetune.run.folder import RESULT, read_environment, read_evaluations
 from finetune.runtime.console import console, say
-from finetune.training.evaluate import evaluate, pick_conversations
+from finetune.training.answer_scores import Question, chrf_metric, in_batches, pick_questions, score
+from finetune.training.evaluate import evaluate
 
-ANSWERS_AT_A_TIME = 10
 Values = NDArray[np.float64]
 
 
@@ -58,10 +57,7 @@ class Group:
 class Written(NamedTuple):
     """The answers of both models to a row."""
 
-    row_number: int
-    conversation: list[Message]
-    reference: str
-    """The row's answer, as the template writes it"""
+    question: Question
     base: Answer
     tuned: Answer
 
@@ -167,9 +163,8 @@ def _compare(base: Values, tuned: Values, counts: Values) -> Compared:
 def show_figures(trained: Trained, evaluated: Evaluated, group: Group) -> None:
     """Print the figures of all examples, and the loss that the run itself recorded."""
     size = f"{group.num_examples:,} examples, {group.num_target_tokens:,} target tokens"
-    table = Table(
-        "", "base", "tuned", "change", title=Text(f"{evaluated.source}: {size}"), title_justify="left"
-    )
+    say(f"{evaluated.source}: {size}")  # not the table's title, which would be folded inside a path
+    table = Table("", "base", "tuned", "change")
     for name, compared in (("loss", group.loss), ("entropy", group.entropy)):
         table.add_row(
             name, *(_cell(interval, "{:.4f}") for interval in compared[:2]), _cell(compared.change, "{:+.4f}")
@@ -212,67 +207,81 @@ def write_answers(
     opened: TrainedModel, evaluated: Evaluated, count: int, max_new_tokens: int
 ) -> list[Written]:
     """The answers of the base and of the tuned model to the first `count` rows that ask something."""
-    asked = [
-        (row, conversation)
-        for row in iterate_rows(evaluated.rows.select(range(min(len(evaluated.rows), 2 * count))))
-        for conversation in pick_conversations([row], evaluated.data.system_prompt, 1)
-    ][:count]
-    conversations = [conversation for _, conversation in asked]
+    rows, prompt = iterate_rows(evaluated.rows), evaluated.data.system_prompt
+    questions = pick_questions(rows, opened.tokenizer, prompt, count)
 
-    def reference(row: Row, asked: Conversation) -> str:
-        whole = to_conversation(row, evaluated.data.system_prompt)
-        answered = replace(asked, messages=whole.messages[: len(asked.messages) + 1])
-        return reference_answer(opened.tokenizer, answered)
-
-    def answers(model: AbstractContextManager[Any]) -> list[Answer]:
-        found: list[Answer] = []
+    def answers(model: AbstractContextManager[Any]) -> dict[int, Answer]:
+        found: dict[int, Answer] = {}
         with model:
-            for start in range(0, len(conversations), ANSWERS_AT_A_TIME):
-                some = conversations[start : start + ANSWERS_AT_A_TIME]
-                found += generate_answers(
-                    opened.accelerator, opened.model, opened.tokenizer, some, max_new_tokens
+            for batch in in_batches(questions):
+                prompts = [question.prompt for question in batch]
+                made = answer_prompts(
+                    opened.accelerator, opened.model, opened.tokenizer, prompts, max_new_tokens
                 )
+                found |= zip((question.row_number for question in batch), made, strict=True)
         return found
 
-    with console.status(f"writing {len(asked)} answers by the base"):
+    with console.status(f"writing {len(questions)} answers by the base"):
         by_base = answers(opened.model.disable_adapter())
-    with console.status(f"writing {len(asked)} answers by the tuned model"):
+    with console.status(f"writing {len(questions)} answers by the tuned model"):
         by_tuned = answers(nullcontext())
     return [
-        Written(row["row_number"], conversation.messages, reference(row, conversation), base, tuned)
-        for (row, conversation), base, tuned in zip(asked, by_base, by_tuned, strict=True)
+        Written(question, by_base[question.row_number], by_tuned[question.row_number])
+        for question in questions
     ]
 
 
 def score_answers(written: Sequence[Written], max_new_tokens: int) -> dict[str, Any]:
-    """How the answers end, how long they are and how near to the references (chrF), with the answers."""
-    from sacrebleu.metrics.chrf import CHRF
+    """How the answers compare with those of the rows, how they end and how long they are; and the answers."""
+    by_base = [score(one.question, one.base) for one in written]
+    by_tuned = [score(one.question, one.tuned) for one in written]
+    ones = np.ones(len(written))
+    calls = np.array([one.num_calls for one in by_tuned], dtype=np.float64)
 
-    metric, ones = CHRF(), np.ones(len(written))
+    def compared(name: str, counts: Values) -> Compared:
+        base, tuned = (np.array([getattr(one, name) for one in scores]) for scores in (by_base, by_tuned))
+        return _compare(base, tuned, counts)
 
-    def compared(value: Callable[[Answer, str], float]) -> Compared:
-        base, tuned = (
-            np.array([value(getattr(one, name), one.reference) for one in written])
-            for name in ("base", "tuned")
-        )
-        return _compare(base, tuned, ones)
-
+    tokens_by_base, tokens_by_tuned = (
+        np.array([answer.num_tokens for answer in answers], dtype=np.float64)
+        for answers in ([one.base for one in written], [one.tuned for one in written])
+    )
     measures = {
-        "ended": compared(lambda answer, _: float(answer.ended)),
-        "num_tokens": compared(lambda answer, _: float(answer.num_tokens)),
-        "chrf": compared(lambda answer, reference: metric.sentence_score(answer.text, [reference]).score),
+        "exact_match": compared("exact_match", ones),
+        "ended": compared("ended", ones),
+        "num_tokens": _compare(tokens_by_base, tokens_by_tuned, ones),
+        "chrf": compared("chrf", ones),
     }
-    signature = str(metric.get_signature())  # the metric has none before it scored something
-    return {"max_new_tokens": max_new_tokens, "chrf_signature": signature, **measures, "rows": written}
+    if calls.any():
+        measures["tool_call_accuracy"] = compared("num_right_calls", calls)
+    signature = str(chrf_metric().get_signature())  # the metric has none before it scored something
+    rows = [
+        {
+            "row_number": question.row_number,
+            "conversation": question.conversation.messages,
+            "reference": question.reference.text,
+            "base": base,
+            "tuned": tuned,
+        }
+        for question, base, tuned in written
+    ]
+    return {"max_new_tokens": max_new_tokens, "chrf_signature": signature, **measures, "rows": rows}
 
 
 def show_answers(scores: dict[str, Any]) -> None:
     """Print what `score_answers` gives, without the answers themselves."""
     title = f"Answers to {len(scores['rows'])} rows, at most {scores['max_new_tokens']} tokens, greedy"
     table = Table("", "base", "tuned", "change", title=title, title_justify="left")
-    names = {"ended": "end by themselves", "num_tokens": "tokens", "chrf": "chrF against the reference"}
+    shares = {
+        "exact_match": "equal to the reference",
+        "ended": "end by themselves",
+        "tool_call_accuracy": "right tool calls",
+    }
+    names = {**shares, "num_tokens": "tokens", "chrf": "chrF against the reference"}
     for key, name in names.items():
-        pattern = "{:.2f}" if key == "ended" else "{:.1f}"
+        if key not in scores:
+            continue
+        pattern = "{:.2f}" if key in shares else "{:.1f}"
         patterns = (pattern, pattern, pattern.replace(":", ":+"))
         table.add_row(name, *(_cell(*pair) for pair in zip(scores[key], patterns, strict=True)))
     console.print(table)

@@ -39,8 +39,8 @@ def check_page_path(path: Path) -> None:
         raise ValueError(f"--page {path} cannot be written: {error.strerror or error}") from error
 
 
-def write_page(path: Path, template: str, **values: Any) -> None:
-    """Render a template of templates/ and write the page whole or not at all.
+def render_page(template: str, **values: Any) -> str:
+    """Render a template of templates/.
 
     The template extends page.html and fills its blocks `style` and `content`; `title` must be among the
     values. Every value but Markup is plain text: HTML in it is escaped, and so are invisible characters.
@@ -53,7 +53,12 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         undefined=StrictUndefined,
         finalize=_make_visible,
     )
-    page = environment.get_template(template).render(values)
+    return environment.get_template(template).render(values)
+
+
+def write_page(path: Path, template: str, **values: Any) -> None:
+    """Write a page of `render_page`, whole or not at all."""
+    page = render_page(template, **values)
     try:
         system.write_text(_partial(path), page)
         system.replace(_partial(path), path)

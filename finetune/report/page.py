@@ -53,6 +53,8 @@ def write_report(run_dir: Path, page: Path) -> None:
         columns=statements.columns(record),
         rows=statements.metric_rows(found),
         source_rows=statements.source_rows(record),
+        answer_rows=statements.answer_rows(record),
+        num_answers=record.eval_lines[-1].get("num_answers") if record.eval_lines else None,
         notes=statements.notes(record),
         charts=curves(record),
         published_note=published_note(record.config),
@@ -92,12 +94,16 @@ def curves(record: Record) -> list[Chart]:
         ]
         return _draw(title, "nats per target token", lines)
 
+    shares = {"exact_match": "exact match", "ended": "end by themselves", "tool_call_accuracy": "right calls"}
+    of_answers = [line_of(evals, key, name, colour) for colour, (key, name) in enumerate(shares.items(), 1)]
     drawn = [
         both("Loss", "nats per target token", "loss"),
         by_source("Train loss by source", train, dotted=False),
         by_source("Eval loss by source", evals, dotted=True),
         both("Token accuracy", "fraction of target tokens", "mean_token_accuracy"),
         both("Entropy", "nats, of the predictions", "entropy"),
+        _draw("Answers", "share", of_answers, from_zero=True),
+        _draw("chrF", "0 to 100, of the answers", [line_of(evals, "chrf", "", EVAL)]),
         alone("Gradient norm", "before clipping", "grad_norm"),
         alone("Learning rate", "", "learning_rate"),
         alone("Speed", "useful tokens per second", "useful_tokens_per_second"),

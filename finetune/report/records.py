@@ -14,6 +14,7 @@ from finetune.config import Config
 from finetune.config_parsing import parse_config
 from finetune.data.by_source import is_main
 from finetune.report.intervals import Interval, difference_interval, mean_interval
+from finetune.run.answer_files import read_answer_scores
 from finetune.run.bad_update import RECORD as BAD_UPDATE
 from finetune.run.folder import (
     ANSWERS,
@@ -28,6 +29,13 @@ from finetune.run.folder import (
 
 # Each eval metric, and the column of per-example sums that it is the mean of.
 SUMS_OF = {"loss": "nll", "mean_token_accuracy": "correct", "entropy": "entropy"}
+# Each metric of the answers, and the columns of its sum and its count; None counts answers.
+SCORES_OF = {
+    "exact_match": ("exact_match", None),
+    "chrf": ("chrf", None),
+    "ended": ("ended", None),
+    "tool_call_accuracy": ("num_right_calls", "num_calls"),
+}
 
 
 @dataclass(frozen=True)
@@ -180,6 +188,30 @@ def loss_changes_by_source(record: Record) -> dict[str, Change]:
         name: _change(record.eval_lines, before, after, "nll")
         for name, (before, after) in record.sums_by_source.items()
     }
+
+
+def answer_changes(record: Record) -> dict[str, Change]:
+    """Compute the change of each metric of the answers to eval rows; empty if none were answered
+    (`eval.answers`)."""
+    lines = record.eval_lines
+    found = [metric for metric in SCORES_OF if lines and metric in lines[0] and metric in lines[-1]]
+    if not found:
+        return {}
+    first, last = (read_answer_scores(record.folder, lines[place]["step"]) for place in (0, -1))
+    if first is None or last is None or not first["row_number"].equals(last["row_number"]):
+        return {metric: _without_sums(lines, metric) for metric in found}
+    return {metric: _answer_change(lines, first, last, *SCORES_OF[metric]) for metric in found}
+
+
+def _answer_change(
+    lines: list[dict[str, Any]], before: pd.DataFrame, after: pd.DataFrame, column: str, counted: str | None
+) -> Change:
+    counts = np.ones(len(after)) if counted is None else _column(after, counted)
+    last = mean_interval(_column(after, column), counts)
+    if len(lines) == 1:
+        return Change(None, last, None)
+    first = mean_interval(_column(before, column), counts)
+    return Change(first, last, difference_interval(_column(before, column), _column(after, column), counts))
 
 
 def _change(

@@ -5,12 +5,12 @@ import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from finetune.config import Config, described
+from finetune.config import Config, OptimConfig, described
 from finetune.data.rows import text_of
 from finetune.report.intervals import Interval, between, signed
-from finetune.report.records import Change, Record, loss_changes_by_source, rounding
+from finetune.report.records import Change, Record, answer_changes, loss_changes_by_source, rounding
 from finetune.run.summary import launch_command
-from finetune.training.evaluate import best_of
+from finetune.training.best import best_in_words, best_of
 
 Facts = Sequence[tuple[str, str]]
 
@@ -89,6 +89,18 @@ def source_rows(record: Record) -> list[MetricRow]:
     ]
 
 
+def answer_rows(record: Record) -> list[MetricRow]:
+    """The table of how answers compare with those of the rows; empty without `eval.answers`."""
+    names = {
+        "exact_match": ("exact match", "share of answers", 3),
+        "chrf": ("chrF", "0 to 100, likeness of the texts", 1),
+        "ended": ("end by themselves", "share of answers", 3),
+        "tool_call_accuracy": ("right tool calls", "share with the right name and arguments", 3),
+    }
+    found = answer_changes(record)
+    return [_row(*names[metric][:2], change, names[metric][2]) for metric, change in found.items()]
+
+
 def _row(name: str, unit: str, change: Change, digits: int) -> MetricRow:
     cells = [
         (f"{interval.value:.{digits}f}", between(interval, digits - 1))
@@ -158,9 +170,10 @@ def notes(record: Record) -> list[str]:
             f"The eval loss is computed in {precision}, {error}, as estimated from some examples in fp32; "
             "--eval.precision fp32 avoids it."
         )
-    best = best_of(lines)
+    by = record.config.checkpoint.best_by
+    best = best_of(lines, by)
     if best is not lines[-1]:
-        remarks.append(f"The lowest eval loss of the run was {best['loss']:.4f}, {_after(best['step'])}.")
+        remarks.append(f"The {best_in_words(by)} of the run was {best[by]:.4f}, {_after(best['step'])}.")
     return remarks
 
 
@@ -206,10 +219,6 @@ def setting_facts(config: Config) -> Facts:
     lora, data, train, optim = config.lora, config.data, config.train, config.optim
     targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
     variants = [name for name, used in (("rsLoRA", lora.use_rslora), ("DoRA", lora.use_dora)) if used]
-    rate = f"{optim.learning_rate:g}, {optim.schedule}"
-    rate += (
-        f", warm-up over {optim.warmup_ratio:.0%} of the updates" if optim.warmup_ratio else ", no warm-up"
-    )
     facts = [
         ("LoRA", f"r {lora.r}, alpha {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, on {targets}"),
         ("trained on", "every token" if data.train_on == "all" else "the answers alone"),
@@ -222,11 +231,29 @@ def setting_facts(config: Config) -> Facts:
             "optimizer",
             f"{optim.name}, weight decay {optim.weight_decay:g}, clipped at {optim.max_grad_norm:g}",
         ),
-        ("learning rate", rate),
+        ("learning rate", _learning_rate_in_words(optim)),
         ("precision", {"no": "fp32"}.get(train.mixed_precision, train.mixed_precision)),
         ("seeds", f"sample {data.sample_seed}, split {data.split_seed}, training {train.seed}"),
     ]
     return [*facts, ("variants", ", ".join(variants))] if variants else facts
+
+
+def _learning_rate_in_words(optim: OptimConfig) -> str:
+    words = [f"{optim.learning_rate:g}"]
+    if optim.lora_b_lr_ratio:
+        words.append(f"of B {optim.lora_b_lr_ratio:g} times that (LoRA+)")
+    decay = (
+        f" over the last {optim.decay_ratio or 0.1:.0%}" if optim.schedule == "warmup_stable_decay" else ""
+    )
+    floor = f" to {optim.min_lr_ratio:g} of it" if optim.min_lr_ratio else ""
+    words.append(f"{optim.schedule}{decay}{floor}")
+    if optim.warmup_steps:
+        words.append(f"warm-up over {optim.warmup_steps} updates")
+    elif optim.warmup_ratio:
+        words.append(f"warm-up over {optim.warmup_ratio:.0%} of the updates")
+    else:
+        words.append("no warm-up")
+    return ", ".join(words)
 
 
 def machine_facts(record: Record) -> Facts:

@@ -24,7 +24,7 @@ from finetune.model.given_adapter import (
 )
 from finetune.model.load import base_fingerprint, check_vocabulary, load_base, load_tokenizer
 from finetune.ops import token_rows
-from finetune.run.checkpoint import STATE, TRAINING_CONFIG, fault_of, list_checkpoints
+from finetune.run.checkpoint import BASE, STATE, TRAINING_CONFIG, fault_of, list_checkpoints
 from finetune.run.folder import CHAT_TEMPLATE, CONFIG, ENVIRONMENT, RESULT, read_environment
 from finetune.runtime import system
 from finetune.runtime.accelerator import choose_precision, create_accelerator
@@ -213,13 +213,18 @@ def add_rows_of(adapter: Path, base: Any) -> None:
 
 def _check_base(trained: Trained, base: Any) -> None:
     """An adapter on another base of the same shape would produce nonsense."""
+    found = base_fingerprint(trained.config.model, base)
     if (trained.adapter / MANIFEST).exists():  # a checkpoint, found whole
         expected = json.loads((trained.adapter / STATE).read_text(encoding="utf-8"))["base"]
     elif trained.run_dir is not None:
         expected = read_environment(trained.run_dir)["base"]
+    elif (trained.adapter / BASE).is_file():  # copied out of its run
+        expected = (trained.adapter / BASE).read_text(encoding="utf-8").strip()
+        if ("@" in expected) != ("@" in found):
+            return  # a model of the Hub, and a folder: it may be the same one
     else:
         return
-    if expected != base_fingerprint(trained.config.model, base):
+    if expected != found:
         raise ValueError(
             f"{trained.adapter} was trained on another base model than {trained.config.model.name_or_path} "
             "is now"

@@ -125,12 +125,15 @@ def answer(
     max_new_tokens: int,
     temperature: float,
     seeds: Sequence[int],
-    streamer: Any = None,
+    **hooks: Any,
 ) -> list[Answer]:
-    """Answers to prompts as one batch. With a temperature above 0, each draws from a seed of its own."""
+    """Answers to prompts as one batch. With a temperature above 0, each draws from a seed of its own.
+
+    `hooks` are `answer_prompts`' own: `streamer`, `prefix_cache` and `stopping`.
+    """
     sampler = Sampler(temperature, seeds, model.accelerator.device) if temperature > 0 else None
     return answer_prompts(
-        model.accelerator, model.model, model.tokenizer, prompts, max_new_tokens, sampler, streamer
+        model.accelerator, model.model, model.tokenizer, prompts, max_new_tokens, sampler, **hooks
     )
 
 

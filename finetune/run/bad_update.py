@@ -125,23 +125,14 @@ def record_bad_update(
     data: Data,
     tokenizer: Any,
 ) -> FloatingPointError:
-    """Find which numbers of the update after `state` are not finite, write them down, and print where. The
-    main process does this. Returns the error to raise."""
-    arguments = (accelerator, checkpointer, token_loss, plan, state, data.train.dataset, tokenizer)
-    on_main(accelerator, _record, *arguments)
+    """Find which numbers of the update after `state` are not finite, write them down, and print where. All
+    ranks repeat the update, as a sharded base needs; the main process writes. Returns the error to raise."""
+    record = examine_update(accelerator, token_loss, plan, state.step, data.train.dataset, tokenizer)
+    on_main(accelerator, _show, checkpointer, record, state)
     return FloatingPointError(f"a number of update {state.step + 1} is not finite")
 
 
-def _record(
-    accelerator: Any,
-    checkpointer: Checkpointer,
-    token_loss: TokenLoss,
-    plan: Plan,
-    state: TrainState,
-    dataset: Any,
-    tokenizer: Any,
-) -> None:
-    record = examine_update(accelerator, token_loss, plan, state.step, dataset, tokenizer)
+def _show(checkpointer: Checkpointer, record: dict[str, Any], state: TrainState) -> None:
     say(write_bad_update(checkpointer, record, state))
 
 

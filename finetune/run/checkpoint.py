@@ -27,7 +27,7 @@ from finetune.model.given_adapter import (
 from finetune.runtime import system
 from finetune.runtime.files import atomic_folder, file_sha256, tensor_bytes
 from finetune.runtime.processes import on_main
-from finetune.training.evaluate import best_of
+from finetune.training.best import best_in_words, best_of, best_value_first
 from finetune.training.loss_scale import LossScale
 from finetune.training.metrics import SumWindow
 from finetune.training.optim import state_bytes
@@ -35,6 +35,8 @@ from finetune.training.optim_state import kind_of, load_state, split_state
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 TRAINING_CONFIG = "training_config.yaml"  # beside a result: the configuration of its run
+
+BASE = "base_fingerprint.txt"  # and the fingerprint of its base
 
 CARD = "README.md"  # and what it is, as the Hugging Face Hub shows it
 
@@ -78,6 +80,7 @@ class Checkpointer:
         self.config, self.run_dir = config, Path(config.output_dir)
         self.trained = trained
         self._accelerator, self._window = accelerator, window
+        self._base = ""
 
     def resume(self, source: Path | None, base: str) -> TrainState:
         """Restore the checkpoint `source`; without one, start from scratch or from `model.adapter`.
@@ -87,6 +90,7 @@ class Checkpointer:
         Raises:
             ValueError: as `load_checkpoint` and `load_weights`.
         """
+        self._base = base
         if source is None:
             if self.config.model.adapter is not None:
                 load_weights(find_adapter(self.config.model.adapter), self.trained.model)
@@ -116,11 +120,11 @@ class Checkpointer:
 
     def load_best(self, state: TrainState, history: History) -> list[str]:
         """As the function `load_best`, of this run."""
-        return load_best(self.run_dir, history, state, self.trained.model)
+        return load_best(self.run_dir, history, self.config.checkpoint.best_by, state, self.trained.model)
 
     def save_result(self, folder: Path, tokenizer: Any, training_config: str, card: str) -> None:
         """As the function `save_result`, of this run."""
-        save_result(folder, self.trained.model, tokenizer, training_config, card)
+        save_result(folder, self.trained.model, tokenizer, training_config, card, self._base)
 
     def estimate_bytes(self) -> int:
         """Approximate size of one checkpoint on disk."""
@@ -160,22 +164,21 @@ def save_checkpoint(
     # Newer ones are damaged: the run resumed from an earlier one.
     written = list_checkpoints(run_dir)
     position = written.index(folder)
-    best = [path for path, _ in best_first(run_dir, history)] if config.keep_best else []
+    best = [path for path, _ in best_first(run_dir, history, config.best_by)] if config.keep_best else []
     for other in written[:position] + written[position + config.keep :]:
         if other not in best:
             system.remove_folder(other)
     return folder
 
 
-def best_first(run_dir: Path, history: History) -> Iterator[tuple[Path, str | None]]:
-    """The evaluated checkpoints, each with its fault, up to the first intact one: the best, as `best_of`
-    finds it, then by eval loss, the oldest of equals first.
+def best_first(run_dir: Path, history: History, by: str) -> Iterator[tuple[Path, str | None]]:
+    """The evaluated checkpoints, each with its fault, up to the first intact one: the best by the metric
+    `by`, as `best_of` finds it, then by its value, the oldest of equals first.
 
     Of step 0 there is no checkpoint.
     """
     trained = [entry for entry in history if entry["step"] > 0]
-    others = sorted(trained, key=lambda entry: (entry["loss"], entry["step"]))
-    for entry in [best_of(trained), *others] if trained else []:
+    for entry in [best_of(trained, by), *best_value_first(trained, by)] if trained else []:
         folder = checkpoint_dir(run_dir, entry["step"])
         fault = fault_of(folder)
         yield folder, fault
@@ -204,10 +207,12 @@ def write_checkpoint(folder: Path, state: TrainState, trained: Trained) -> None:
         _write_json(staging / MANIFEST, files)
 
 
-def save_result(folder: Path, model: PeftModel, tokenizer: Any, training_config: str, card: str) -> None:
+def save_result(
+    folder: Path, model: PeftModel, tokenizer: Any, training_config: str, card: str, base: str
+) -> None:
     """Write the result of a run atomically. It loads with PeftModel and AutoTokenizer.
 
-    `training_config` (YAML) says how it was trained; `card` is its README.md.
+    `training_config` (YAML) says how it was trained; `card` is its README.md; `base` identifies its base.
 
     Raises:
         ValueError: the disk is full.
@@ -217,6 +222,7 @@ def save_result(folder: Path, model: PeftModel, tokenizer: Any, training_config:
         tokenizer.save_pretrained(staging)
         system.write_text(staging / TRAINING_CONFIG, training_config)
         system.write_text(staging / CARD, card)
+        system.write_text(staging / BASE, f"{base}\n")
 
 
 def estimate_bytes(model: PeftModel, optimizer_name: str) -> int:
@@ -306,12 +312,12 @@ def load_adapter(folder: Path, model: PeftModel) -> None:
     set_peft_model_state_dict(model, adapter)
 
 
-def load_best(run_dir: Path, history: History, state: TrainState, model: PeftModel) -> list[str]:
-    """Load the adapter of the best checkpoint into the model, set `state.step` to its step; return remarks to
-    print."""
-    tried = list(best_first(run_dir, history))
+def load_best(run_dir: Path, history: History, by: str, state: TrainState, model: PeftModel) -> list[str]:
+    """Load the adapter of the checkpoint that is the best by the metric `by` into the model, set `state.step`
+    to its step; return remarks to print."""
+    tried = list(best_first(run_dir, history, by))
     damaged = [f"{folder.name} cannot be used: {fault}" for folder, fault in tried if fault is not None]
-    remarks = [f"Of the lowest eval loss, {damaged[0]}"] if damaged else []
+    remarks = [f"Of the {best_in_words(by)}, {damaged[0]}"] if damaged else []
     if len(damaged) == len(tried):
         return [*remarks, "No intact checkpoint was evaluated: the adapter is that of the last update."]
     best, _ = tried[-1]

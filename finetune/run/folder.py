@@ -26,6 +26,7 @@ from finetune.model import given_adapter
 from finetune.run.checkpoint import checkpoints_dir, fault_of, list_checkpoints
 from finetune.runtime import system
 from finetune.runtime.files import require_room, write_atomically
+from finetune.runtime.locks import LOCK, folder_lock
 
 CONFIG, ENVIRONMENT = given_adapter.RUN_FILES
 RESULT, CHAT_TEMPLATE = given_adapter.RESULT, "chat_template.jinja"
@@ -40,12 +41,16 @@ FREE_KEYS = (
     "resume",
     "strict",
     "log.",
-    "checkpoint.",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
     "train.micro_batch_size",
     "train.gradient_accumulation_steps",
+    "train.global_batch_size",
     "train.packing",
     "train.max_tokens_per_micro_batch",
     "train.gradient_checkpointing",
+    "train.sharding",
+    "train.shard_over",
     "fast.attention",
     "fast.head",
 )
@@ -88,16 +93,20 @@ def run_status(config: Config) -> RunStatus:
 
 
 def _is_leftover(path: Path) -> bool:
-    """Whether this was left by a start that was killed before its last step, writing config.yaml."""
+    """Whether this is the lock, or was left by a start that was killed before its last step, writing
+    config.yaml."""
     written_before = (ENVIRONMENT, CHAT_TEMPLATE)
-    return path.name in written_before or path.name in [
-        f".{name}.partial" for name in (*written_before, CONFIG)
-    ]
+    return path.name.startswith(LOCK) or path.name in written_before or _is_partial(path)
+
+
+def _is_partial(path: Path) -> bool:
+    """Whether it is a file that was being written, or one by which processes find a shared folder."""
+    return path.name.startswith(".") and path.name.endswith(".partial")
 
 
 @contextmanager
 def only_one_at_a_time(config: Config) -> Iterator[None]:
-    """Lock the run's folder against a second process, for as long as this one lives.
+    """Lock the run's folder against a second process, on this or another computer, while this one lives.
 
     Raises:
         ValueError: another process holds the lock: the two would overwrite each other's files.
@@ -116,7 +125,8 @@ def only_one_at_a_time(config: Config) -> Iterator[None]:
             "last update; wait for it, or stop it"
         ) from None
     try:
-        yield
+        with folder_lock(Path(config.output_dir)):
+            yield
     finally:
         lock.release()
 
@@ -132,7 +142,8 @@ def _saved_config(folder: Path) -> dict[str, Any]:
 
 
 def _differing_keys(saved: dict[str, Any], config: Config) -> list[str]:
-    before, now = flatten(saved), flatten(config_to_dict(config))
+    # A run of an older version lacks keys that were added since; it ran as their defaults do.
+    before, now = flatten(config_to_dict(Config())) | flatten(saved), flatten(config_to_dict(config))
     return [
         f"{key} was {before.get(key)}, is {now.get(key)}"
         for key in {**before, **now}
@@ -198,7 +209,8 @@ def start_run(
             raise ValueError(
                 f"the run in {folder} takes {before['global_batch_size']} examples per update, and with "
                 f"{plan.num_processes} process(es) this is {plan.global_batch_size}: set "
-                "train.gradient_accumulation_steps or train.micro_batch_size so that the product is the same"
+                f"train.global_batch_size to {before['global_batch_size']} and "
+                "train.gradient_accumulation_steps to null"
             )
     to_write = config.checkpoint.keep + config.checkpoint.keep_best + 1 - len(list_checkpoints(folder))
     require_room(folder, to_write * checkpoint_bytes, "the run")

@@ -9,16 +9,17 @@ from finetune.config import Config
 from finetune.data.duplicates import Match
 from finetune.data.named_templates import describe_template
 from finetune.data.plan import Plan
-from finetune.data.splits import Data, in_words
+from finetune.data.splits import Data, fingerprint_of, in_words
 from finetune.model.added_tokens import token_ids_of
 from finetune.model.fast_paths import FastPaths
-from finetune.model.load import count_parameters
+from finetune.model.size import count_parameters
 from finetune.run import folder, summary
 from finetune.run.checkpoint import Checkpointer, TrainState
 from finetune.run.origin import describe_origin, origin_record
 from finetune.run.token_budget import TokenBudget
 from finetune.runtime.accelerator import device_name, environment
 from finetune.runtime.choice import Choice
+from finetune.runtime.launch import require_same
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,21 @@ class RunFacts:
     """A resumed run lays out its updates in the same way"""
     flop_per_second: float
     """Of this device in matrix multiplications"""
+
+
+def require_same_start(accelerator: Any, data: Data, source: Path | None) -> None:
+    """All ranks must have read the same rows, and resume from the same checkpoint, if any.
+
+    Raises:
+        ValueError: as `require_same`.
+    """
+    require_same(
+        accelerator,
+        {
+            "the fingerprint of the rows": fingerprint_of(data.train, data.eval)["fingerprint"],
+            "the checkpoint to resume from": "none" if source is None else source.name,
+        },
+    )
 
 
 def open_run(
@@ -126,10 +142,14 @@ def _leaks_in_words(leaks: Mapping[int, Match], num_eval: int) -> str:
 def batch_arithmetic(config: Config, plan: Plan) -> list[tuple[str, str]]:
     """Examples and tokens of an update, and the number of updates."""
     train = config.train
-    product = f"{train.micro_batch_size} x {train.gradient_accumulation_steps} x {plan.num_processes}"
+    if train.gradient_accumulation_steps is None:
+        size = f"{plan.global_batch_size}, shared by {plan.num_processes} process"
+    else:
+        product = f"{train.micro_batch_size} x {train.gradient_accumulation_steps} x {plan.num_processes}"
+        size = f"{product} process = {plan.global_batch_size}"
     capped = "" if plan.max_steps is None else f", at most {plan.max_steps}"
     return [
-        ("examples per update", f"{product} process = {plan.global_batch_size}"),
+        ("examples per update", size),
         (
             "updates",
             f"ceil({len(plan.lengths):,} / {plan.global_batch_size}) = {plan.steps_per_epoch:,} an epoch "

@@ -9,11 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.config import Config
+from finetune.config_checks import ANSWER_METRICS, is_higher_better
+from finetune.config_files import TRAIN_PROGRAM
 from finetune.data.plan import Plan
+from finetune.run.extra_trackers import recorded_links
 from finetune.run.folder import CONFIG, METRICS
 from finetune.runtime.choice import Choice
 from finetune.runtime.console import console, say, show_choices
-from finetune.training.evaluate import best_of, is_out_of_patience
+from finetune.training.best import best_in_words, best_of, better_in_words, is_out_of_patience
 
 # Metric: its name on screen and its format.
 SHOWN = {
@@ -22,6 +25,10 @@ SHOWN = {
     "loss_without_leaks": ("without leaks", "{:.4f}"),
     "mean_token_accuracy": ("accuracy", "{:.4f}"),
     "entropy": ("entropy", "{:.4f}"),
+    "exact_match": ("exact", "{:.1%}"),
+    "chrf": ("chrF", "{:.1f}"),
+    "ended": ("ended", "{:.1%}"),
+    "tool_call_accuracy": ("calls", "{:.1%}"),
     "learning_rate": ("lr", "{:.2e}"),
     "grad_norm": ("grad norm", "{:.3f}"),
     "loss_scale": ("loss scale", "{:,.0f}"),
@@ -34,7 +41,8 @@ SHOWN = {
 
 def show_start(config: Config, settings: Sequence[Choice], facts: Sequence[tuple[str, str]]) -> None:
     """Print what is trained on what, and the requested beside the actual settings."""
-    table = Table(title=Text(f"Run {config.output_dir}"), title_justify="left", show_header=False)
+    say(f"Run {config.output_dir}")  # not the table's title, which would be folded inside the path
+    table = Table(show_header=False)
     for name, value in facts:
         table.add_row(name, Text(value))
     console.print(table)
@@ -68,7 +76,7 @@ def launch_command(run_dir: Path, num_processes: int, on_gpu: bool) -> str:
     if num_processes > 1:
         launcher = f"accelerate launch --multi_gpu --num_processes {num_processes}"
         launcher = launcher if on_gpu else f"torchrun --nproc_per_node {num_processes}"
-    return f"{launcher} train.py --config {shlex.quote(str(run_dir / CONFIG))}"
+    return f"{launcher} {TRAIN_PROGRAM} --config {shlex.quote(str(run_dir / CONFIG))}"
 
 
 def show_end(
@@ -91,33 +99,37 @@ def show_end(
         before, after = evaluations[0], of_adapter[-1]
         columns = ("eval", f"step {before['step']}", f"step {after['step']}", "change")
         table = Table(*columns, title="Before and after", title_justify="left")
-        shown = [(key, *SHOWN[key]) for key in ("loss", "entropy", "mean_token_accuracy")]
+        of_answers = [key for key in ANSWER_METRICS if key in before and key in after]
+        shown = [(key, *SHOWN[key]) for key in ("loss", "entropy", "mean_token_accuracy", *of_answers)]
         by_source = [key for key in after if key.startswith("loss/")]
         shown += [(key, f"loss of {key.removeprefix('loss/')}", SHOWN["loss"][1]) for key in by_source]
         for key, name, pattern in shown:
             change = f"{after[key] / before[key] - 1:+.1%}" if before[key] else ""
             table.add_row(Text(name), pattern.format(before[key]), pattern.format(after[key]), change)
         console.print(table)
-    if len(evaluations) > 1 and evaluations[0]["step"] == 0 and best_of(evaluations) is evaluations[0]:
+    by = config.checkpoint.best_by
+    if len(evaluations) > 1 and evaluations[0]["step"] == 0 and best_of(evaluations, by) is evaluations[0]:
         first = evaluations[0]
-        loss = f"{first['loss']:.4f}"
-        if "loss_error" in first:
-            loss += f" by more than the error of both ({first['loss_error']:.4f})"
-        say(f"No evaluation after training had a lower loss than that before it, {loss}.")
+        value = f"{first[by]:.4f}"
+        if "loss_error" in first and not is_higher_better(by):
+            value += f" by more than the error of both ({first['loss_error']:.4f})"
+        say(f"No evaluation after training had a {better_in_words(by)} than that before it, {value}.")
     if config.checkpoint.keep_best and of_adapter:
-        say(f"The adapter is the one after update {adapter_step}, which had the lowest eval loss.")
+        say(f"The adapter is the one after update {adapter_step}, which had the {best_in_words(by)}.")
     say(f"adapter      {run_dir / 'adapter'}")
     say(f"metrics      {run_dir / METRICS}")
     say(f"to see it    tensorboard --logdir {run_dir}")
+    for name, link in recorded_links(run_dir):
+        say(f"in {name:<9} {link}")
 
 
 def _show_last_step(config: Config, plan: Plan, evaluations: Sequence[dict[str, Any]]) -> None:
     """Print why the run ended early, if it did."""
-    patience = config.train.early_stopping_patience
-    if is_out_of_patience(evaluations, patience) and evaluations[-1]["step"] < plan.num_steps:
-        best = best_of(evaluations)
+    patience, by = config.train.early_stopping_patience, config.checkpoint.best_by
+    if is_out_of_patience(evaluations, patience, by) and evaluations[-1]["step"] < plan.num_steps:
+        best = best_of(evaluations, by)
         tried = "the last evaluation" if patience == 1 else f"the last {patience} evaluations"
         say(
-            f"Ended early, after update {evaluations[-1]['step']} of {plan.num_steps}: {tried} had no lower "
-            f"loss than {best['loss']:.4f}, that after update {best['step']}."
+            f"Ended early, after update {evaluations[-1]['step']} of {plan.num_steps}: {tried} had no "
+            f"{better_in_words(by)} than {best[by]:.4f}, that after update {best['step']}."
         )

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import re
 import signal
@@ -25,6 +26,7 @@ from finetune.run.folder import RunStatus, read_environment, read_evaluations, r
 from finetune.runtime import system
 from finetune.runtime.console import say
 from finetune.runtime.files import write_atomically
+from finetune.runtime.processes import SWEEP
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 RECORD = "sweep.json"
@@ -185,7 +187,8 @@ def run_trials(trials: Sequence[Trial], folder: Path) -> tuple[int, dict[str, st
             if received or code > 1:
                 continue
             say(f"Run {number} of {len(trials)}: {name}")
-            process = system.start_apart([sys.executable, str(TRAIN), *trial.arguments])
+            environment = {**os.environ, SWEEP: str(os.getpid())}
+            process = system.start_apart([sys.executable, str(TRAIN), *trial.arguments], environment)
             children.append(process)
             if received:  # it came while the process was started
                 system.ask_to_stop(process, received[0])

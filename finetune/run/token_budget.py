@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from finetune.config import Config
+from finetune.config import Config, examples_per_update
 from finetune.data.plan import requested_budget
 from finetune.model.loss import TokenLoss
 from finetune.run import folder
@@ -49,7 +49,9 @@ def choose(config: Config, accelerator: Any, token_loss: TokenLoss, packing: boo
         return TokenBudget(requested_budget(config))
     room = room_on(accelerator.device)
     predicted = predict(config, accelerator, token_loss, packing)
-    fitting = -all_reduce_max(accelerator, -fitting_budget(config, predicted, room.usable_gib, packing))
+    processes = accelerator.num_processes
+    fitting = fitting_budget(config, predicted, room.usable_gib, packing, processes)
+    fitting = -all_reduce_max(accelerator, -fitting)
     if fitting < config.data.max_length:
         raise ValueError(too_little_memory(config, fitting, room.usable_gib))
     return _chosen(fitting, f"auto: {room.total_gib:.1f} GiB, less a margin of {room.margin_gib:.1f}")
@@ -66,19 +68,20 @@ def is_automatic(config: Config, device: torch.device) -> bool:
     return requested == "auto" or (requested is None and device.type == "cuda")
 
 
-def fitting_budget(config: Config, predicted: Prediction, gib: float, packing: bool) -> int:
+def fitting_budget(
+    config: Config, predicted: Prediction, gib: float, packing: bool, num_processes: int = 1
+) -> int:
     """The largest token budget that fits into `gib` GiB, and at most all tokens of an update.
 
     It may be too small for an example of `max_length`.
     """
-    return min(predicted.largest_budget(gib), _most_tokens(config, packing))
+    return min(predicted.largest_budget(gib), _most_tokens(config, packing, num_processes))
 
 
-def _most_tokens(config: Config, packing: bool) -> int:
+def _most_tokens(config: Config, packing: bool, num_processes: int) -> int:
     """The most tokens that a micro-batch can have. Packed, it may hold all examples of a rank's update."""
-    train = config.train
-    num_examples = train.micro_batch_size * (train.gradient_accumulation_steps if packing else 1)
-    return num_examples * config.data.max_length
+    of_a_rank = -(-examples_per_update(config.train, num_processes) // num_processes)
+    return (of_a_rank if packing else config.train.micro_batch_size) * config.data.max_length
 
 
 def too_little_memory(config: Config, fitting: int, gib: float) -> str:

@@ -21,22 +21,24 @@ from finetune.data.by_source import several_sources, source_of_each
 from finetune.data.conversations import Conversation
 from finetune.data.examples import Examples
 from finetune.data.plan import Plan
-from finetune.data.rows import text_of
 from finetune.model.generate import Answer
+from finetune.run.answer_files import write_answer_scores
+from finetune.run.extra_trackers import add_extra_trackers, answers_as_text
 from finetune.run.folder import ANSWERS, METRICS, read_lines, write_example_sums
 from finetune.run.summary import SHOWN
 from finetune.runtime import console
 from finetune.runtime.files import cannot_write
+from finetune.training.answer_scores import Question, Scores
 from finetune.training.metrics import Metrics
 
 
 class Tracker:
     """Shows and writes the metrics of a run. It does nothing on ranks other than the main one.
 
-    Scalars go to TensorBoard as `split/metric` through Accelerate, and as one object a line to
-    metrics.jsonl; generated answers go to TensorBoard as text, and to answers.jsonl. The files are written
-    first, and a resumed run sends TensorBoard what they hold of its first step again: a kill between the
-    two loses nothing.
+    Scalars go to TensorBoard and the trackers of `log.trackers` as `split/metric` through Accelerate, and as
+    one object a line to metrics.jsonl; generated answers go there as text, and to answers.jsonl. The files
+    are written first, and a resumed run sends TensorBoard what they hold of its first step again: a kill
+    between the two loses nothing.
     """
 
     def __init__(self, accelerator: Any, config: Config, plan: Plan, first_step: int) -> None:
@@ -46,6 +48,7 @@ class Tracker:
         self._run_dir = Path(config.output_dir)
         self._metrics_file = self._run_dir / METRICS
         self._answers_file = self._run_dir / ANSWERS
+        add_extra_trackers(accelerator, config)
         accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first_step}})
         if self._main and first_step == 0:
             self._write_hparams(config)
@@ -109,6 +112,14 @@ class Tracker:
                 sources = source_of_each(eval_set) if several_sources(eval_set) else None
                 write_example_sums(self._run_dir, step, eval_set.dataset["row_number"], sums, sources)
 
+    def write_answer_scores(
+        self, step: int, questions: Sequence[Question], answers: Sequence[Answer], scores: Sequence[Scores]
+    ) -> None:
+        """Write the answers to the rows of `eval.answers`, and how each compares with that of its row."""
+        if self._main:
+            with _saying_where(self._run_dir):
+                write_answer_scores(self._run_dir, step, questions, answers, scores)
+
     def log_answers(
         self, step: int, conversations: Sequence[Conversation], answers: Sequence[Answer]
     ) -> None:
@@ -120,7 +131,7 @@ class Tracker:
             ]
             with _saying_where(self._run_dir):
                 _append(self._answers_file, {"step": step, "answers": entries})
-                self._show_answers(step, entries)
+                self._accelerator.log(answers_as_text(entries), step=step)
 
     def was_made(self, kind: str, step: int) -> bool:
         """Whether the evaluation ("eval") or the "answers" of `step`, where this run was resumed, exist."""
@@ -136,15 +147,9 @@ class Tracker:
                 self._written.add((split, first_step))
         for entry in read_lines(self._answers_file):
             if 0 < first_step == entry["step"]:
-                self._show_answers(first_step, entry["answers"])
+                self._accelerator.log(answers_as_text(entry["answers"]), step=first_step)
                 self._written.add(("answers", first_step))
         self._accelerator.wait_for_everyone()  # all have read the files before one writes on
-
-    def _show_answers(self, step: int, entries: Sequence[dict[str, Any]]) -> None:
-        for number, entry in enumerate(entries, 1):
-            question = _as_markdown(text_of(entry["messages"][-1]))
-            text = f"**{question}**\n\n{_as_markdown(entry['answer'])}"
-            self._accelerator.log({f"answers/{number}": text}, step=step)
 
     def show_activity(self, activity: str) -> None:
         """Say below the bar what the run does between updates."""
@@ -197,7 +202,3 @@ def _append(path: Path, entry: dict[str, Any]) -> None:
         file.write(json.dumps(_finite(entry)) + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def _as_markdown(text: str) -> str:
-    return text.strip().replace("\n", "  \n")

@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -11,22 +12,39 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradScalerKwargs, parse_flag_from_env
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import GradScalerKwargs, InitProcessGroupKwargs, parse_flag_from_env
 
 from finetune.config import Config
 from finetune.runtime import system
 from finetune.runtime.choice import Choice
+from finetune.runtime.launch import refuse_other_engines, require_same_launch
 from finetune.runtime.memory import GIB
-from finetune.runtime.processes import under_accelerate_launch
+from finetune.runtime.processes import PEER_TIMEOUT, under_accelerate_launch
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "tensorboard")
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def describe_machine(accelerator: Accelerator) -> list[Choice]:
-    """Device, processes and data workers, as requested and actual."""
+def describe_machine(accelerator: Accelerator, trackers: Sequence[str]) -> list[Choice]:
+    """Device, processes, data workers and trackers, as requested and actual."""
     device, processes = accelerator.device, accelerator.num_processes
-    return [_describe_device(device), _describe_processes(processes), Choice("data workers", "0", "0")]
+    workers = Choice("data workers", "0", "0")
+    return [_describe_device(device), _describe_processes(processes), workers, _describe_trackers(trackers)]
+
+
+def installed_trackers(names: Sequence[str]) -> list[str]:
+    """TensorBoard, and those of `names` whose packages are installed."""
+    available = [str(tracker) for tracker in get_available_trackers()]
+    return [name for name in dict.fromkeys(("tensorboard", *names)) if name in available]
+
+
+def _describe_trackers(names: Sequence[str]) -> Choice:
+    """The trackers, with the command that installs those that are missing."""
+    requested, actual = dict.fromkeys(("tensorboard", *names)), installed_trackers(names)
+    missing = " ".join(name for name in requested if name not in actual)
+    reason = f"not installed; to have them: pip install {missing}" if missing else ""
+    return Choice("trackers", ", ".join(requested), ", ".join(actual), reason)
 
 
 def _describe_device(device: torch.device) -> Choice:
@@ -107,8 +125,10 @@ def create_accelerator(config: Config, precision: str) -> Accelerator:
     Accumulation, the schedule and fp16's loss scale are the loop's own.
 
     Raises:
-        ValueError: the launcher started several processes and Accelerate does not see them.
+        ValueError: the launcher started several processes and Accelerate does not see them, or it asks for
+            what `refuse_other_engines` refuses; or as `require_same_launch`.
     """
+    refuse_other_engines()
     # oneDNN caches a compiled program for each shape. Each update has another number of tokens, so that its
     # default of 1024 programs grows to half a GiB. A forward and backward pass needs about 150.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
@@ -116,16 +136,18 @@ def create_accelerator(config: Config, precision: str) -> Accelerator:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # The launcher's environment would override the argument and divide the loss a second time.
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+    # FSDP is the loop's own too: Accelerate's would shard the adapter, and transformers load by it.
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
     accelerator = Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=1,
         cpu=not (torch.cuda.is_available() or on_apple_gpu()),
         log_with="tensorboard",
         project_dir=config.output_dir,
-        kwargs_handlers=[GradScalerKwargs(enabled=False)],
+        kwargs_handlers=[GradScalerKwargs(enabled=False), InitProcessGroupKwargs(timeout=PEER_TIMEOUT)],
     )
     if accelerator.device.type == "cpu":
-        _use_all_cores(accelerator.num_processes)
+        _use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
     else:
         compute_same_bits()
     started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -134,6 +156,7 @@ def create_accelerator(config: Config, precision: str) -> Accelerator:
             f"{started} processes were started, but Accelerate knows of {accelerator.num_processes}; each "
             "would train alone on the same data. Launch with `accelerate launch --num_processes` or torchrun"
         )
+    require_same_launch(accelerator, config)
     return accelerator
 
 
@@ -147,12 +170,12 @@ def compute_same_bits() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _use_all_cores(num_processes: int) -> None:
+def _use_all_cores(num_local_processes: int) -> None:
     """Undo the launchers' OMP_NUM_THREADS=1, which leaves all cores but one idle; a higher value is the
     user's own."""
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = min(psutil.cpu_count(logical=False) or 1, system.available_cpus())
-        torch.set_num_threads(max(1, cores // num_processes))
+        torch.set_num_threads(max(1, cores // num_local_processes))
 
 
 def reseed(seed: int, step: int, rank: int) -> None:

@@ -13,6 +13,11 @@ from typing import Any, NoReturn
 from finetune.config_parsing import unused_preset_settings
 from finetune.runtime.system import let_streams_take_any_text
 
+LOST_PEER = (
+    "stopped: another process of this run has ended or does not answer; if it did not say why, it was "
+    "killed, perhaps for want of memory. Rerun the same command to resume"
+)
+
 
 class CommandParser(argparse.ArgumentParser):
     """Raises ValueError for an argument that is wrong; an option's name is never guessed from its start."""
@@ -28,8 +33,8 @@ def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
     """Run a command and return its exit code: what it returns, or 0.
 
     A ValueError (what a user can get wrong) and an OSError (a full disk, a folder that cannot be written)
-    print one line and give 2, a FloatingPointError (a run that diverged) one line and 1. With --debug the
-    traceback comes first.
+    print one line and give 2; a FloatingPointError (a run that diverged) and the loss of another process of
+    the run print one line and give 1. With --debug the traceback comes first.
     """
     let_streams_take_any_text()
     try:
@@ -38,6 +43,10 @@ def run_command(command: Callable[[Sequence[str]], int | None], argv: Sequence[s
         return _end(argv, f"error: {_in_words(error)}", 2)
     except FloatingPointError as error:
         return _end(argv, f"stopped: {error}", 1)
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        return _end(argv, LOST_PEER, 1)
     except KeyboardInterrupt:
         return _end(argv, "stopped", 130)
     finally:
@@ -99,6 +108,12 @@ def parse_arguments(parser: CommandParser, argv: Sequence[str]) -> argparse.Name
     if others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     return arguments
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    from finetune.runtime.processes import is_lost_peer  # here, as it imports torch, which takes seconds
+
+    return is_lost_peer(error)
 
 
 def _end(argv: Sequence[str], line: str, code: int) -> int:

@@ -2,11 +2,29 @@
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
+
+T = TypeVar("T")
+
+# How long a process waits for another that is silent: longer than what one of them does for all, such as
+# writing answers on a CPU. Where one is dead and its computer still runs, gloo notices at once.
+PEER_TIMEOUT = timedelta(minutes=30)
+
+# In the errors that gloo, NCCL and the rendezvous raise if a process is gone or silent.
+LOST_PEER_MESSAGES = (
+    "gloo/transport",
+    "Application timeout caused pair closure",
+    "ncclRemoteError",
+    "Connection reset by peer",
+    "Broken pipe",
+    "failed to recv",
+    "timed out",
+)
 
 
 def all_reduce_max(accelerator: Any, number: int) -> int:
@@ -18,10 +36,25 @@ def all_reduce_max(accelerator: Any, number: int) -> int:
     return int(tensor)
 
 
+def gather_objects(accelerator: Any, own: T) -> list[T]:
+    """What each rank brought, in the order of ranks: the same on all. Each must call it equally often."""
+    gathered: list[Any] = [own] * accelerator.num_processes
+    if accelerator.num_processes > 1:
+        torch.distributed.all_gather_object(gathered, own, _cpu_group())
+    return gathered
+
+
 @cache
 def _cpu_group() -> Any:
     """All ranks, over the CPU: a number on the GPU would have the loop wait for the device."""
-    return torch.distributed.new_group(backend="gloo")
+    return torch.distributed.new_group(backend="gloo", timeout=PEER_TIMEOUT)
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective operation failed as another process has ended, or was silent for PEER_TIMEOUT."""
+    return isinstance(error, torch.distributed.DistStoreError) or any(
+        message in str(error) for message in LOST_PEER_MESSAGES
+    )
 
 
 def on_main(accelerator: Any, job: Callable[..., object], *arguments: Any) -> None:
@@ -49,3 +82,13 @@ def under_accelerate_launch() -> bool:
         return False
     words = {os.path.basename(word) for word in command}
     return {"accelerate", "launch"} <= words or "accelerate.commands.launch" in words
+
+
+SWEEP = "FINETUNE_SWEEP"  # in the environment of a sweep's runs: the sweep's process
+
+
+def launcher() -> int | None:
+    """The process without which this one should not go on training: `accelerate launch`, or a sweep."""
+    if sweep := os.environ.get(SWEEP):
+        return int(sweep)
+    return os.getppid() if under_accelerate_launch() else None

@@ -9,7 +9,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, TypeVar
 
-from finetune.runtime.processes import all_reduce_max, under_accelerate_launch
+from finetune.runtime.processes import all_reduce_max, launcher
 from finetune.runtime.system import is_orphan_of, signals_named
 
 SIGNALS = signals_named("SIGTERM", "SIGINT", "SIGBREAK")
@@ -20,8 +20,8 @@ T = TypeVar("T")
 class StopRequest:
     """Records the first signal and leaves it to the loop when to stop; a second one ends the process.
 
-    The death of `accelerate launch` counts as a SIGTERM: otherwise a signal sent to the launcher alone would
-    leave its process training unnoticed.
+    The death of `accelerate launch` or of a sweep counts as a SIGTERM: otherwise a signal sent to the
+    launcher alone would leave its process training unnoticed.
     """
 
     def __init__(self, accelerator: Any) -> None:
@@ -30,7 +30,7 @@ class StopRequest:
         # A terminal signals torchrun and its processes, and torchrun forwards its own: two signals for one.
         self._last = 3 if "TORCHELASTIC_RUN_ID" in os.environ else 2
         self._agreed = 0
-        self._launcher = os.getppid() if under_accelerate_launch() else None
+        self._launcher = launcher()
         self._accelerator = accelerator
 
     def __enter__(self) -> "StopRequest":
@@ -58,10 +58,11 @@ class StopRequest:
         """128 + the signal that was agreed on, as a shell counts; 0 without one."""
         return 128 + self._agreed if self._agreed else 0
 
-    def until(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, up to a request to stop."""
+    def until(self, items: Iterable[T], together: bool = False) -> Iterator[T]:
+        """The items, up to a request to stop this process. With `together`, up to a request to stop any rank:
+        all ranks get the same number of items, of which each has equally many."""
         for item in items:
-            if self.requested:
+            if self.should_stop() if together else self.requested:
                 return
             yield item
 

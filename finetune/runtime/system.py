@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,38 @@ def user() -> str:
     if hasattr(os, "getuid"):
         return str(os.getuid())
     return getpass.getuser()
+
+
+def computer() -> str:
+    """Where the numbers of processes mean the same: since this boot, and on Linux in this container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{platform.node()} {round(psutil.boot_time() / 60)}"
+
+
+def start_of_process(pid: int) -> str | None:
+    """When a process was started, which tells it from others that had its number; None without one.
+
+    On Linux in clock ticks since the boot (proc_pid_stat(5), field 22), which setting the clock leaves alone.
+    """
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    except OSError:
+        pass
+    try:
+        return str(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return None
+
+
+def file_locks() -> Any:
+    """The module whose `flock` locks files in the kernel; None on Windows."""
+    try:
+        return importlib.import_module("fcntl")
+    except ModuleNotFoundError:
+        return None
 
 
 def available_cpus() -> int:
@@ -93,12 +125,12 @@ def signals_named(*names: str) -> tuple[signal.Signals, ...]:
     return tuple(getattr(signal, name) for name in names if hasattr(signal, name))
 
 
-def start_apart(command: Sequence[str]) -> subprocess.Popen[bytes]:
+def start_apart(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Start a program out of reach of the terminal's Ctrl-C."""
     flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", None)  # Windows
     if flags is not None:
-        return subprocess.Popen(command, creationflags=flags)
-    return subprocess.Popen(command, process_group=0)
+        return subprocess.Popen(command, env=environment, creationflags=flags)
+    return subprocess.Popen(command, env=environment, process_group=0)
 
 
 def ask_to_stop(process: subprocess.Popen[bytes], number: int) -> None:

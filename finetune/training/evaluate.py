@@ -1,7 +1,6 @@
 """Evaluation: exact sums of each eval example, their token-weighted means, and the sample conversations."""
 
-import math
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -33,12 +32,13 @@ def evaluate(
     packing: bool,
     stop: StopRequest | None = None,
     precision: str = "run",
+    collective: bool = False,
 ) -> Tensor | None:
     """[E, 4] float64 on the CPU: nll and entropy in nats, correct, and number of the target tokens of each of
     the E examples of `dataset`, without dropout. None if the evaluation was stopped midway.
 
-    Ranks may have different numbers of batches.
-    `batches` are those of this rank, as `plan_evaluation` returns them; the sums are over all ranks.
+    `batches` are those of this rank, as `plan_evaluation` returns them; the sums are over all ranks. Ranks
+    may have different numbers of batches unless `collective`, as in a Plan: then all stop after the same one.
     `precision` is "run", or "fp32" to compute in fp32 with the same weights.
 
     Raises:
@@ -49,11 +49,11 @@ def evaluate(
     exact = precision == "fp32"
     with dropout_off(token_loss), in_fp32(token_loss) if exact else nullcontext():
         pairs = zip(batches, micro_batches, strict=True)
-        for indices, batch in pairs if stop is None else stop.until(pairs):
+        for indices, batch in pairs if stop is None else stop.until(pairs, together=collective):
             with nullcontext() if exact else accelerator.autocast():
                 values = token_loss.token_stats(batch).to(sums.dtype)
             counted = torch.cat([values, torch.ones_like(values[:, :1])], dim=1)
-            examples = torch.tensor(indices, device=sums.device)[batch.example_of_target()]
+            examples = torch.tensor(indices, dtype=torch.long, device=sums.device)[batch.example_of_target()]
             sums.index_add_(0, examples, counted)
     if stop is not None and stop.should_stop():
         return None
@@ -69,8 +69,8 @@ def evaluation_metrics(
     """The means over the main examples, as `is_main` tells them from those of `eval_sets` (the names of
     eval.sets); then, if the examples come from several sources or sets, those of each.
 
-    `loss`, by which `keep_best` and patience go, is therefore not that of an eval set unless there are no
-    other eval rows. If some of the main rows are in `leaks` (rows that are also trained on),
+    `loss`, by which `keep_best` and patience go by default, is therefore not that of an eval set unless there
+    are no other eval rows. If some of the main rows are in `leaks` (rows that are also trained on),
     `loss_without_leaks` is the loss of the others. sums [E, 4] as `evaluate` returns them.
     """
     assert set(eval_sets) <= set(eval_set.source_names), "a set is named as in the configuration"
@@ -96,33 +96,6 @@ def loss_error(sums: Tensor, exact: Tensor) -> float:
     mean = difference.sum() / counts.sum()
     standard_error = (difference - mean * counts).square().sum().sqrt() / counts.sum()
     return float(mean.abs() + 2 * standard_error)
-
-
-def is_lower(entry: Mapping[str, Any], than: Mapping[str, Any]) -> bool:
-    """Whether the loss of an eval line is lower than that of another by more than their combined error."""
-    error = math.hypot(entry.get("loss_error", 0), than.get("loss_error", 0))
-    return bool(than["loss"] - entry["loss"] > error)
-
-
-def best_of(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The eval line with the lowest `loss`, that of the main eval rows: a later one replaces an earlier one
-    only if `is_lower` holds."""
-    best = evaluations[0]
-    for entry in evaluations[1:]:
-        if is_lower(entry, best):
-            best = entry
-    return best
-
-
-def is_out_of_patience(evaluations: Sequence[dict[str, Any]], patience: int | None) -> bool:
-    """Whether none of the last `patience` evaluations has a lower loss than the best one before them.
-
-    `evaluations` are eval lines of metrics.jsonl, in order, so that a resumed run decides alike. `is_lower`
-    compares the losses. With `patience` None, the result is False.
-    """
-    if patience is None or not evaluations:
-        return False
-    return len(evaluations) - evaluations.index(best_of(evaluations)) > patience
 
 
 def pick_conversations(rows: Iterable[Row], system_prompt: str | None, count: int = 10) -> list[Conversation]:

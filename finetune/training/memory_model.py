@@ -20,6 +20,7 @@ from finetune.data.collate import MicroBatch, collate, iterate_batches
 from finetune.data.examples import Examples
 from finetune.data.plan import Plan, count_tokens, plan_evaluation
 from finetune.model.loss import TokenLoss
+from finetune.model.sharding import gathered_bytes, local_share
 from finetune.ops import chunked_head, torch_makers
 from finetune.ops.quantized import dropout_off
 from finetune.ops.token_rows import frozen_layer, is_wrapper
@@ -37,6 +38,7 @@ class Prediction:
     process: int
     """The memory of Python and the libraries; on a GPU, of the tensors besides those below"""
     base: int
+    """Of a sharded base this process's share, and what is gathered at a time"""
     adapter: int
     """Weights and gradients, fp32, and the weights as a 16-bit forward pass multiplies them"""
     optimizer: int
@@ -76,25 +78,34 @@ def predict(config: Config, accelerator: Any, token_loss: TokenLoss, packing: bo
     adapter = [p for p in model.parameters() if p.requires_grad]
     tensors = [*model.parameters(), *model.buffers(), *_quantization_states(model)]
     base = storage_bytes([tensor for tensor in tensors if not tensor.requires_grad])
-    optimizer = choose_optimizer(config.optim.name, device).actual
-    num_trained = sum(p.numel() for p in adapter)
     gradients = [p.grad for p in adapter if p.grad is not None]
-    dtype = DTYPES[accelerator.mixed_precision]
-    widths = [m.in_features + m.out_features for m in _linear_layers(model)]
-    weights = [m.in_features * m.out_features for m in _linear_layers(model)]
     return Prediction(
         process=max(0, held_bytes(device) - base - storage_bytes([*adapter, *gradients])),
-        base=base,
-        adapter=2 * storage_bytes(adapter) + (num_trained * dtype.itemsize if dtype.itemsize < 4 else 0),
-        optimizer=num_trained * state_bytes(optimizer),
-        kept_per_token=_kept_per_token(accelerator, token_loss, packing),
-        per_layer_and_token=4 * max(widths) * dtype.itemsize,
-        weight=2 * max(weights) * dtype.itemsize,
-        **_head_bytes(token_loss, dtype, device),
+        base=base + gathered_bytes(token_loss),
+        kept_per_token=kept_per_token(accelerator, token_loss, packing),
+        **bytes_by_sizes(config, accelerator, token_loss),
     )
 
 
-def _kept_per_token(accelerator: Any, token_loss: TokenLoss, packing: bool) -> float:
+def bytes_by_sizes(config: Config, accelerator: Any, token_loss: TokenLoss) -> dict[str, Any]:
+    """The parts of a Prediction that follow from sizes alone: the model may be on the device `meta`."""
+    model = token_loss.model
+    adapter = [p for p in model.parameters() if p.requires_grad]
+    optimizer = choose_optimizer(config.optim.name, accelerator.device).actual
+    num_trained = sum(p.numel() for p in adapter)
+    dtype = DTYPES[accelerator.mixed_precision]
+    widths = [m.in_features + m.out_features for m in _linear_layers(model)]
+    weights = [m.in_features * m.out_features for m in _linear_layers(model)]
+    return {
+        "adapter": 2 * storage_bytes(adapter) + (num_trained * dtype.itemsize if dtype.itemsize < 4 else 0),
+        "optimizer": num_trained * state_bytes(optimizer),
+        "per_layer_and_token": 4 * max(widths) * dtype.itemsize,
+        "weight": 2 * max(weights) * dtype.itemsize,
+        **_head_bytes(token_loss, dtype, accelerator.device),
+    }
+
+
+def kept_per_token(accelerator: Any, token_loss: TokenLoss, packing: bool) -> float:
     """Bytes that autograd saves for a token: the slope between a sequence and one of twice its length."""
     kept, short = [], 64
     for length in (short, 2 * short):
@@ -108,7 +119,7 @@ def _kept_per_token(accelerator: Any, token_loss: TokenLoss, packing: bool) -> f
 def kept_bytes(accelerator: Any, token_loss: TokenLoss, batch: MicroBatch) -> int:
     """Bytes that are kept for the backward pass of a micro-batch, without the parameters."""
     storages: dict[int, int] = {}
-    parameters = {p.untyped_storage().data_ptr() for p in token_loss.parameters()}
+    parameters = {local_share(p).untyped_storage().data_ptr() for p in token_loss.parameters()}
 
     def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -242,6 +253,7 @@ def _quantization_states(model: Any) -> list[Tensor]:
 
 
 def storage_bytes(tensors: Sequence[Tensor]) -> int:
-    """Bytes of the tensors' storages. A storage that several tensors share counts once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    """Bytes of the tensors' storages on this process. A storage that several tensors share counts once."""
+    # Not by their address, which a tensor on `meta` does not have.
+    storages = [local_share(tensor).untyped_storage() for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from finetune.data.collate import MicroBatch
-from finetune.model.load import training_flop
 from finetune.model.loss import TokenSums
+from finetune.model.size import training_flop
 from finetune.runtime.accelerator import sum_dtype
 from finetune.runtime.processes import all_reduce_max
 

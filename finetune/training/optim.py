@@ -29,23 +29,28 @@ def choose_optimizer(requested: str, device: torch.device) -> Choice:
 
 
 def create_optimizer(name: str, adapter: FlatAdapter, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer `name` (the actual one of `choose_optimizer`) of the adapter."""
-    parameters = [region.parameter for region in adapter.regions]
+    """The optimizer `name` (the actual one of `choose_optimizer`) of the adapter.
+
+    A parameter group says by `lr_ratio` how its learning rate is to that of the schedule: LoRA+ (Hayou et al.
+    2024, arXiv:2402.12354) trains B faster than A.
+    """
+    ratio_of_b = config.lora_b_lr_ratio or 1.0
+    assert ratio_of_b == 1 or any(region.is_b for region in adapter.regions)
+    groups: list[dict[str, Any]] = [
+        {"params": [region.parameter], "lr_ratio": ratio_of_b if region.is_b else 1.0}
+        for region in adapter.regions
+    ]
     settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if name == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, **settings)
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, **settings)
     elif name == "adamw":
         # One kernel on a GPU; a CPU keeps the order of operations that earlier checkpoints were made with.
         on_gpu = adapter.weights.is_cuda
-        optimizer = torch.optim.AdamW(
-            parameters, betas=config.betas, eps=config.eps, fused=on_gpu, **settings
-        )
+        optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=on_gpu, **settings)
     else:
         bits, is_paged = 8 if name.endswith("8bit") else 32, name.startswith("paged")
-        groups = [
-            {"params": [region.parameter], "optim_bits": bits if region.is_large else 32}
-            for region in adapter.regions
-        ]
+        for group, region in zip(groups, adapter.regions, strict=True):
+            group["optim_bits"] = bits if region.is_large else 32
         optimizer = BitsAndBytesAdamW(
             groups, betas=config.betas, eps=config.eps, optim_bits=bits, is_paged=is_paged, **settings
         )
@@ -87,21 +92,30 @@ class BitsAndBytesAdamW(bnb.optim.AdamW):  # type: ignore[misc]
 def learning_rate_at(step: int, num_steps: int, config: OptimConfig) -> float:
     """The learning rate of update `step` (from 0) of `num_steps`.
 
-    It rises linearly from 0 over ceil(warmup_ratio * num_steps) updates, then follows the schedule. "linear"
-    and "cosine" would reach 0 at update `num_steps`. The values are those of transformers' schedules.
+    It rises linearly from 0 over `warmup_steps` or ceil(warmup_ratio * num_steps) updates, then follows the
+    schedule. A falling one would reach its floor, `min_lr_ratio` of the peak, at update `num_steps`.
+    "warmup_stable_decay" falls over the last ceil(decay_ratio * num_steps) updates. Where transformers has
+    the schedule, the values are its own.
     """
-    warmup_steps = math.ceil(config.warmup_ratio * num_steps)
+    warmup_steps = config.warmup_steps or math.ceil(config.warmup_ratio * num_steps)
     if step < warmup_steps:
         return config.learning_rate * step / warmup_steps
-    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    falls_from = warmup_steps
+    if config.schedule == "warmup_stable_decay":
+        decay_ratio = 0.1 if config.decay_ratio is None else config.decay_ratio
+        falls_from = max(warmup_steps, num_steps - math.ceil(decay_ratio * num_steps))
+    progress = max(0, step - falls_from) / max(1, num_steps - falls_from)
     factor = {
         "linear": 1 - progress,
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
         "constant": 1.0,
+        "warmup_stable_decay": 1 - progress,
     }[config.schedule]
-    return config.learning_rate * factor
+    floor = config.min_lr_ratio or 0.0
+    return config.learning_rate * (factor * (1 - floor) + floor)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the learning rate of each parameter group: `learning_rate` times its `lr_ratio`, if it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_ratio", 1.0)

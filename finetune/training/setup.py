@@ -44,5 +44,5 @@ def load_parts(config: Config, source: Path | None = None) -> Parts:
     train_set, eval_set = tokenize_splits(load_rows(config.data, config.eval.sets), tokenizer, config.data)
     model = load_model(config, precision.actual, accelerator.device, added_token_ids(tokenizer), source)
     check_vocabulary(model, tokenizer)
-    adapter, token_loss = FlatAdapter(model), TokenLoss(model).train()
+    adapter, token_loss = FlatAdapter(model, bool(config.optim.lora_b_lr_ratio)), TokenLoss(model).train()
     return Parts(accelerator, precision, tokenizer, train_set, eval_set, model, adapter, token_loss)

@@ -163,8 +163,8 @@ def test_commands_change_what_comes_next_and_say_what_is_wrong(talk, run_dir):
 def test_ctrl_c_stops_an_answer_and_keeps_the_chat(talk, monkeypatch):
     asked = []
 
-    def half_an_answer(*arguments: Any) -> list[Answer]:
-        tokenizer, prompt, streamer = arguments[2], arguments[3][0], arguments[-1]
+    def half_an_answer(*arguments: Any, streamer: Any, **_: Any) -> list[Answer]:
+        tokenizer, prompt = arguments[2], arguments[3][0]
         asked.append(tokenizer.decode(prompt))
         streamer.put(tokenizer("the prompt", return_tensors="pt")["input_ids"])
         if len(asked) == 2:

@@ -192,6 +192,8 @@ def test_killed_it_goes_on_and_no_row_is_missing_or_twice(ask, run_dir, question
     process = subprocess.Popen([sys.executable, "-c", program, *options], cwd=ROOT)
     while process.poll() is None and not (partial.exists() and partial.read_bytes().count(b"\n") >= 5):
         time.sleep(0.05)
+    ask("--batch_size", "1", expect=2)
+    assert f"--output {output} is being written by another generate" in capsys.readouterr().err
     process.kill()
     assert process.wait() == -signal.SIGKILL
     num_answered = partial.read_bytes().count(b"\n") - 1
@@ -202,7 +204,7 @@ def test_killed_it_goes_on_and_no_row_is_missing_or_twice(ask, run_dir, question
     capsys.readouterr()
     assert ask("--batch_size", "3").read_bytes() == whole
     assert f"Resuming: {num_answered} of 13 rows are answered." in capsys.readouterr().out
-    assert not partial.exists()
+    assert not [path.name for path in tmp_path.iterdir() if path.suffix in (".partial", ".lock")]
 
 
 def test_no_row_is_asked_again(ask, monkeypatch, capsys):

@@ -159,6 +159,42 @@ def test_it_plans_for_every_kind_of_base_and_for_the_reference_paths(plan, more)
     assert "longest eval batch" in printed
 
 
+def numbers_of(printed: str, row: str) -> list[float]:
+    """The numbers of a row of a table, from left to right."""
+    (line,) = re.findall(rf"│ {row} +│(.*)", printed)
+    return [float(number) for number in re.findall(r"\d+\.\d\d", line)]
+
+
+def test_for_several_cards_it_shows_each_way_to_shard_without_rows(plan):
+    code, printed = plan("--cards", "4", "--nodes", "2", "--data.path", "nowhere.csv", "--gib", "8")
+    assert code == 0
+    assert re.search(r"train.sharding +┃ none ┃ base ┃ base, over all nodes", printed)
+    moments = ("while loading.*?", "first update", "later updates", "between updates")
+    for row in ("base", "optimizer", "kept of .* tokens for the backward pass", *moments):
+        assert len(numbers_of(printed, row)) == 3, row
+    sent = numbers_of(printed, "the base, for a micro-batch")
+    assert sent[0] == 0
+    assert numbers_of(printed, "the adapter's gradient, for an update") == [0, 0, 0]  # too few to show
+    assert printed.endswith("8.0 GiB a card fit train.sharding: none; base; base, over all nodes\n")
+
+
+def test_more_cards_make_fewer_micro_batches_of_the_same_update(plan):
+    size = ["--train.global_batch_size", "16", "--train.gradient_accumulation_steps", "null"]
+    _, printed = plan("--cards", "2", *size, "--train.micro_batch_size", "2")
+    assert "an update of 4 micro-batches" in printed
+
+
+def test_cards_of_one_node_have_no_nodes_to_shard_over(plan):
+    _, printed = plan("--cards", "2")
+    assert re.search(r"train.sharding +┃ none ┃ base ┃\n", printed)
+
+
+def test_too_little_memory_on_every_card_is_1(plan):
+    code, printed = plan("--cards", "2", "--gib", "0.000001")
+    assert code == 1
+    assert printed.endswith("0.0 GiB a card fit train.sharding: neither\n")
+
+
 def test_it_writes_nothing(plan, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     assert plan("--output_dir", str(tmp_path / "run"))[0] == 0
@@ -175,6 +211,9 @@ def test_it_writes_nothing(plan, tmp_path):
         (["--gib", "much"], "--gib: invalid float value: 'much'"),
         (["--gib"], "--gib: expected one argument"),
         (["--gigabytes", "3"], "unknown key gigabytes"),
+        (["--cards", "0"], "--cards must be at least 1, not 0"),
+        (["--cards", "2", "--nodes", "-1"], "--nodes must be at least 1, not -1"),
+        (["--nodes", "2"], "--nodes needs --cards, the number of cards of a node"),
         (["--optim.lr", "1"], "unknown key optim.lr"),
         (["--data.path", "nowhere.csv"], "nowhere.csv"),
     ],
@@ -185,5 +224,12 @@ def test_a_mistake_is_one_line_and_2(arguments, capsys, more, said):
 
 def test_help_names_the_options(capsys):
     said = help_of(capsys, "plan")
-    for expected in ("python -m finetune plan", "--gib", "--config FILE", "token budget"):
+    for expected in (
+        "python -m finetune plan",
+        "--gib",
+        "--cards",
+        "--nodes",
+        "--config FILE",
+        "token budget",
+    ):
         assert expected in said

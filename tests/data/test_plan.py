@@ -22,11 +22,11 @@ from finetune.data.collate import (
     shared_prefix,
 )
 from finetune.data.examples import Examples
+from finetune.data.order import epoch_order
 from finetune.data.plan import (
     Layout,
     Plan,
     balance,
-    epoch_order,
     lay_out,
     make_plan,
     plan_evaluation,
@@ -112,6 +112,54 @@ def test_every_process_takes_part_in_every_update(plan):
             assert len(batches) >= 1
             # An empty micro-batch only stands in for nothing at all.
             assert batches == [[]] or all(batches)
+
+
+@any_plan
+@given(plans())
+def test_a_collective_plan_only_fills_up_to_the_largest_number_of_micro_batches(plan):
+    for step in range(plan.num_steps):
+        own = [one.update(step).micro_batches for one in processes(plan)]
+        filled_up = [one.update(step).micro_batches for one in processes(replace(plan, collective=True))]
+        assert {len(batches) for batches in filled_up} == {max(map(len, own))}
+        for batches, more in zip(own, filled_up, strict=True):
+            assert more[: len(batches)] == batches
+            assert not any(more[len(batches) :])
+
+
+@any_plan
+@given(st.lists(st.integers(1, LONGEST), max_size=30), plans(), st.integers(0, 30))
+def test_a_collective_plan_fills_up_an_evaluation_too(lengths, plan, most):
+    eval_set = eval_set_of(lengths)
+    own = [plan_evaluation(one, eval_set, most) for one in processes(plan)]
+    together = processes(replace(plan, collective=True))
+    filled_up = [plan_evaluation(one, eval_set, most) for one in together]
+    assert {len(batches) for batches in filled_up} == {max(map(len, own))}
+    assert [[batch for batch in batches if batch] for batches in filled_up] == own
+
+
+def test_a_large_evaluation_is_laid_out_piece_by_piece(monkeypatch):
+    monkeypatch.setattr("finetune.data.plan.LAID_OUT_AT_ONCE", 4)
+    lengths = [LONGEST - n % 7 for n in range(30)]
+    layout = Layout(packing=True, micro_batch_size=1, max_tokens=4 * LONGEST)
+    sizes = np.array(lengths)
+    plan = Plan(sizes, sizes, layout, 8, num_epochs=1, seed=0, num_processes=3)
+    shares = [plan_evaluation(one, eval_set_of(lengths)) for one in processes(plan)]
+    for first in range(0, 30, 12):  # four of each process
+        piece = set(range(first, min(first + 12, 30)))
+        batches = [batch for share in shares for batch in share if piece & set(batch)]
+        assert sorted(example for batch in batches for example in batch) == sorted(piece)
+
+
+@any_plan
+@given(plans())
+def test_an_order_that_is_computed_serves_as_one_in_memory(plan):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finetune.data.order.MAX_PERMUTED", 0)
+        for epoch in range(plan.num_epochs):
+            first = epoch * plan.steps_per_epoch
+            steps = range(first, first + plan.steps_per_epoch)
+            seen = [example for step in steps for example in examples_of(plan, step)]
+            assert sorted(seen) == list(range(len(plan.lengths)))
 
 
 @any_plan

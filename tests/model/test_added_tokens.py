@@ -15,9 +15,10 @@ from finetune.data.collate import collate
 from finetune.model.added_tokens import add_rows, token_ids_of, trainable_token_indices
 from finetune.model.fast_paths import use_reference_paths
 from finetune.model.flat_adapter import FlatAdapter
-from finetune.model.load import add_adapter, count_parameters, training_flop
+from finetune.model.load import add_adapter
 from finetune.model.loss import TokenLoss
 from finetune.model.precision import in_fp32
+from finetune.model.size import count_parameters, training_flop
 from finetune.ops import decoder_layer, elementwise, lora, token_rows
 from finetune.training.memory_model import predict
 from finetune.training.optim import create_optimizer

@@ -21,8 +21,9 @@ from transformers import AutoTokenizer
 from finetune.config import Config, LoraConfig, ModelConfig, TrainConfig
 from finetune.data.chat_template import stop_ids
 from finetune.data.collate import collate
-from finetune.model.load import count_parameters, load_base, load_model, load_tokenizer
+from finetune.model.load import load_base, load_model, load_tokenizer
 from finetune.model.loss import TokenLoss
+from finetune.model.size import count_parameters
 from finetune.training.evaluate import dropout_off
 
 LINEAR_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -209,8 +209,9 @@ def test_another_base_of_the_same_shape_is_refused(run_dir, refused, tiny_model_
     assert str(other) in said
 
 
-def test_a_checkpoint_copied_elsewhere_still_knows_its_base(finished, refused, tiny_model_dir, tmp_path):
-    copied = shutil.copytree(finished / "checkpoints" / "step_000002", tmp_path / "mine")
+@pytest.mark.parametrize("place", ["adapter", "checkpoints/step_000002"])
+def test_an_adapter_copied_elsewhere_still_knows_its_base(finished, refused, tiny_model_dir, tmp_path, place):
+    copied = shutil.copytree(finished / place, tmp_path / "mine")
     assert_holds(opened(copied).model, copied)
     other = shutil.copytree(tiny_model_dir, tmp_path / "other")
     tiny_model(Qwen2Config.from_pretrained(other).vocab_size, seed=1).save_pretrained(other)

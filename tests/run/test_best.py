@@ -22,7 +22,7 @@ from kills import (
 import finetune.run.evaluator as evaluator_module
 from finetune.run.checkpoint import fault_of
 from finetune.run.tracker import Tracker
-from finetune.training.evaluate import is_out_of_patience
+from finetune.training.best import best_of, best_value_first, is_out_of_patience
 
 # With these the eval loss falls, rises and falls again: of eight updates the third is by far the best
 # of the first six, and none of the three after it is better.
@@ -114,7 +114,26 @@ def test_a_run_out_of_patience_ends_as_one_planned_that_long_does(run_on_same_ro
 )
 def test_patience_counts_the_evaluations_since_the_best(losses, patience, ends):
     evaluations = [{"step": step, "loss": loss} for step, loss in enumerate(losses)]
-    assert is_out_of_patience(evaluations, patience) == ends
+    assert is_out_of_patience(evaluations, patience, "loss") == ends
+
+
+@pytest.mark.parametrize(
+    ("by", "best", "order"),
+    [("loss", 3, [3, 1, 2, 0]), ("chrf", 1, [1, 2, 0, 3]), ("loss/math", 2, [2, 0, 1, 3])],
+)
+def test_the_best_is_the_lowest_loss_or_the_highest_of_another_metric(by, best, order):
+    """Of equal ones the earliest; what two losses may be off by is no difference."""
+    values = [(3.0, 10.0, 2.0), (2.5, 12.0, 2.0), (2.5, 12.0, 1.0), (2.0, 9.0, 3.0)]
+    evaluations = [
+        {"step": step, "loss": loss, "chrf": chrf, "loss/math": of_math, "loss_error": 0.1}
+        for step, (loss, chrf, of_math) in enumerate(values)
+    ]
+    assert best_of(evaluations, by)["step"] == best
+    assert [entry["step"] for entry in best_value_first(evaluations, by)] == order
+    assert is_out_of_patience(evaluations, 1, by) == (best < 3)
+    if by.startswith("loss"):
+        near = [{**entry, "loss_error": 10.0} for entry in evaluations]
+        assert best_of(near, by)["step"] == 0
 
 
 # Killed

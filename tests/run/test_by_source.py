@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import finetune.run.checkpoint as checkpoint_module
 from finetune.__main__ import main
 from finetune.config_parsing import parse_config
-from finetune.data.plan import epoch_order
+from finetune.data.order import epoch_order
 from finetune.data.splits import load_data
 from finetune.run.folder import read_example_sums
 from finetune.run.tracker import Tracker

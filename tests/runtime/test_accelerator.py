@@ -295,7 +295,7 @@ def test_a_driver_that_is_too_old_for_torch_is_named_in_one_line(monkeypatch, dr
     monkeypatch.setattr("ctypes.CDLL", load)
     monkeypatch.setattr("torch.version.cuda", torch_cuda)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    device, *others = describe_machine(Accelerator(cpu=True))
+    device, *others = describe_machine(Accelerator(cpu=True), [])
     assert (device.requested, device.actual) == ("cuda", "cpu")
     assert reason in device.reason
     with pytest.raises(ValueError, match=f"device: requested cuda, actual cpu .*{reason}") as error:

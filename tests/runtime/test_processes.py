@@ -28,6 +28,7 @@ SETTINGS = {
 ONE = {"train__micro_batch_size": 2, "train__gradient_accumulation_steps": 3}
 EACH_OF_TWO = {"train__micro_batch_size": 1, "train__gradient_accumulation_steps": 3}
 SUMS = ("split", "step", "epoch", "num_target_tokens")
+OF_ANSWERS = ("num_answers", "exact_match", "chrf", "ended")
 MEANS = ("loss", "entropy", "mean_token_accuracy", "grad_norm", "learning_rate")
 
 STOPPED: list[tuple[Path, dict[str, Any]]] = []
@@ -41,6 +42,14 @@ def save_and_stop(run_dir, state, *rest):
     if state.step == 4:
         os._exit(7)
 checkpoint.save_checkpoint = save_and_stop
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+# train.py, but a batch of answers is of two rows, so that the processes share four.
+ANSWERING_BY_TWOS = """
+import sys, train
+from finetune.training import answer_scores
+answer_scores.ANSWERS_AT_A_TIME = 2
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -79,6 +88,7 @@ def assert_same_metrics(run_dir: Path, other_dir: Path) -> None:
     assert len(ours) == len(theirs)
     for entry, other in zip(ours, theirs, strict=True):
         assert [entry[key] for key in SUMS] == [other[key] for key in SUMS]
+        assert [entry.get(key) for key in OF_ANSWERS] == [other.get(key) for key in OF_ANSWERS]
         for key in (key for key in MEANS if key in entry):
             assert entry[key] == pytest.approx(other[key], rel=1e-5), (entry, other)
 
@@ -93,7 +103,7 @@ def assert_same_metrics(run_dir: Path, other_dir: Path) -> None:
     ],
 )
 def test_two_processes_make_the_updates_of_one(
-    run_train, launch, tmp_path, packing, eval_fraction, micro_batches
+    run_train, launch, tmp_path, monkeypatch, packing, eval_fraction, micro_batches
 ):
     settings = {
         **SETTINGS,
@@ -101,12 +111,19 @@ def test_two_processes_make_the_updates_of_one(
         "data__num_samples": 17 if packing else 14,
         "data__eval_fraction": eval_fraction,
         "train__packing": packing,
+        "eval__answers": 4,
         "log__every_steps": 2,
     }
+    monkeypatch.setattr("finetune.training.answer_scores.ANSWERS_AT_A_TIME", 2)
     alone = run_train(output_dir=tmp_path / "alone", **settings, **ONE)
-    result = launch(output_dir=tmp_path / "both", **settings, **EACH_OF_TWO)
+    script = tmp_path / "train_answering_by_twos.py"
+    script.write_text(ANSWERING_BY_TWOS, encoding="utf-8")
+    result = launch(script, output_dir=tmp_path / "both", **settings, **EACH_OF_TWO)
     assert result.returncode == 0, result.stderr
     assert_same_metrics(tmp_path / "both", alone)
+    written = {path.name: path.read_bytes() for path in (alone / "evaluations").glob("answers_*")}
+    assert len(written) > 1
+    assert written == {name: (tmp_path / "both" / "evaluations" / name).read_bytes() for name in written}
     assert [entry["step"] for entry in read_metrics(alone) if entry["split"] == "train"] == [2, 4, 6]
     # One of them speaks.
     lines = result.stdout.splitlines()

@@ -263,3 +263,16 @@ def test_the_death_of_the_launcher_stops_its_process_too(long_run, tmp_path):
     while "To go on" not in log.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert f"Stopped after update {only_checkpoint(run_dir)};" in log.read_text()
+
+
+def test_a_sweep_that_is_killed_takes_its_run_with_it(long_run, tmp_path):
+    arguments, folder = long_run
+    sweep = [sys.executable, "-m", "finetune", "sweep", "--over", "lora.r=4,2"]
+    process = started([*sweep, *arguments], log := tmp_path / "log", until="step 5/")
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while "To go on" not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert f"Stopped after update {only_checkpoint(folder / 'r=4')};" in log.read_text()
+    assert not (folder / "r=2").exists()

@@ -28,11 +28,10 @@ from finetune.data.examples import Examples
 from finetune.data.plan import Plan, plan_evaluation
 from finetune.model.load import load_model
 from finetune.model.loss import TokenLoss
+from finetune.training.best import best_of, is_out_of_patience
 from finetune.training.evaluate import (
-    best_of,
     evaluate,
     evaluation_metrics,
-    is_out_of_patience,
     loss_error,
     pick_conversations,
 )
@@ -360,6 +359,6 @@ def line(loss: float, error: float | None = None) -> dict[str, float]:
     ],
 )
 def test_the_best_evaluation_is_lower_by_more_than_the_error(lines, best):
-    assert best_of(lines) is lines[best]
-    assert is_out_of_patience(lines, len(lines) - best) is False
-    assert best == len(lines) - 1 or is_out_of_patience(lines, len(lines) - 1 - best)
+    assert best_of(lines, "loss") is lines[best]
+    assert is_out_of_patience(lines, len(lines) - best, "loss") is False
+    assert best == len(lines) - 1 or is_out_of_patience(lines, len(lines) - 1 - best, "loss")

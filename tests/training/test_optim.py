@@ -7,13 +7,22 @@ import pytest
 import torch
 from conftest import tiny_model
 from optimizers import ALL, SETTINGS, SHAPES, separate_optimizer
-from tiny import CPU, VOCABULARY, flat_adapter, parameters_of, random_examples, with_adapter
-from transformers import get_scheduler
+from peft.optimizers import create_loraplus_optimizer
+from tiny import (
+    CPU,
+    VOCABULARY,
+    fill_adapter,
+    flat_adapter,
+    parameters_of,
+    random_examples,
+    with_adapter,
+)
+from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_scheduler, get_wsd_schedule
 
 from finetune.config import Config, LoraConfig, ModelConfig, OptimConfig
 from finetune.data.collate import collate
 from finetune.model.flat_adapter import FlatAdapter
-from finetune.model.load import load_model
+from finetune.model.load import add_adapter, load_model
 from finetune.model.loss import TokenLoss
 from finetune.runtime.choice import Choice
 from finetune.training.optim import (
@@ -54,6 +63,53 @@ def test_every_learning_rate_is_that_of_transformers(schedule, warmup_ratio, war
     rates = [learning_rate_at(step, num_steps, config) for step in range(num_steps)]
     expected = transformers_rates(name, warmup_steps[num_steps], num_steps, 3e-4)
     assert rates == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("num_steps", [3, 7, 40])
+@pytest.mark.parametrize("warmup_steps", [0, 2])
+def test_a_floor_and_a_number_of_warm_up_steps_give_the_rates_of_transformers(num_steps, warmup_steps):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    to_floor = get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, warmup_steps, num_steps, min_lr_rate=0.1
+    ).lr_lambdas[0]
+    config = OptimConfig(
+        learning_rate=3e-4, schedule="cosine", min_lr_ratio=0.1, warmup_steps=warmup_steps or None
+    )
+    for step in range(num_steps):
+        assert learning_rate_at(step, num_steps, config) == pytest.approx(3e-4 * to_floor(step), rel=1e-12)
+
+
+@pytest.mark.parametrize("floor", [None, 0.2])
+def test_a_warm_up_stable_decay_schedule_is_that_of_transformers_after_the_warm_up(floor):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    num_steps, warmup_steps, decay_steps = 40, 5, 12
+    expected = get_wsd_schedule(
+        optimizer,
+        num_warmup_steps=warmup_steps,
+        num_decay_steps=decay_steps,
+        num_training_steps=num_steps,
+        decay_type="linear",
+        min_lr_ratio=floor or 0,
+    ).lr_lambdas[0]
+    config = OptimConfig(
+        learning_rate=3e-4,
+        schedule="warmup_stable_decay",
+        decay_ratio=0.3,
+        min_lr_ratio=floor,
+        warmup_steps=warmup_steps,
+    )
+    rates = [learning_rate_at(step, num_steps, config) for step in range(num_steps)]
+    # The rise begins at 0 with a floor too.
+    assert rates[:warmup_steps] == pytest.approx([3e-4 * step / warmup_steps for step in range(warmup_steps)])
+    rest = range(warmup_steps, num_steps)
+    assert rates[warmup_steps:] == pytest.approx([3e-4 * expected(step) for step in rest], rel=1e-12)
+    assert rates.count(3e-4) == num_steps - warmup_steps - decay_steps + 1
+
+
+def test_a_linear_schedule_with_a_floor_ends_at_it():
+    config = OptimConfig(learning_rate=1.0, schedule="linear", min_lr_ratio=0.25)
+    rates = [learning_rate_at(step, 4, config) for step in range(5)]
+    assert rates == pytest.approx([1, 1 - 0.1875, 1 - 0.375, 1 - 0.5625, 0.25])
 
 
 def test_without_warm_up_the_first_update_has_the_full_rate_and_the_last_is_above_zero():
@@ -151,6 +207,47 @@ def test_the_flat_adapter_gets_the_updates_of_the_separate_tensors_to_the_bit(na
             optimizer.step()
         for parameter, weight in zip(parameters_of(adapter), weights, strict=True):
             assert torch.equal(parameter, weight), (step, weight.shape)
+
+
+LORA_PLUS_OF_PEFT = {
+    "adamw": torch.optim.AdamW,
+    "adamw_8bit": bnb.optim.AdamW8bit,
+    "paged_adamw": bnb.optim.PagedAdamW32bit,
+    "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+    "sgd": torch.optim.SGD,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("name", ALL)
+def test_lora_plus_makes_the_updates_of_peft_to_the_bit(name, use_dora):
+    settings = LoraConfig(r=64, use_dora=use_dora)  # tensors above and below 4,096 numbers
+    models = [
+        fill_adapter(add_adapter(tiny_model(VOCABULARY).requires_grad_(False), settings)) for _ in range(2)
+    ]
+    config = OptimConfig(learning_rate=0.01, weight_decay=0.1, lora_b_lr_ratio=16)
+    adapter = FlatAdapter(models[0], separates_b=True)
+    ours = create_optimizer(name, adapter, config)
+    theirs = create_loraplus_optimizer(
+        models[1], LORA_PLUS_OF_PEFT[name], lr=0.01, loraplus_lr_ratio=16, weight_decay=0.1
+    )
+    for group in theirs.param_groups:  # otherwise B and all vectors have a decay of their own, 0
+        group["weight_decay"] = 0.1
+    at_start = [group["lr"] for group in theirs.param_groups]
+    own, others = parameters_of(adapter), [p for p in models[1].parameters() if p.requires_grad]
+    assert any(p.numel() < 4096 for p in own)
+    generator = torch.Generator().manual_seed(0)
+    for share in (1.0, 0.5, 0.25):
+        set_learning_rate(ours, 0.01 * share)
+        for group, peak in zip(theirs.param_groups, at_start, strict=True):
+            group["lr"] = peak * share
+        for parameter, other in zip(own, others, strict=True):
+            other.grad = torch.randn(other.shape, generator=generator)
+            parameter.grad.copy_(other.grad)
+        ours.step()
+        theirs.step()
+        assert all(torch.equal(parameter, other) for parameter, other in zip(own, others, strict=True))
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])

@@ -1,0 +1,37 @@
+"""The size of a model: its parameters, and the floating-point operations of an update."""
+
+from typing import Any
+
+import torch
+
+from finetune.ops import quantized
+from finetune.ops.token_rows import frozen_layer
+
+
+def training_flop(model: Any) -> tuple[int, int]:
+    """FLOP per token, and additional FLOP per target token, of an update.
+
+    The products with the frozen weights count, in the forward pass and for the gradient of the input: 2 FLOP
+    per weight each. LoRA, attention and everything else are a few percent, and count as overhead.
+    """
+    head = frozen_layer(model.get_output_embeddings())
+    weights = sum(
+        module.in_features * module.out_features
+        for name, module in model.named_modules()
+        if isinstance(module, quantized.LINEARS) and module is not head and ".lora_" not in name
+    )
+    return 4 * weights, 4 * head.weight.numel()
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """(trainable, total) numbers of parameters. Two 4-bit weights in one byte count as two, and the scales of
+    quantized weights do not count."""
+    sizes: dict[int, int] = {}
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, (*quantized.INT8, *quantized.NF4)) and name != "bias":
+                sizes[id(parameter)] = module.in_features * module.out_features if name == "weight" else 0
+            else:
+                sizes[id(parameter)] = parameter.numel()
+    return sum(sizes[parameter] for parameter in trained), sum(sizes.values())
