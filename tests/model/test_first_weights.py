@@ -49,7 +49,7 @@ def test_updates_move_the_model_as_those_of_peft_which_changes_the_base(method, 
     assert torch.allclose(ours(input_ids=tokens).logits, before, atol=1e-4)
     adapter = FlatAdapter(ours)
     optimizers = [
-        torch.optim.SGD(parameters, lr=0.01)
+        torch.optim.SGD(parameters, lr=0.001)
         for parameters in (
             [region.parameter for region in adapter.regions],
             [p for p in theirs.parameters() if p.requires_grad],

@@ -153,10 +153,10 @@ def test_the_page_has_the_tables_that_the_arithmetic_gives():
 
 
 def test_two_processes_hold_and_send_what_is_predicted(tmp_path, tiny_model_dir):
-    """Bytes of the kernel's count on the processes' own connections."""
+    """Bytes of the kernel's count on the processes' own connections, which have headers and barriers too."""
     for case in scale.run_processes(str(tiny_model_dir), 2):
         name = (case["sharding"], case["base"])
-        assert case["reduced"] == pytest.approx(case["predicted_reduced"], rel=0.01), name
-        assert case["gathered"] == pytest.approx(case["predicted_gathered"], rel=0.02), name
+        assert case["reduced"] == pytest.approx(case["predicted_reduced"], rel=0.01, abs=4096), name
+        assert case["gathered"] == pytest.approx(case["predicted_gathered"], rel=0.01, abs=4096), name
         if case["sharding"] == "base":
             assert case["held"] == case["predicted_held"], name
