@@ -48,12 +48,15 @@ def folder_lock(folder: Path) -> Iterator[None]:
     finally:
         stop.set()
         beat.join()
+        is_held = False
         with suppress(OSError):
-            if _is_held(lock, descriptor):
+            is_held = _is_held(lock, descriptor)
+        os.close(descriptor)  # Windows removes no open file
+        with suppress(OSError):
+            if is_held:
                 lock.unlink()
             for path in missing:  # a run that did not begin leaves nothing behind
                 path.rmdir()
-        os.close(descriptor)
 
 
 def _acquire(lock: Path) -> int:
