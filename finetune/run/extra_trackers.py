@@ -191,7 +191,7 @@ def _identity(name: str, run: Any) -> tuple[str, str]:
         return run.id, run.url or f"trackio show --project {run.project}"
     if name == "wandb":
         return run.id, run.url or f"wandb sync {Path(run.dir).parent}"
-    return run.id, run.url or f"swanlab sync {run.dir}"
+    return run.id, run.url if run.mode == "online" else f"swanlab sync {run.dir}"  # it has a link online only
 
 
 def _send(name: str, tracker: Any, values: dict[str, Any], step: int) -> None:
