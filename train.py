@@ -17,9 +17,9 @@ from typing import Any
 
 from finetune.config import Config
 from finetune.data.collate import iterate_updates
-from finetune.data.named_templates import added_token_ids
 from finetune.data.plan import Plan, make_plan
 from finetune.data.splits import load_data
+from finetune.data.templates.named_templates import added_token_ids
 from finetune.model.fast_paths import choose_fast_paths
 from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.given_adapter import parse_training_config

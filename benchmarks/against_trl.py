@@ -45,7 +45,7 @@ from finetune.config import Config, ModelConfig
 from finetune.config_parsing import parse_config
 from finetune.data.order import epoch_order
 from finetune.data.rows import load_rows
-from finetune.data.tokenize import IGNORE
+from finetune.data.templates.tokenize import IGNORE
 from finetune.model.load import load_base, load_tokenizer
 from finetune.model.size import training_flop
 from finetune.model.starter import starter_model_dir

@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 from finetune.config import Config  # noqa: E402
 from finetune.config_parsing import parse_config  # noqa: E402
 from finetune.data.conversations import to_messages  # noqa: E402
-from finetune.data.examples import Examples, tokenize_rows  # noqa: E402
 from finetune.data.plan import Plan, make_plan  # noqa: E402
+from finetune.data.preparing.examples import Examples, tokenize_rows  # noqa: E402
 from finetune.data.rows import iterate_rows, load_rows  # noqa: E402
 from finetune.model.load import load_tokenizer  # noqa: E402
 from finetune.run.folder import METRICS, read_environment, read_lines  # noqa: E402

@@ -35,8 +35,8 @@ from update import PARTS, make_update, set_up
 
 from finetune.config import Config, LoraConfig, ModelConfig
 from finetune.data.collate import MicroBatch, pack
-from finetune.data.examples import Examples
-from finetune.data.tokenize import IGNORE
+from finetune.data.preparing.examples import Examples
+from finetune.data.templates.tokenize import IGNORE
 from finetune.model.fast_paths import choose_fast_paths
 from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.load import add_adapter

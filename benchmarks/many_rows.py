@@ -26,9 +26,9 @@ from common import provenance, run_process, settings, write_result
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from finetune.config_parsing import parse_config
-from finetune.data.encoding import EncodeRows
-from finetune.data.prepare import CHUNK_ROWS, counts_of, unpacked, with_counts
-from finetune.data.row_tables import Part, ReadRows
+from finetune.data.preparing.chunks import CHUNK_ROWS, counts_of, unpacked, with_counts
+from finetune.data.preparing.encoding import EncodeRows
+from finetune.data.preparing.row_tables import Part, ReadRows
 from finetune.data.rows import SignPrompts
 from finetune.data.splits import fingerprint_of, load_data
 from finetune.model.load import load_tokenizer
@@ -119,7 +119,7 @@ def prepare(argv: Sequence[str]) -> dict[str, Any]:
     start = time.perf_counter()
     config = parse_config(argv)
     with (
-        patch("finetune.data.prepare.available_cpus", lambda: 1),
+        patch("finetune.data.preparing.chunks.available_cpus", lambda: 1),
         patch.object(ReadRows, "__call__", once_a_period(ReadRows.__call__, place_of_part)),
         patch.object(EncodeRows, "__call__", once_a_period(EncodeRows.__call__, place_of_table)),
         patch.object(SignPrompts, "__call__", once_a_period(SignPrompts.__call__, place_of_table)),

@@ -25,7 +25,7 @@ from torch import distributed  # noqa: E402
 
 from finetune.config import Config, ModelConfig, TrainConfig  # noqa: E402
 from finetune.data.collate import collate  # noqa: E402
-from finetune.data.examples import Examples  # noqa: E402
+from finetune.data.preparing.examples import Examples  # noqa: E402
 from finetune.model.fast_paths import choose_fast_paths  # noqa: E402
 from finetune.model.flat_adapter import FlatAdapter  # noqa: E402
 from finetune.model.load import load_model  # noqa: E402

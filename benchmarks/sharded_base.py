@@ -23,7 +23,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from finetune.config import Config, FastConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
 from finetune.data.collate import collate
-from finetune.data.examples import Examples
+from finetune.data.preparing.examples import Examples
 from finetune.model.fast_paths import choose_fast_paths
 from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.load import load_model

@@ -25,9 +25,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from finetune.data.chat_template import common_start, set_stop_ids, stop_ids, template_of  # noqa: E402
 from finetune.data.conversations import Conversation  # noqa: E402
-from finetune.data.tokenize import IGNORE, Tokens, common_prefix, encode  # noqa: E402
+from finetune.data.templates.chat_template import common_start, set_stop_ids, stop_ids, template_of  # noqa: E402
+from finetune.data.templates.tokenize import IGNORE, Tokens, common_prefix, encode  # noqa: E402
 
 TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # What may be a token of its own in a template or in what it writes.

@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 from trl import SFTConfig, SFTTrainer
 
 from finetune.config import Config
-from finetune.data.tokenize import IGNORE
+from finetune.data.templates.tokenize import IGNORE
 
 
 class CountUpdate(TrainerCallback):

@@ -22,8 +22,8 @@ from trl import SFTConfig, SFTTrainer
 
 from finetune.config import Config
 from finetune.config_parsing import parse_config
-from finetune.data.examples import tokenize_rows
 from finetune.data.order import epoch_order
+from finetune.data.preparing.examples import tokenize_rows
 from finetune.data.rows import load_rows
 from finetune.model.load import load_model, load_tokenizer
 

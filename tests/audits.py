@@ -6,10 +6,10 @@ from pathlib import Path
 from conftest import ROOT, tiny_tokenizer
 
 from finetune.config import Config, DataConfig, ModelConfig, SourceConfig
-from finetune.data.anatomy import ROLES, Anatomy, dissect
 from finetune.data.audit import measure
 from finetune.data.conversations import Conversation
 from finetune.data.findings import find_listings
+from finetune.data.templates.anatomy import ROLES, Anatomy, dissect
 
 SAMPLE = str(ROOT / "data" / "finance_sample.csv")
 TOKENIZER = tiny_tokenizer()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiny import NAMES, VOCABULARY, sums_one_by_one
 from torch import Tensor
 
-from finetune.data.tokenize import IGNORE
+from finetune.data.templates.tokenize import IGNORE
 
 Comb = dict[str, Any]
 

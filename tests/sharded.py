@@ -18,7 +18,7 @@ from torch.distributed import all_gather_object
 
 from finetune.config import Config, FastConfig, LoraConfig, ModelConfig, TrainConfig
 from finetune.data.collate import MicroBatch, collate
-from finetune.data.examples import Examples
+from finetune.data.preparing.examples import Examples
 from finetune.model.fast_paths import choose_fast_paths
 from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.load import describe_base, load_model

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from finetune.data.chat_template import set_stop_ids
+from finetune.data.templates.chat_template import set_stop_ids
 
 Message = dict[str, Any]
 # Of the last message and those before it; None where the template leaves out a part of it.

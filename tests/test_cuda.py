@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from finetune.config import Config, FastConfig, LoraConfig, ModelConfig, OptimConfig
 from finetune.data.collate import Boundaries, collate, iterate_batches
-from finetune.data.examples import Examples
-from finetune.data.tokenize import IGNORE
+from finetune.data.preparing.examples import Examples
+from finetune.data.templates.tokenize import IGNORE
 from finetune.model.fast_paths import choose_fast_paths
 from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.generate import generate_answers

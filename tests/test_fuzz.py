@@ -22,7 +22,7 @@ from finetune.config_checks import check_config
 from finetune.config_parsing import _parser, config_to_dict, parse_config
 from finetune.data.rows import load_rows
 from finetune.data.splits import tokenize_splits
-from finetune.data.tokenize import IGNORE
+from finetune.data.templates.tokenize import IGNORE
 from finetune.runtime.cli import run_command
 
 NUM_FILES, MOST_ROWS_IN_FILE = 500, 8  # 4.5 rows a file: more than 2,000 rows

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.__main__ import main
 from finetune.commands.push import files_to_upload
-from finetune.data.chat_template import render, stop_ids
 from finetune.data.conversations import Conversation
+from finetune.data.templates.chat_template import render, stop_ids
 from finetune.model.generate import generate_answers
 from finetune.run.adapter import find_trained, load_trained, load_trained_tokenizer
 from finetune.serving.app import create_app

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.config import LoraConfig
 from finetune.data.plan import Layout
-from finetune.data.tokenize import IGNORE
+from finetune.data.templates.tokenize import IGNORE
 from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.load import add_adapter
 

@@ -22,8 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from finetune.data.collate import iterate_batches
-from finetune.data.examples import Examples
 from finetune.data.plan import Layout, Plan, plan_evaluation
+from finetune.data.preparing.examples import Examples
 from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.loss import TokenLoss
 from finetune.runtime.processes import is_lost_peer

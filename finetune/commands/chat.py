@@ -19,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TextStreamer
 
-from finetune.data.chat_template import stop_ids
 from finetune.data.conversations import Conversation, Message
-from finetune.data.messages import read_tools
+from finetune.data.reading.messages import read_tools
+from finetune.data.templates.chat_template import stop_ids
 from finetune.model.generate import Answer, check_limits, multiply_dequantized
 from finetune.model.prefix_cache import PrefixCache
 from finetune.report.html import visible

@@ -8,9 +8,9 @@ from typing import Any
 
 from finetune.data import slices
 from finetune.data.by_source import is_main, source_of_each
-from finetune.data.examples import tokenize_rows
-from finetune.data.files import read_column
-from finetune.data.sources import eval_sources, training_sources
+from finetune.data.preparing.examples import tokenize_rows
+from finetune.data.reading.files import read_column
+from finetune.data.reading.sources import eval_sources, training_sources
 from finetune.report import evaluation
 from finetune.run.adapter import load_trained, parse_trained, trained_parser
 from finetune.runtime.cli import CommandParser

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import Config
-from finetune.data.chat_template import stop_ids
+from finetune.data.templates.chat_template import stop_ids
 from finetune.export.merge import load_merged, require_new_folder
 from finetune.export.modelfile import modelfile
 from finetune.model.given_adapter import ADAPTER_CONFIG, largest_rank

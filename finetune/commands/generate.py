@@ -12,8 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from finetune.data.reading.sources import FILE_SUFFIXES, kind_of
 from finetune.data.rows import read_questions
-from finetune.data.sources import FILE_SUFFIXES, kind_of
 from finetune.data.splits import in_words
 from finetune.model.generate import check_limits, multiply_dequantized
 from finetune.run.adapter import Trained, load_trained, parse_trained, trained_parser

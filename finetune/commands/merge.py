@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from finetune.config import Config
-from finetune.data.examples import Examples
+from finetune.data.preparing.examples import Examples
 from finetune.data.rows import load_rows
 from finetune.data.splits import tokenize_splits
 from finetune.export.fidelity import (

@@ -16,16 +16,16 @@ import pandas as pd
 from datasets import Dataset
 
 from finetune.config import Config, DataConfig
-from finetune.data.anatomy import ROLES, Anatomy, Kept, dissect, keep
 from finetune.data.conversations import Row, to_conversation
 from finetune.data.duplicates import most_similar, same_after_normalizing
-from finetune.data.examples import Examples
-from finetune.data.prepare import CHUNK_ROWS
-from finetune.data.reading import read_formatted
+from finetune.data.preparing.chunks import CHUNK_ROWS
+from finetune.data.preparing.examples import Examples
+from finetune.data.reading.batches import read_formatted
+from finetune.data.reading.sources import eval_sources, training_sources
 from finetune.data.rows import Rows, answer_of, instruction_of, iterate_rows, load_rows, prompt_of
-from finetune.data.sources import eval_sources, training_sources
 from finetune.data.splits import tokenize_splits
-from finetune.data.tokenize import IGNORE, Tokens
+from finetune.data.templates.anatomy import ROLES, Anatomy, Kept, dissect, keep
+from finetune.data.templates.tokenize import IGNORE, Tokens
 
 # The texts by which rows are compared, the strictest comparison first.
 COMPARED: dict[str, Callable[[Mapping[str, Any]], str]] = {

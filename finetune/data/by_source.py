@@ -5,7 +5,7 @@ from collections.abc import Collection
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data.examples import Examples
+from finetune.data.preparing.examples import Examples
 
 
 def several_sources(examples: Examples) -> dict[int, str]:

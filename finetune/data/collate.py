@@ -18,7 +18,7 @@ from finetune.data.segments import (
     segments_of,
     shareable,
 )
-from finetune.data.tokenize import IGNORE, common_prefix, first_target
+from finetune.data.templates.tokenize import IGNORE, common_prefix, first_target
 
 
 class Boundaries(NamedTuple):

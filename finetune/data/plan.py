@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from finetune.config import Config, examples_per_update
 from finetune.data.by_source import several_sources
-from finetune.data.examples import Examples
 from finetune.data.order import examples_at
+from finetune.data.preparing.examples import Examples
 from finetune.data.segments import SequenceSizes
 
 Indices = list[int]

@@ -21,11 +21,10 @@ from datasets import Dataset, disable_progress_bars
 from numpy.typing import NDArray
 
 from finetune.config import DataConfig
-from finetune.data.cleaning import reason_to_ask_nothing
 from finetune.data.conversations import SYSTEM_ROLES, Row
 from finetune.data.duplicates import NUM_HASHES, Match, Signatures, find_matches, normalize, sign
-from finetune.data.prepare import make_chunks, read_chunk, unpacked, write_chunk
-from finetune.data.row_tables import (
+from finetune.data.preparing.chunks import make_chunks, read_chunk, unpacked, write_chunk
+from finetune.data.preparing.row_tables import (
     ReadSources,
     cache_folder,
     column_of,
@@ -34,7 +33,8 @@ from finetune.data.row_tables import (
     read_sources,
     table_chunks,
 )
-from finetune.data.sources import Source, eval_sources, training_sources
+from finetune.data.reading.cleaning import reason_to_ask_nothing
+from finetune.data.reading.sources import Source, eval_sources, training_sources
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from finetune.data.by_source import several_sources
-from finetune.data.examples import Examples
+from finetune.data.preparing.examples import Examples
 from finetune.data.rows import iterate_rows
 
 MAX_VALUES = 12  # the most frequent values of a column; the others form one slice

@@ -9,10 +9,10 @@ import numpy as np
 
 from finetune.config import Config, DataConfig
 from finetune.data.duplicates import Match
-from finetune.data.encoding import RowError
-from finetune.data.examples import Examples, tokenize_rows
-from finetune.data.prepare import workers_kept
-from finetune.data.row_tables import cache_folder, column_of
+from finetune.data.preparing.chunks import workers_kept
+from finetune.data.preparing.encoding import RowError
+from finetune.data.preparing.examples import Examples, tokenize_rows
+from finetune.data.preparing.row_tables import cache_folder, column_of
 from finetune.data.rows import Rows, find_leaks, load_rows
 from finetune.runtime.locks import preparing
 

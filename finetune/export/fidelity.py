@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from finetune.data.collate import iterate_batches
-from finetune.data.examples import Examples
 from finetune.data.plan import make_plan, plan_evaluation
+from finetune.data.preparing.examples import Examples
 from finetune.export.merge import DEQUANTIZED, load_unmerged, merge, model_bytes, round_weights
 from finetune.model.fast_paths import choose_fast_paths
 from finetune.model.loss import TokenLoss

@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from finetune.data.chat_template import stop_ids
+from finetune.data.templates.chat_template import stop_ids
 from finetune.model.load import load_base
 from finetune.ops.quantized import frozen_weight
 from finetune.run.adapter import Trained, TrainedModel, add_rows_of, load_trained

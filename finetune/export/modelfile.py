@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from finetune.data.chat_template import render, stop_ids
 from finetune.data.conversations import Conversation, Message
+from finetune.data.templates.chat_template import render, stop_ids
 
 # A Go text/template that renders the same text as `_chatml`. In Ollama the system turn, including that of
 # SYSTEM, is the first of .Messages.

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from finetune.config import Config
 from finetune.data.collate import MicroBatch, pack, pad
-from finetune.data.examples import Examples
-from finetune.data.tokenize import IGNORE
+from finetune.data.preparing.examples import Examples
+from finetune.data.templates.tokenize import IGNORE
 from finetune.model.loss import TokenLoss
 from finetune.ops import decoder_layer, elementwise, lora, operators, quantized
 from finetune.ops.attention import PACKED, describe_kernel

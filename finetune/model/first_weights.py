@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from finetune.config import LoraConfig
-from finetune.data.tokenize import IGNORE
+from finetune.data.templates.tokenize import IGNORE
 from finetune.ops.quantized import frozen_weight
 from finetune.runtime.choice import Choice
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from finetune.config_checks import LARGEST_WHOLE_NUMBER
-from finetune.data.chat_template import render, stop_ids
 from finetune.data.conversations import Conversation, Message
-from finetune.data.tokenize import IGNORE, encode
+from finetune.data.templates.chat_template import render, stop_ids
+from finetune.data.templates.tokenize import IGNORE, encode
 from finetune.model.prefix_cache import PrefixCache
 from finetune.ops import quantized
 from finetune.ops.quantized import dropout_off, frozen_weight

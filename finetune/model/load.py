@@ -20,9 +20,9 @@ from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from finetune.config import Config, LoraConfig, ModelConfig
-from finetune.data.chat_template import set_stop_ids
-from finetune.data.examples import Examples
-from finetune.data.named_templates import end_of_turn, use_template
+from finetune.data.preparing.examples import Examples
+from finetune.data.templates.chat_template import set_stop_ids
+from finetune.data.templates.named_templates import end_of_turn, use_template
 from finetune.model import first_weights
 from finetune.model.added_tokens import add_rows, token_ids_of, trainable_token_indices
 from finetune.model.given_adapter import check_weights, find_adapter, read_settings

@@ -12,10 +12,10 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from finetune.config import described
-from finetune.data.anatomy import ROLES
 from finetune.data.audit import SCOPES, Audit, same_in_scope
 from finetune.data.duplicates import NEAR
 from finetune.data.findings import Entry, Listing, find_listings, find_problems
+from finetune.data.templates.anatomy import ROLES
 from finetune.report.audited_rows import ShownRow, heading, pick_rows, print_row
 from finetune.report.html import visible, write_page
 from finetune.runtime.console import console

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from rich.text import Text
 
 from finetune.config import DataConfig
-from finetune.data.anatomy import Part, Segment, dissect, keep, parts_of
 from finetune.data.audit import Audit, find_rows
 from finetune.data.conversations import Row, to_conversation
 from finetune.data.findings import Problem
 from finetune.data.rows import text_of
+from finetune.data.templates.anatomy import Part, Segment, dissect, keep, parts_of
 from finetune.report.html import visible
 from finetune.runtime.console import console
 

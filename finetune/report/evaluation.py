@@ -15,8 +15,8 @@ from rich.text import Text
 from torch import Tensor
 
 from finetune.config import Config, DataConfig, Sources, described, described_rows, paths_of
-from finetune.data.examples import Examples, tokenize_rows
 from finetune.data.plan import make_plan, plan_evaluation
+from finetune.data.preparing.examples import Examples, tokenize_rows
 from finetune.data.rows import Rows, find_leaks, iterate_rows, load_rows
 from finetune.data.splits import fingerprint_of
 from finetune.model.fast_paths import choose_fast_paths

@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 
 from finetune.config import Config, ModelConfig, eval_paths, flatten, paths_of
 from finetune.config_parsing import config_to_dict
-from finetune.data.sources import is_local
+from finetune.data.reading.sources import is_local
 from finetune.model import starter
 from finetune.model.load import hub_name
 from finetune.report.html import TEMPLATES

@@ -19,8 +19,8 @@ import torch
 from datasets import Dataset
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from finetune.data.cleaning import turns_asked
 from finetune.data.conversations import Conversation, to_conversation
+from finetune.data.reading.cleaning import turns_asked
 from finetune.data.rows import iterate_rows
 from finetune.model.generate import Answer, Sampler, answer_prompts, encode_prompt, require_room
 from finetune.model.given_adapter import ADAPTER_WEIGHTS

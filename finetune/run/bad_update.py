@@ -21,7 +21,7 @@ from finetune.data.collate import MicroBatch, iterate_batches
 from finetune.data.plan import Plan
 from finetune.data.segments import branches_of
 from finetune.data.splits import Data
-from finetune.data.tokenize import IGNORE
+from finetune.data.templates.tokenize import IGNORE
 from finetune.model.loss import TokenLoss
 from finetune.run.checkpoint import Checkpointer, TrainState, list_checkpoints, write_checkpoint
 from finetune.runtime.accelerator import reseed

@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 
 from finetune.config import Config
 from finetune.data.by_source import is_main
-from finetune.data.row_tables import column_of
+from finetune.data.preparing.row_tables import column_of
 from finetune.data.rows import Rows, iterate_rows
 from finetune.model.generate import Answer, answer_prompts
 from finetune.runtime.console import say

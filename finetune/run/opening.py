@@ -7,9 +7,9 @@ from typing import Any
 
 from finetune.config import Config
 from finetune.data.duplicates import Match
-from finetune.data.named_templates import describe_template
 from finetune.data.plan import Plan
 from finetune.data.splits import Data, fingerprint_of, in_words
+from finetune.data.templates.named_templates import describe_template
 from finetune.model.added_tokens import token_ids_of
 from finetune.model.fast_paths import FastPaths
 from finetune.model.size import count_parameters

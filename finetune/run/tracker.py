@@ -19,8 +19,8 @@ from finetune.config import Config, flatten
 from finetune.config_parsing import config_to_dict
 from finetune.data.by_source import several_sources, source_of_each
 from finetune.data.conversations import Conversation
-from finetune.data.examples import Examples
 from finetune.data.plan import Plan
+from finetune.data.preparing.examples import Examples
 from finetune.model.generate import Answer
 from finetune.run.answer_files import write_answer_scores
 from finetune.run.extra_trackers import add_extra_trackers, answers_as_text

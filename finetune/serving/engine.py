@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from finetune.data.chat_template import stop_ids
+from finetune.data.templates.chat_template import stop_ids
 from finetune.run.adapter import TrainedModel
 from finetune.run.answers import answer
 

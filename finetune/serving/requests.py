@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finetune.data.conversations import to_conversation
-from finetune.data.messages import read_messages, read_template_kwargs, read_tools
+from finetune.data.reading.messages import read_messages, read_template_kwargs, read_tools
 from finetune.model.generate import check_limits
 from finetune.run.adapter import TrainedModel
 from finetune.run.answers import encode_question

@@ -4,7 +4,7 @@ import json
 import time
 from typing import Any
 
-from finetune.data.answer_parts import length_before_calls, split_calls
+from finetune.data.templates.answer_parts import length_before_calls, split_calls
 from finetune.serving.engine import Progress
 from finetune.serving.requests import ChatRequest
 

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from finetune.data.conversations import Conversation, Row, to_conversation
-from finetune.data.tool_calls import Call, CallFormat, call_format, names_of_calls, num_right_calls
+from finetune.data.templates.tool_calls import Call, CallFormat, call_format, names_of_calls, num_right_calls
 from finetune.model.generate import Answer, encode_prompt, reference_answer
 from finetune.training.evaluate import pick_conversations
 from finetune.training.metrics import Metrics

@@ -17,8 +17,8 @@ from torch import Tensor
 from finetune.config import Config
 from finetune.config_checks import LARGEST_WHOLE_NUMBER
 from finetune.data.collate import MicroBatch, collate, iterate_batches
-from finetune.data.examples import Examples
 from finetune.data.plan import Plan, count_tokens, plan_evaluation
+from finetune.data.preparing.examples import Examples
 from finetune.model.loss import TokenLoss
 from finetune.model.sharding import gathered_bytes, local_share
 from finetune.ops import chunked_head, torch_makers

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from finetune.config import Config
-from finetune.data.examples import Examples
+from finetune.data.preparing.examples import Examples
 from finetune.model.fast_paths import choose_fast_paths
 from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.load import add_adapter, quiet_libraries

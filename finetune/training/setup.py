@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import Config
-from finetune.data.examples import Examples
-from finetune.data.named_templates import added_token_ids
+from finetune.data.preparing.examples import Examples
 from finetune.data.rows import load_rows
 from finetune.data.splits import tokenize_splits
+from finetune.data.templates.named_templates import added_token_ids
 from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.load import check_vocabulary, load_model, load_tokenizer
 from finetune.model.loss import TokenLoss

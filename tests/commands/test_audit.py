@@ -15,7 +15,7 @@ from conftest import ROOT
 from finetune.__main__ import main
 from finetune.config import DataConfig
 from finetune.data.conversations import to_messages
-from finetune.data.tokenize import IGNORE, encode
+from finetune.data.templates.tokenize import IGNORE, encode
 
 HOSTILE = "<script>alert('1')</script> & \x1b[31m </mark> <img src=x onerror=y> \u202e"
 

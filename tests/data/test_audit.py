@@ -9,11 +9,11 @@ from conftest import tiny_tokenizer
 from transformers import AutoTokenizer
 
 from finetune.config import DataConfig
-from finetune.data.anatomy import ROLES
 from finetune.data.conversations import to_messages
 from finetune.data.rows import iterate_rows, load_rows
 from finetune.data.splits import tokenize_splits
-from finetune.data.tokenize import IGNORE, encode
+from finetune.data.templates.anatomy import ROLES
+from finetune.data.templates.tokenize import IGNORE, encode
 
 
 def test_counts_by_role_are_those_of_all_examples_and_their_own_labels():
@@ -95,7 +95,7 @@ def test_labels_that_training_would_not_use_stop_the_audit(monkeypatch):
         tokens = encode(*arguments)
         return tokens._replace(labels=[IGNORE, *tokens.labels[:-1]])
 
-    monkeypatch.setattr("finetune.data.anatomy.encode", shifted)
+    monkeypatch.setattr("finetune.data.templates.anatomy.encode", shifted)
     with pytest.raises(AssertionError):
         audit_of(SAMPLE)
 

@@ -7,7 +7,7 @@ from conftest import tiny_tokenizer
 from small_templates import QWEN3, SMALL_TEMPLATES, byte_tokenizer
 
 from finetune.data.conversations import Conversation
-from finetune.data.tokenize import IGNORE, Tokens, cut, encode, encode_batch
+from finetune.data.templates.tokenize import IGNORE, Tokens, cut, encode, encode_batch
 
 
 def thought(question: str, reasoning: str, answer: str) -> list[dict[str, str]]:

@@ -6,7 +6,7 @@ import pytest
 from audits import LONG_TEXT, TOKENIZER, audit_of, listed, row, turns, write
 
 from finetune.data.findings import find_problems
-from finetune.data.tokenize import encode
+from finetune.data.templates.tokenize import encode
 
 
 def test_a_token_too_many_costs_the_end_of_turn_and_one_fewer_does_not(tmp_path):

@@ -21,7 +21,6 @@ from finetune.data.collate import (
     pad,
     shared_prefix,
 )
-from finetune.data.examples import Examples
 from finetune.data.order import epoch_order
 from finetune.data.plan import (
     Layout,
@@ -31,7 +30,8 @@ from finetune.data.plan import (
     make_plan,
     plan_evaluation,
 )
-from finetune.data.tokenize import IGNORE
+from finetune.data.preparing.examples import Examples
+from finetune.data.templates.tokenize import IGNORE
 
 CPU = torch.device("cpu")
 LONGEST = 10

@@ -571,7 +571,7 @@ def hub(monkeypatch):
             assert (name, split) == ("someone/some-rows", "train")
             return table
 
-        monkeypatch.setattr("finetune.data.files.load_dataset", load)
+        monkeypatch.setattr("finetune.data.reading.files.load_dataset", load)
         return "someone/some-rows"
 
     return put
@@ -630,7 +630,7 @@ def test_a_hub_name_without_the_hub_says_so_in_one_line(name):
 
 @pytest.mark.parametrize("name", ["./nowhere", "a/b/c", "two words", "/rows"])
 def test_what_can_be_no_hub_name_is_not_looked_up(name, monkeypatch):
-    monkeypatch.setattr("finetune.data.files.load_dataset", lambda *_, **__: pytest.fail("looked up"))
+    monkeypatch.setattr("finetune.data.reading.files.load_dataset", lambda *_, **__: pytest.fail("looked up"))
     assert f"data.path {name!r} is neither a file that exists" in what_is_said(name)
 
 

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from finetune.config import Config, TrainConfig
 from finetune.data.collate import pack, pad, shared_prefix, unfold
-from finetune.data.examples import Examples
 from finetune.data.plan import Layout, Plan, count_tokens, lay_out, make_plan, plan_evaluation
+from finetune.data.preparing.examples import Examples
 from finetune.data.segments import Branch, Segment, segments_of
-from finetune.data.tokenize import IGNORE
+from finetune.data.templates.tokenize import IGNORE
 
 any_examples = settings(deadline=None, max_examples=60)
 

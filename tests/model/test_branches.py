@@ -13,9 +13,9 @@ from tiny import LAYOUTS, VOCABULARY, adapter_gradients, built, with_adapter
 from torch import Tensor
 
 from finetune.data.collate import collate
-from finetune.data.examples import Examples
 from finetune.data.plan import Plan, plan_evaluation
-from finetune.data.tokenize import IGNORE
+from finetune.data.preparing.examples import Examples
+from finetune.data.templates.tokenize import IGNORE
 from finetune.model.fast_paths import use_reference_paths
 from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.loss import TokenLoss

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.config import Config, FastConfig, LoraConfig, ModelConfig, TrainConfig
 from finetune.data.collate import collate
-from finetune.data.examples import Examples
+from finetune.data.preparing.examples import Examples
 from finetune.model import fast_paths
 from finetune.model.fast_paths import FastPaths, choose_fast_paths, use_reference_paths
 from finetune.model.load import add_adapter, load_model

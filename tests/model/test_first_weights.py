@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.config import Config, LoraConfig, ModelConfig
-from finetune.data.tokenize import IGNORE
+from finetune.data.templates.tokenize import IGNORE
 from finetune.model.first_weights import FROM_BASE, start_from_data
 from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.load import add_adapter, load_model

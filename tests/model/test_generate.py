@@ -14,7 +14,7 @@ from tiny import conversation, fill_adapter, with_adapter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from finetune.config import Config, LoraConfig, ModelConfig
-from finetune.data.chat_template import set_stop_ids
+from finetune.data.templates.chat_template import set_stop_ids
 from finetune.model.generate import (
     Answer,
     Sampler,

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from finetune.config import Config, LoraConfig, ModelConfig, TrainConfig
-from finetune.data.chat_template import stop_ids
 from finetune.data.collate import collate
+from finetune.data.templates.chat_template import stop_ids
 from finetune.model.load import load_base, load_model, load_tokenizer
 from finetune.model.loss import TokenLoss
 from finetune.model.size import count_parameters

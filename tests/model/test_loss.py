@@ -29,7 +29,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
 from finetune.config import Config, LoraConfig, ModelConfig
 from finetune.data.collate import collate, iterate_batches
 from finetune.data.plan import Layout, Plan
-from finetune.data.tokenize import IGNORE
+from finetune.data.templates.tokenize import IGNORE
 from finetune.model.fast_paths import use_reference_paths
 from finetune.model.load import load_model, load_tokenizer
 from finetune.model.loss import TokenLoss, TokenSums, sums_by_source

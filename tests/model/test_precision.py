@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune.config import Config, FastConfig, LoraConfig, ModelConfig, TrainConfig
 from finetune.data.collate import MicroBatch, collate
-from finetune.data.examples import Examples
+from finetune.data.preparing.examples import Examples
 from finetune.model.fast_paths import choose_fast_paths
 from finetune.model.load import add_adapter, load_model
 from finetune.model.loss import TokenLoss

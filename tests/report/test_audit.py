@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from finetune.config import DataConfig, SourceConfig
-from finetune.data.anatomy import ROLES, Part
 from finetune.data.findings import find_problems
-from finetune.data.tokenize import IGNORE, encode
+from finetune.data.templates.anatomy import ROLES, Part
+from finetune.data.templates.tokenize import IGNORE, encode
 from finetune.report.audit import MOVED, length_histogram, summary
 from finetune.report.audited_rows import pick_rows, trained_parts
 

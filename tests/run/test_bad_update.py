@@ -14,7 +14,7 @@ from tiny import built, with_adapter
 
 from finetune.__main__ import main
 from finetune.data.plan import Layout, Plan
-from finetune.data.tokenize import IGNORE
+from finetune.data.templates.tokenize import IGNORE
 from finetune.model.loss import TokenLoss, TokenSums, reference_token_sums
 from finetune.ops.chunked_head import ChunkedTokenSums
 from finetune.run.bad_update import examine_update

@@ -24,8 +24,8 @@ from tiny import (
 
 from finetune.config import Config, LoraConfig, ModelConfig
 from finetune.data.conversations import Conversation
-from finetune.data.examples import Examples
 from finetune.data.plan import Plan, plan_evaluation
+from finetune.data.preparing.examples import Examples
 from finetune.model.load import load_model
 from finetune.model.loss import TokenLoss
 from finetune.training.best import best_of, is_out_of_patience

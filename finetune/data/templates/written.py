@@ -4,8 +4,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from finetune.data.chat_template import ChatTemplate, function_of
 from finetune.data.conversations import Conversation, Message
+from finetune.data.templates.chat_template import ChatTemplate, function_of
 
 THOUGHT_END = "</think>"
 

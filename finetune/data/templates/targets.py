@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from finetune.data.chat_template import ChatTemplate, common_start
 from finetune.data.conversations import Conversation, Message
-from finetune.data.written import (
+from finetune.data.templates.chat_template import ChatTemplate, common_start
+from finetune.data.templates.written import (
     THOUGHT_END,
     Written,
     check_tagged,

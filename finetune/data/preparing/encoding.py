@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from finetune.data.chat_template import stop_ids
 from finetune.data.conversations import to_conversation
-from finetune.data.prepare import unpacked, with_counts
-from finetune.data.tokenize import IGNORE, Tokens, cut, encode_batch
+from finetune.data.preparing.chunks import unpacked, with_counts
+from finetune.data.templates.chat_template import stop_ids
+from finetune.data.templates.tokenize import IGNORE, Tokens, cut, encode_batch
 
 SCHEMA = pa.schema(
     {

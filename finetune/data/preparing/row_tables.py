@@ -19,11 +19,8 @@ import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 
-from finetune.data.cleaning import reason_to_drop
 from finetune.data.conversations import Row
-from finetune.data.files import RawBatch, hub_fingerprint
-from finetune.data.formats import Format
-from finetune.data.prepare import (
+from finetune.data.preparing.chunks import (
     CHUNK_BYTES,
     CHUNK_ROWS,
     Chunk,
@@ -34,8 +31,11 @@ from finetune.data.prepare import (
     with_counts,
     write_record,
 )
-from finetune.data.reading import read_formatted
-from finetune.data.sources import Source
+from finetune.data.reading.batches import read_formatted
+from finetune.data.reading.cleaning import reason_to_drop
+from finetune.data.reading.files import RawBatch, hub_fingerprint
+from finetune.data.reading.formats import Format
+from finetune.data.reading.sources import Source
 from finetune.runtime.files import file_sha256
 
 SCHEMA = pa.schema({"row_number": pa.int64(), "source": pa.int32(), "row": pa.string()})
@@ -212,7 +212,7 @@ def cache_folder(depends_on: Mapping[str, Any]) -> Path:
 def _code_digest() -> str:
     """So that no row is read from the cache of code that has changed since."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -43,7 +43,7 @@ MANY_CHUNKS = 60  # are never few: those that are looked at first lie in memory
 QUEUED_PER_WORKER = 4  # chunks that wait in memory
 MOST_WORKERS = 61 if sys.platform == "win32" else 1_000  # Windows waits for no more than 63 objects at once
 QUIET_SECONDS = 1.0  # a shorter preparation needs no progress bar
-ENCODING = "finetune.data.encoding"  # what processes import before they have work
+ENCODING = "finetune.data.preparing.encoding"  # what processes import before they have work
 COUNTS = b"counts"  # of a chunk, as JSON, in the metadata of its schema
 
 

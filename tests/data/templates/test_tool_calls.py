@@ -4,7 +4,7 @@ import pytest
 from conftest import QWEN2_TEMPLATE, tiny_tokenizer
 from small_templates import SMALL_TEMPLATES, byte_tokenizer
 
-from finetune.data.tool_calls import call_format, num_right_calls
+from finetune.data.templates.tool_calls import call_format, num_right_calls
 
 USER = {"role": "user", "content": "What is the weather?"}
 WEATHER = ("weather", '{"city": "Z\\u00fcrich", "unit": "kelvin"}')

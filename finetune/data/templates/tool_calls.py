@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from finetune.data.chat_template import common_start, function_of, render
 from finetune.data.conversations import Conversation, Message
+from finetune.data.templates.chat_template import common_start, function_of, render
 
 Call = tuple[str, str]
 """Name and arguments: these as JSON text with sorted keys, so that equal ones are equal texts"""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from finetune.config import DataConfig, SourceConfig
-from finetune.data.row_tables import digest_of
+from finetune.data.preparing.row_tables import digest_of
 from finetune.data.rows import Rows, iterate_rows, load_rows
 
 

@@ -18,9 +18,9 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from finetune.data.chat_template import render
 from finetune.data.conversations import to_messages
-from finetune.data.tokenize import IGNORE, encode
+from finetune.data.templates.chat_template import render
+from finetune.data.templates.tokenize import IGNORE, encode
 
 QWEN2_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 

@@ -4,7 +4,7 @@ from audits import TOKENIZER, dissect_messages, texts_by_role, turns
 from conftest import QWEN2_TEMPLATE, tiny_tokenizer
 from small_templates import QWEN3, SMALL_TEMPLATES, byte_tokenizer
 
-from finetune.data.tokenize import IGNORE, encode
+from finetune.data.templates.tokenize import IGNORE, encode
 
 
 def test_each_token_is_of_the_turn_whose_text_it_is():

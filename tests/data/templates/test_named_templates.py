@@ -8,16 +8,16 @@ from conftest import QWEN2_TEMPLATE, tiny_tokenizer
 from tools import tool_rows
 from transformers import AutoTokenizer
 
-from finetune.data.chat_template import render
 from finetune.data.conversations import Conversation
-from finetune.data.named_templates import (
+from finetune.data.templates.chat_template import render
+from finetune.data.templates.named_templates import (
     NAMES,
     added_token_ids,
     describe_template,
     end_of_turn,
     use_template,
 )
-from finetune.data.tokenize import IGNORE, encode
+from finetune.data.templates.tokenize import IGNORE, encode
 
 ADDED = {
     "chatml": [],  # the tiny tokenizer has them

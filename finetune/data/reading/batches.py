@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from finetune.data.files import RawBatch, read_batches
-from finetune.data.formats import Format, format_of
-from finetune.data.sources import Source
+from finetune.data.reading.files import RawBatch, read_batches
+from finetune.data.reading.formats import Format, format_of
+from finetune.data.reading.sources import Source
 
 
 def read_formatted(

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import AddedToken
 
-from finetune.data.chat_template import render
 from finetune.data.conversations import Conversation
+from finetune.data.templates.chat_template import render
 
-FOLDER = Path(__file__).parent / "templates"
+FOLDER = Path(__file__).parent / "named"
 NAMES = ("chatml", "llama3", "gemma", "mistral")
 # What a template writes as one token by the custom of its family: <|im_end|>, <start_of_turn>.
 SPECIAL = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>|<(?:start|end)_of_\w+>")

@@ -17,10 +17,11 @@ import pytest
 from conftest import ROOT, tiny_tokenizer
 
 from finetune.config import Config, DataConfig, EvalConfig, SourceConfig
-from finetune.data import prepare, row_tables
-from finetune.data.examples import tokenize_rows
-from finetune.data.prepare import Chunk, make_chunks, read_chunk
-from finetune.data.row_tables import cache_folder
+from finetune.data.preparing import chunks as prepare
+from finetune.data.preparing import row_tables
+from finetune.data.preparing.chunks import Chunk, make_chunks, read_chunk
+from finetune.data.preparing.examples import tokenize_rows
+from finetune.data.preparing.row_tables import cache_folder
 from finetune.data.rows import find_leaks, iterate_rows, load_rows
 from finetune.data.splits import load_data
 
@@ -200,7 +201,9 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import datasets
 datasets.config.HF_DATASETS_CACHE = {cache!r}
 from finetune.config import Config, DataConfig
-from finetune.data import encoding, prepare, row_tables
+from finetune.data.preparing import encoding
+from finetune.data.preparing import chunks as prepare
+from finetune.data.preparing import row_tables
 from finetune.data.splits import load_data
 from conftest import tiny_tokenizer
 prepare.available_cpus = lambda: 2
@@ -296,7 +299,9 @@ def test_tokens_come_from_the_cache_for_rows_that_were_read_again(tmp_path, monk
     """Their key is that of the files and the numbers of the rows, so no text has to be looked at."""
     config = DataConfig(path=write(tmp_path / "rows.jsonl", 30), eval_fraction=0.0)
     first = tokenize_rows(load_rows(config).train, tiny_tokenizer(), config)
-    monkeypatch.setattr("finetune.data.encoding.encode_batch", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(
+        "finetune.data.preparing.encoding.encode_batch", lambda *_: pytest.fail("encoded again")
+    )
     again = tokenize_rows(load_rows(config).train, tiny_tokenizer(), config)
     assert again.fingerprint == first.fingerprint
     folder = cache_folder({})

@@ -7,10 +7,10 @@ import pytest
 from small_templates import SMALL_TEMPLATES, SmallTemplate, byte_tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from finetune.data.anatomy import dissect, keep, parts_of
-from finetune.data.chat_template import template_of
 from finetune.data.conversations import Conversation
-from finetune.data.tokenize import IGNORE, Tokens, encode_batch
+from finetune.data.templates.anatomy import dissect, keep, parts_of
+from finetune.data.templates.chat_template import template_of
+from finetune.data.templates.tokenize import IGNORE, Tokens, encode_batch
 
 CONVERSATIONS_EACH = 50
 

@@ -7,10 +7,10 @@ import pytest
 from conftest import QWEN2_TEMPLATE, tiny_tokenizer
 from small_templates import SMALL_TEMPLATES, byte_tokenizer
 
-from finetune.data.chat_template import render, set_stop_ids, stop_ids, template_of
 from finetune.data.conversations import Conversation
-from finetune.data.targets import up_to
-from finetune.data.tokenize import IGNORE, encode
+from finetune.data.templates.chat_template import render, set_stop_ids, stop_ids, template_of
+from finetune.data.templates.targets import up_to
+from finetune.data.templates.tokenize import IGNORE, encode
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 

@@ -12,10 +12,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from finetune.config import DataConfig
 from finetune.data.conversations import Conversation, to_messages
-from finetune.data.examples import COLUMNS, Examples, tokenize_rows
+from finetune.data.preparing.examples import COLUMNS, Examples, tokenize_rows
 from finetune.data.rows import Rows, iterate_rows, load_rows
 from finetune.data.splits import tokenize_splits
-from finetune.data.tokenize import IGNORE, encode, encode_batch
+from finetune.data.templates.tokenize import IGNORE, encode, encode_batch
 
 TRIMMING_TEMPLATE = QWEN2_TEMPLATE.replace("turn.content", "turn.content | trim")
 # Earlier answers lose their reasoning, as under Qwen3's template.
@@ -285,7 +285,8 @@ def encoded_anew(monkeypatch):
         called = []
         with monkeypatch.context() as patch:
             patch.setattr(
-                "finetune.data.encoding.encode_batch", lambda *a: called.append(1) or encode_batch(*a)
+                "finetune.data.preparing.encoding.encode_batch",
+                lambda *a: called.append(1) or encode_batch(*a),
             )
             examples = tokenize_rows(rows, tokenizer, data_config)
         cut = slice(data_config.max_length)

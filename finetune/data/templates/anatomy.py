@@ -4,10 +4,10 @@ from dataclasses import replace
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
-from finetune.data.chat_template import render, stop_ids
 from finetune.data.conversations import Conversation
-from finetune.data.targets import is_trained, up_to
-from finetune.data.tokenize import IGNORE, Tokens, cut, encode, trunk_text
+from finetune.data.templates.chat_template import render, stop_ids
+from finetune.data.templates.targets import is_trained, up_to
+from finetune.data.templates.tokenize import IGNORE, Tokens, cut, encode, trunk_text
 
 # Whose text a token belongs to: the answers (with reasoning and tool calls), a turn of another role, a plain
 # text, or what the chat template writes by itself.

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from finetune.data.conversations import to_conversation, to_messages
-from finetune.data.messages import read_messages, read_sharegpt, read_template_kwargs, read_tools
+from finetune.data.reading.messages import read_messages, read_sharegpt, read_template_kwargs, read_tools
 
 PLACE = "rows.jsonl, row 3"
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2.5, "x", None]}}}

@@ -6,9 +6,9 @@ import pytest
 from conftest import tiny_tokenizer
 from tools import tool_rows
 
-from finetune.data.answer_parts import Parts, length_before_calls, split_calls
 from finetune.data.conversations import Conversation
-from finetune.data.named_templates import use_template
+from finetune.data.templates.answer_parts import Parts, length_before_calls, split_calls
+from finetune.data.templates.named_templates import use_template
 from finetune.model.generate import reference_answer
 
 

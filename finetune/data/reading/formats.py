@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from finetune.data.conversations import SYSTEM_ROLES, Message, Row
-from finetune.data.mapping_hints import unknown_columns
-from finetune.data.messages import read_messages, read_sharegpt, read_template_kwargs, read_tools
+from finetune.data.reading.mapping_hints import unknown_columns
+from finetune.data.reading.messages import read_messages, read_sharegpt, read_template_kwargs, read_tools
 
 Kind = Literal["messages", "sharegpt", "instruction", "completion", "text"]
 

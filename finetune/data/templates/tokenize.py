@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
-from finetune.data.chat_template import as_conversation, stop_ids, template_of
 from finetune.data.conversations import Conversation, Message
-from finetune.data.targets import StopTokens, Text, find_tagged, find_targets, is_trained, up_to
+from finetune.data.templates.chat_template import as_conversation, stop_ids, template_of
+from finetune.data.templates.targets import StopTokens, Text, find_tagged, find_targets, is_trained, up_to
 
 IGNORE = -100  # the label of a token without loss, as everywhere in PyTorch
 

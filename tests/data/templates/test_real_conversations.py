@@ -9,7 +9,7 @@ from conftest import tiny_tokenizer
 from small_templates import CONCATENATING, QWEN3
 
 from finetune.data.conversations import Conversation
-from finetune.data.tokenize import IGNORE, cut, encode_batch
+from finetune.data.templates.tokenize import IGNORE, cut, encode_batch
 
 MAX_LENGTH = 8192
 

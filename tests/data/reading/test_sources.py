@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.config import DataConfig, SourceConfig
-from finetune.data.files import read_batches, read_column
-from finetune.data.json_array import iterate_array
-from finetune.data.reading import read_formatted
-from finetune.data.sources import Source, eval_sources, training_sources
+from finetune.data.reading.batches import read_formatted
+from finetune.data.reading.files import read_batches, read_column
+from finetune.data.reading.json_array import iterate_array
+from finetune.data.reading.sources import Source, eval_sources, training_sources
 
 ROWS = [{"instruction": f"Say {n}.", "output": f"“{n}”"} for n in range(7)]
 
@@ -361,7 +361,7 @@ def hub(monkeypatch):
                 raise answer
             return answer
 
-        monkeypatch.setattr("finetune.data.files.load_dataset", load)
+        monkeypatch.setattr("finetune.data.reading.files.load_dataset", load)
         return calls
 
     return put
@@ -449,7 +449,7 @@ def test_batches_of_long_rows_have_fewer(tmp_path, monkeypatch, suffix):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (source,) = training_sources(DataConfig(path=str(path)))
     (whole,) = read_batches(source, 100)
-    monkeypatch.setattr("finetune.data.files.BATCH_BYTES", 900)
+    monkeypatch.setattr("finetune.data.reading.files.BATCH_BYTES", 900)
     parts = list(read_batches(source, 100))
     assert len(parts) > 2
     assert max(part.num_rows for part in parts) <= 3

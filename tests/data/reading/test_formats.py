@@ -9,10 +9,10 @@ import yaml
 
 from finetune.config import DataConfig
 from finetune.config_checks import COLUMNS
-from finetune.data.cleaning import reason_to_ask_nothing, reason_to_drop, turns_asked
-from finetune.data.formats import PAIRS, Format, format_of
-from finetune.data.reading import read_formatted
-from finetune.data.sources import training_sources
+from finetune.data.reading.batches import read_formatted
+from finetune.data.reading.cleaning import reason_to_ask_nothing, reason_to_drop, turns_asked
+from finetune.data.reading.formats import PAIRS, Format, format_of
+from finetune.data.reading.sources import training_sources
 
 PLACE = "rows.jsonl, row 3"
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}

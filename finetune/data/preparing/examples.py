@@ -16,11 +16,11 @@ from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 
 from finetune.config import DataConfig
-from finetune.data.encoding import SCHEMA, EncodeRows, first_targets, flat, lengths, target_counts
-from finetune.data.prepare import CHUNK_ROWS, counts_of, make_chunks, read_chunk, write_record
-from finetune.data.row_tables import cache_folder, digest_of, table_chunks
+from finetune.data.preparing.chunks import CHUNK_ROWS, counts_of, make_chunks, read_chunk, write_record
+from finetune.data.preparing.encoding import SCHEMA, EncodeRows, first_targets, flat, lengths, target_counts
+from finetune.data.preparing.row_tables import cache_folder, digest_of, table_chunks
 from finetune.data.segments import MIN_SHARED, SequenceSizes, sequence_sizes
-from finetune.data.written import is_left_out
+from finetune.data.templates.written import is_left_out
 
 COLUMNS = ["input_ids", "labels", "row_number", "source", "branches"]
 

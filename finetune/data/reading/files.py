@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import load_dataset
 
-from finetune.data.json_array import iterate_array
-from finetune.data.sources import Source, kind_of
+from finetune.data.reading.json_array import iterate_array
+from finetune.data.reading.sources import Source, kind_of
 
 BOM = codecs.BOM_UTF8
 ROWS_AT_ONCE = 1000  # where one column of all rows is read
