@@ -7,7 +7,7 @@ The output itself is written once, at the end.
 import argparse
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -148,10 +148,12 @@ def _only_writer(output: Path) -> Iterator[None]:
     try:
         _require_new(output)
         yield
-        # Removed only beside an output: whoever still gets hold of this file then finds that one.
-        Path(lock.lock_file).unlink(missing_ok=True)
     finally:
         lock.release()
+    # Removed only beside an output: whoever still gets hold of this file then finds that one. Windows removes
+    # no file that somebody has open.
+    with suppress(FileNotFoundError, PermissionError):
+        os.unlink(lock.lock_file)
 
 
 def _rows_in_words(numbers: Sequence[int]) -> str:
