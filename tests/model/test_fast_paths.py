@@ -598,7 +598,7 @@ def test_int8_activations_are_not_the_truth_that_fast_paths_are_compared_with(in
 def test_a_gpu_dequantizes_unless_something_else_is_asked_for(int8_loss, asked, recorded, actual):
     gpu = SimpleNamespace(device=torch.device("cuda"), mixed_precision="fp16", is_main_process=True)
     config = Config(fast=FastConfig(int8_matmul=asked))
-    chosen = fast_paths._choose_int8(config, gpu, int8_loss.model, train_set(), recorded)
+    chosen = fast_paths._choose_int8(config, gpu, int8_loss.model, train_set(), recorded, False)
     assert (chosen.requested, chosen.actual) == (actual, actual)
     assert ("waits" in chosen.reason) == (actual == "dequantize")
 
@@ -613,7 +613,7 @@ def test_int8_is_measured_in_the_precision_of_the_run(int8_loss, monkeypatch, pr
 
     monkeypatch.setattr(quantized, "multiply", multiply)
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
-    fast_paths._choose_int8(Config(), accelerator, int8_loss.model, train_set(), None)
+    fast_paths._choose_int8(Config(), accelerator, int8_loss.model, train_set(), None, False)
     assert set(measured) == {dtype}
 
 
