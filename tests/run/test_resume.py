@@ -495,7 +495,7 @@ def test_exactly_the_newest_checkpoints_are_kept(run_train, tmp_path, keep):
 
 
 def test_a_run_leaves_no_file_that_could_hold_code(uninterrupted):
-    known = {".csv", ".html", ".md", ".json", ".jsonl", ".yaml", ".jinja", ".safetensors"}
+    known = {".csv", ".html", ".md", ".json", ".jsonl", ".txt", ".yaml", ".jinja", ".safetensors"}
     for path in uninterrupted.rglob("*"):
         if path.is_file():
             assert path.suffix in known or path.name.startswith("events.out.tfevents."), path
