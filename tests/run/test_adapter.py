@@ -236,6 +236,9 @@ def test_a_base_of_another_width_is_refused(finished, refused, tiny_model_dir, t
     Qwen2ForCausalLM(config).save_pretrained(other)
     copied = shutil.copytree(finished / "adapter", tmp_path / "mine")
     said = refused(copied, "--model.name_or_path", str(other))
+    assert f"{copied} was trained on another base model than {other}" in said
+    (copied / "base_fingerprint.txt").unlink()  # as of an adapter from elsewhere
+    said = refused(copied, "--model.name_or_path", str(other))
     assert f"the adapter in {copied} could not be loaded onto {other}" in said
 
 
