@@ -183,8 +183,8 @@ def stopping(moment: str, step: int) -> tuple[str, Callable[..., Any]]:
         ),
         "in the evaluation": ("finetune.run.evaluator.evaluate", stopping_evaluate),
         "after the evaluation's line": ("finetune.run.tracker.Tracker.log", stopping_log),
-        "while pruning": ("finetune.run.checkpoint.shutil.rmtree", stopping_remove),
-        "while writing the result": ("finetune.runtime.files.os.replace", stopping_replace),
+        "while pruning": ("finetune.runtime.system.shutil.rmtree", stopping_remove),
+        "while writing the result": ("finetune.runtime.system.os.replace", stopping_replace),
     }[moment]
 
 
