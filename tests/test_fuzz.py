@@ -270,7 +270,7 @@ def random_yaml(draw: random.Random) -> str:
     """A file of random keys: as a program would write it, or as a hand would."""
     settings: dict[Any, Any] = {}
     lines = []
-    for _ in range(draw.randint(1, 4)):
+    for _ in range(draw.randint(1, 3)):
         key = random_key(draw)
         value = random_setting(draw, key)
         section, _, name = key.rpartition(".")
