@@ -249,7 +249,7 @@ def random_key(draw: random.Random) -> str:
 
 def random_setting(draw: random.Random, key: str) -> Any:
     """What the key is by default, or a value of any kind."""
-    if draw.random() < 0.3 and key in KNOWN:
+    if draw.random() < 0.75 and key in KNOWN:
         return KNOWN[key]
     return draw.choice([random_value(draw), draw.choice(NUMBERS), draw.choice(WORDS)])
 
@@ -274,7 +274,8 @@ def random_yaml(draw: random.Random) -> str:
         key = random_key(draw)
         value = random_setting(draw, key)
         section, _, name = key.rpartition(".")
-        lines.append(f"{section}:\n  {name}: {value}" if section else f"{name}: {value}")
+        text = "null" if value is None else value
+        lines.append(f"{section}:\n  {name}: {text}" if section else f"{name}: {text}")
         inner = settings.setdefault(section, {}) if section else settings
         if isinstance(inner, dict):  # else a value was drawn for the section itself
             inner[name if draw.random() < 0.95 else draw.choice(NUMBERS)] = value
