@@ -123,7 +123,8 @@ def test_a_tracker_gets_the_config_each_metric_and_each_answer_of_the_files_once
     assert output.count(link) == 2  # when it starts, and when it has ended
 
 
-def test_a_resumed_run_goes_on_in_the_same_run_of_its_tracker(run_train, notebook, monkeypatch):
+def stopped_and_resumed(run_train: Any, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> Path:
+    """The folder of a run that was stopped after update 3, and resumed."""
     advance = Tracker.advance
 
     def stopping_advance(self: Tracker, step: int) -> None:
@@ -131,11 +132,16 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_its_tracker(run_train, noteboo
         if step == 3:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(Tracker, "advance", stopping_advance)
-    run_dir = run_train(expect=128 + signal.SIGTERM, **WITH_NOTEBOOK)
-    monkeypatch.setattr(Tracker, "advance", advance)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "advance", stopping_advance)
+        run_dir: Path = run_train(expect=128 + signal.SIGTERM, **settings)
     wait_for_the_next_second(run_dir)
-    run_train(**WITH_NOTEBOOK)
+    run_train(**settings)
+    return run_dir
+
+
+def test_a_resumed_run_goes_on_in_the_same_run_of_its_tracker(run_train, notebook, monkeypatch):
+    run_dir = stopped_and_resumed(run_train, monkeypatch, WITH_NOTEBOOK)
     assert points_in(notebook) == once({**lines_of(run_dir), **texts_of(run_dir)})
     assert len({identity for identity, _ in notes_in(notebook, "start")}) == 1
 
@@ -290,18 +296,7 @@ def test_mlflow_and_trackio_hold_the_same_values_to_the_last_digit_and_go_on_whe
 ):
     from mlflow import MlflowClient
 
-    advance = Tracker.advance
-
-    def stopping_advance(self: Tracker, step: int) -> None:
-        advance(self, step)
-        if step == 3:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(Tracker, "advance", stopping_advance)
-    run_dir = run_train(expect=128 + signal.SIGTERM, **ALL)
-    monkeypatch.setattr(Tracker, "advance", advance)
-    wait_for_the_next_second(run_dir)
-    run_train(**ALL)
+    run_dir = stopped_and_resumed(run_train, monkeypatch, ALL)
     metrics, texts = lines_of(run_dir), texts_of(run_dir)
     assert mlflow_points(run_dir) == once(metrics)
     assert mlflow_texts(run_dir) == texts
