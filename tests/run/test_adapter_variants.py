@@ -60,4 +60,4 @@ def test_a_variant_resumes_to_the_bit_and_plain_peft_computes_its_logits(
     assert (logits - of_base).abs().max() > 0.01
     print("MAX", of_base.abs().max(), [(logits - r).abs().max() for r in trained_logits])
     for of_run in trained_logits:
-        assert (logits - of_run).abs().max() < 1e-5 * of_base.abs().max()
+        assert (logits - of_run).abs().max() < 1e-5
