@@ -77,12 +77,16 @@ def merge(unmerged: peft.PeftModel) -> Any:
 
 
 def load_merged(trained: Trained) -> TrainedModel:
-    """Load the adapter merged into the base on disk, in fp32, with its tokenizer.
+    """Load the adapter merged into the base on disk, in fp32, with its tokenizer. One that began as LoftQ is
+    merged into the dequantized base: it makes up for what the quantized weights have lost.
 
     Raises:
         ValueError: as `load_trained` and `merge`.
     """
     config = trained.config
+    if config.lora.init_lora_weights == "loftq":
+        opened = load_trained(trained)
+        return replace(opened, model=merge(load_unmerged(trained, opened, DEQUANTIZED)))
     unquantized = replace(
         config,
         model=replace(config.model, quantization="none"),
