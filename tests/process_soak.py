@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -196,9 +196,8 @@ class Soak:
         found, expected = result_of(output_dir), self.expected
         assert found.keys() == expected.keys(), f"{what}: {found.keys() ^ expected.keys()}"
         assert found["answers"] == expected["answers"], what
-        assert {path.name for path in output_dir.iterdir()} == {
-            path.name for path in (self.folder / "undisturbed").iterdir()
-        }, what
+        names = [{path.name for path in run.iterdir()} for run in (output_dir, self.folder / "undisturbed")]
+        assert names[0] == names[1], f"{what}: {names[0] ^ names[1]}"
         for line, other in zip(found["metrics"], expected["metrics"], strict=True):
             assert line.keys() == other.keys(), what
             for key, value in line.items():
@@ -315,9 +314,12 @@ def is_in(session: int, process: psutil.Process) -> bool:
         return False
 
 
-def soak(kills: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Raises AssertionError for a state that no run goes on from, or an end that is not the undisturbed."""
+def soak(kills: int, seed: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """What has been found, after each kill.
+
+    Raises AssertionError for a state that no run goes on from, or an end that is not the undisturbed.
+    """
     state = Soak(folder, seed)
     for number in range(kills):
         state.kill_and_go_on(CHANGES[number % len(CHANGES)])
-    return state.record()
+        yield state.record()

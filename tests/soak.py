@@ -5,9 +5,9 @@
 
 The second is of several processes: tests/process_soak.py. In the first, the run is train.py's own, on a tiny
 random model: int8 base, LoRA dropout, paged 8-bit AdamW, bf16. Each process is forked from this one, which
-has the libraries loaded, and is killed with SIGKILL: every second one while it writes a checkpoint, the others
-at any moment. A run that ends is compared with one that was left alone, file by file and point by point, and
-the next one starts anew.
+has the libraries loaded, and is killed with SIGKILL: every second one while it writes a checkpoint, the
+others at any moment. A run that ends is compared with one that was left alone, file by file and point by
+point, and the next one starts anew.
 """
 
 import argparse
@@ -197,15 +197,16 @@ def main() -> None:
         if not arguments.processes:
             soak(arguments.kills, arguments.seed, Path(folder))
             return
-        import process_soak  # it imports this module
-
-        found = process_soak.soak(arguments.kills, arguments.seed, Path(folder))
-    print(json.dumps(found, indent=1))
-    if arguments.output is not None:
         sys.path.insert(0, str(ROOT / "benchmarks"))
-        from common import write_result
+        import process_soak  # it imports this module
+        from common import provenance, write_result
 
-        write_result(arguments.output, found)
+        for found in process_soak.soak(arguments.kills, arguments.seed, Path(folder)):
+            if arguments.output is not None:
+                write_result(arguments.output, {"seed": arguments.seed, **found})
+        if arguments.output is not None:
+            write_result(arguments.output, {"seed": arguments.seed, **found, **provenance()})
+        print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
