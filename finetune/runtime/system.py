@@ -50,8 +50,8 @@ def computer() -> str:
 def start_of_process(pid: int) -> str | None:
     """When a process was started, which tells it from others that had its number; None without one.
 
-    One that has ended is none, also while nobody has asked for its exit code (a zombie): for those of a killed
-    launcher, the first process of a container may never do so. On Linux the start is in clock ticks since
+    One that has ended is none, also while nobody has asked for its exit code (a zombie): the first process of
+    a container may never do so for those of a killed launcher. On Linux the start is in clock ticks since
     the boot (proc_pid_stat(5), field 22), which setting the clock leaves alone; field 3 is the state.
     """
     try:
