@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaC
 
 from finetune.__main__ import main
 from finetune.export.gguf import _pre_tokenizer, unsupported
-from finetune.export.merge import load_merged
+from finetune.export.merge import FULL_PRECISION, load_unmerged, merge
 from finetune.export.modelfile import modelfile
-from finetune.run.adapter import find_trained
+from finetune.run.adapter import find_trained, load_trained
 
 SHORT = {
     "train__max_steps": 2,
@@ -86,18 +86,20 @@ def log_probs(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def test_the_file_read_back_is_the_merged_model(run_train, tmp_path, llama_dir, architecture):
     base = {"model__name_or_path": llama_dir} if architecture == "llama" else {}
     run_dir = run_train(**SHORT, **base)
-    merged = load_merged(find_trained(run_dir))
-    exact, tokenizer = read_back(export(run_dir, tmp_path / "f16", "--format", "f16"))
+    trained = find_trained(run_dir)
+    opened = load_trained(trained)
+    merged, original = merge(load_unmerged(trained, opened, FULL_PRECISION)), opened.tokenizer
+    exact, tokenizer = read_back(export(run_dir, tmp_path / "f16", "--quantize", "f16"))
     rounded, _ = read_back(export(run_dir, tmp_path / "q8"))
 
     assert exact.config.model_type == architecture
-    for name, tensor in merged.model.state_dict().items():  # f16 holds 11 bits
+    for name, tensor in merged.state_dict().items():  # f16 holds 11 bits
         torch.testing.assert_close(exact.state_dict()[name], tensor, rtol=2**-11, atol=1e-7, msg=name)
-    prompt = merged.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    prompt = original(PROMPT, return_tensors="pt")["input_ids"]
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
-    answer = merged.model.eval().generate(prompt, **settings)
+    answer = merged.eval().generate(prompt, **settings)
     assert torch.equal(exact.generate(prompt, **settings), answer)
-    expected = log_probs(merged.model, answer)
+    expected = log_probs(merged, answer)
     assert (log_probs(exact, answer) - expected).abs().max() < 0.02
     divergence = (expected.exp() * (expected - log_probs(rounded, answer))).sum(-1)
     assert divergence.mean() < 0.01  # nats per token; the base itself is two orders further away
@@ -108,12 +110,12 @@ def test_the_file_read_back_is_the_merged_model(run_train, tmp_path, llama_dir, 
     assert from_base.mean() > 0.1
 
     for text in TEXTS:
-        assert tokenizer(text)["input_ids"] == merged.tokenizer(text)["input_ids"], text
+        assert tokenizer(text)["input_ids"] == original(text)["input_ids"], text
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
     for turns in (messages, messages[1:]):
         rendered = [
             asked.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            for asked in (tokenizer, merged.tokenizer)
+            for asked in (tokenizer, original)
         ]
         assert rendered[0] == rendered[1]
 
@@ -213,12 +215,12 @@ def test_another_architecture_is_refused_with_the_command_that_can(
     for key, value in change.items():
         setattr(config, key, value)
     config.save_pretrained(llama_dir)
-    monkeypatch.setattr("finetune.commands.export.load_merged", None)  # no weights are loaded for this
+    monkeypatch.setattr("finetune.commands.export.load_trained", None)  # no weights are loaded for this
     assert main(["export", str(run_dir), "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert words in error
     assert f"python -m finetune merge {run_dir} --output merged && " in error
-    assert "convert_hf_to_gguf.py merged --outtype q8_0 --outfile merged.gguf" in error
+    assert "convert_hf_to_gguf.py merged --outtype f16 --outfile merged.gguf" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
