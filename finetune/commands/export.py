@@ -1,11 +1,9 @@
 """`python -m finetune export RUN --output DIR`: write the merged model as GGUF, for llama.cpp and Ollama."""
 
-import json
 import re
 import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ import torch
 
 from finetune.config import Config
 from finetune.data.rows import Rows, load_rows
-from finetune.data.templates.chat_template import stop_ids
 from finetune.export import llama_cpp
 from finetune.export.comparison import Line, gain_kept, open_comparison, show_answers, show_differences
 from finetune.export.fidelity import Comparison, compare
@@ -22,10 +19,8 @@ from finetune.export.gguf import read_gguf, unsupported, write_gguf
 from finetune.export.merge import FULL_PRECISION, load_unmerged, merge, require_new_folder, save_merged
 from finetune.export.modelfile import modelfile
 from finetune.export.quantize import BLOCK_TYPES, quantize
-from finetune.model.given_adapter import ADAPTER_CONFIG, largest_rank
-from finetune.model.load import generation_ends, load_architecture, load_tokenizer
-from finetune.model.starter import starter_model_dir
-from finetune.report.model_card import VLLM_RANKS
+from finetune.export.vllm import serve_with_vllm
+from finetune.model.load import load_architecture
 from finetune.run.adapter import (
     Trained,
     TrainedModel,
@@ -34,7 +29,6 @@ from finetune.run.adapter import (
     parse_trained,
     trained_parser,
 )
-from finetune.run.folder import CHAT_TEMPLATE
 from finetune.runtime import system
 from finetune.runtime.cli import CommandParser
 from finetune.runtime.console import console, say
@@ -178,7 +172,7 @@ def _compare(
         return
     line = Line(quantization, found, as_run, path.stat().st_size, is_written=True)
     show_differences(comparison, opened.precision.actual, [line])
-    say(gain_kept(comparison, found))
+    say(gain_kept(comparison.base, comparison.loss, found))
     show_answers(comparison, opened, model, quantization)
 
 
@@ -207,39 +201,9 @@ def _show(
     name, modelfile_path = _name(trained), shlex.quote(str(path.parent / "Modelfile"))
     say(f"llama.cpp    llama-cli --jinja -c {length} -m {shlex.quote(str(path))}")
     say(f"Ollama       ollama create {name} -f {modelfile_path} && ollama run {name}")
-    say(f"vLLM         {_vllm(trained, tokenizer, name)}")
+    say(f"vLLM         {serve_with_vllm(trained, tokenizer, name, length)}")
     merged = f"python -m finetune merge {shlex.quote(str(given))} --output merged"
     if find_spec("mlx_lm"):
         say(f"MLX          {merged} && mlx_lm.convert --hf-path merged --mlx-path mlx -q")
     if find_spec("optimum"):
         say(f"ONNX         {merged} && optimum-cli export onnx --model merged onnx")
-
-
-def _vllm(trained: Trained, tokenizer: Any, name: str) -> str:
-    """The command that serves the adapter on its base with the template that was trained with; where vLLM
-    cannot, how it serves the merged model."""
-    config, adapter = trained.config, trained.adapter
-    # The starter's weights differ slightly from the hub's: serve it from the folder that was trained on.
-    named = config.model.name_or_path
-    base = str(starter_model_dir()) if named == "starter" else named
-    rank = next((rank for rank in VLLM_RANKS if rank >= largest_rank(adapter)), None)
-    own = load_tokenizer(replace(config, data=replace(config.data, chat_template=None)))
-    settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    differs = (own.chat_template, own.eos_token_id) != (tokenizer.chat_template, tokenizer.eos_token_id)
-    if (
-        config.lora.use_dora
-        or rank is None
-        or base.endswith(".gguf")
-        or settings.get("trainable_token_indices")  # vLLM loads no rows of embeddings with an adapter
-        or (differs and not trained.own_tokenizer)  # of a checkpoint, which has no file of them
-    ):
-        return "vllm serve MERGED, with the folder that `python -m finetune merge` writes"
-    parts = ["vllm", "serve", base, "--enable-lora", "--lora-modules", f"{name}={adapter}"]
-    parts += ["--max-lora-rank", str(rank)]
-    if differs:
-        parts += ["--tokenizer", str(adapter), "--chat-template", str(adapter / CHAT_TEMPLATE)]
-    command = shlex.join(parts)
-    known = {tokenizer.eos_token_id, *generation_ends(config.model)}
-    if more := sorted(stop_ids(tokenizer) - known):
-        command += f', and "stop_token_ids": {more} in each request'
-    return command

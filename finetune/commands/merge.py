@@ -116,7 +116,7 @@ def _show(comparison: Comparison, precision: str, candidates: Sequence[Candidate
     ]
     show_differences(comparison, precision, lines)
     say(_reason(candidates, best, comparison.loss))
-    say(gain_kept(comparison, best.difference))
+    say(gain_kept(comparison.base, comparison.loss, best.difference))
 
 
 def _reason(candidates: Sequence[Candidate], best: Candidate, loss: float) -> str:

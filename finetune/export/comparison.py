@@ -95,17 +95,19 @@ def show_differences(comparison: Comparison, precision: str, lines: Sequence[Lin
     say(f"as run: top-1 against the run's own computation in {precision}.")
 
 
-def gain_kept(comparison: Comparison, written: Difference) -> str:
-    """Return a sentence on how much of the loss that training gained is left in what was written."""
-    base, trained = comparison.base.loss, comparison.loss
-    losses = f"base {base:.4f}, trained {trained:.4f}, written {written.loss:.4f}"
-    if base <= trained:
-        return f"Training gained no loss on these rows ({losses})."
-    kept = (base - written.loss) / (base - trained)
+def gain_kept(base: Difference, loss: float, written: Difference) -> str:
+    """Return a sentence on how much of what training gained is left in what was written.
+
+    `base` and `written` are differences from the trained model, whose loss is `loss`.
+    """
+    losses = f"base {base.loss:.4f}, trained {loss:.4f}, written {written.loss:.4f}"
+    if base.loss <= loss:
+        return f"On these rows the trained model is no better than its base ({losses})."
+    kept = (base.loss - written.loss) / (base.loss - loss)
     sentence = f"It keeps {kept:.0%} of the loss that training gained ({losses})."
-    if kept >= MIN_GAIN_KEPT and written.kl < comparison.base.kl:
+    if kept >= MIN_GAIN_KEPT and written.kl < base.kl:
         return sentence
-    return f"{sentence} WARNING: rounding has covered much of what was trained; write more bits."
+    return f"{sentence} WARNING: rounding outweighs what was trained; choose a type of more bits."
 
 
 def show_answers(comparison: Comparison, opened: TrainedModel, model: Any, name: str) -> None:

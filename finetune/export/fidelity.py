@@ -1,4 +1,4 @@
-"""Compare a merged or exported model's predictions with the trained model's, and choose the merge to write."""
+"""Compare what a merged or exported model predicts with the trained model, and choose the merge to write."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext

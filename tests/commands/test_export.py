@@ -1,6 +1,7 @@
 """`python -m finetune export`: the GGUF file, read back, is the merged model; and its Modelfile."""
 
 import errno
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -8,7 +9,17 @@ import pytest
 import torch
 from conftest import QWEN2_TEMPLATE, tiny_tokenizer
 from tokenizers import Regex, normalizers, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from finetune.__main__ import main
 from finetune.export.gguf import _pre_tokenizer, unsupported
@@ -22,6 +33,11 @@ SHORT = {
     "lora__lora_dropout": 0,
     "optim__learning_rate": 0.05,
 }
+SHARED_KEYS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
+    *("initializer_range", "eos_token_id", "bos_token_id", "pad_token_id"),
+)
 TEXTS = (
     "Hello world",
     "  two  spaces\n\n\nthree\t tabs \r\n",
@@ -82,17 +98,40 @@ def log_probs(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return model(ids).logits[0].log_softmax(-1)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
-def test_the_file_read_back_is_the_merged_model(run_train, tmp_path, llama_dir, architecture):
-    base = {"model__name_or_path": llama_dir} if architecture == "llama" else {}
-    run_dir = run_train(**SHORT, **base)
+@pytest.fixture
+def bases(tiny_model_dir: Path, llama_dir: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """A random model of an architecture."""
+
+    def make(architecture: str) -> Path:
+        if architecture in ("qwen2", "llama"):
+            return tiny_model_dir if architecture == "qwen2" else llama_dir
+        folder = tmp_path / architecture
+        AutoTokenizer.from_pretrained(llama_dir).save_pretrained(folder)
+        config = LlamaConfig.from_pretrained(llama_dir).to_dict()
+        config = {key: config[key] for key in SHARED_KEYS}
+        if architecture == "mistral":
+            made = MistralForCausalLM(MistralConfig(**config, sliding_window=None))
+        else:  # transformers reads no size of the heads from a file, and takes this one
+            made = Qwen3ForCausalLM(Qwen3Config(**config, head_dim=128))
+            for name, weight in made.named_parameters():
+                if name.endswith(("q_norm.weight", "k_norm.weight")):
+                    torch.nn.init.uniform_(weight, 0.5, 2)
+        made.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "llama", "qwen3", "mistral"])
+def test_the_file_read_back_is_the_merged_model(run_train, tmp_path, bases, architecture):
+    run_dir = run_train(**SHORT, model__name_or_path=bases(architecture))
     trained = find_trained(run_dir)
     opened = load_trained(trained)
     merged, original = merge(load_unmerged(trained, opened, FULL_PRECISION)), opened.tokenizer
     exact, tokenizer = read_back(export(run_dir, tmp_path / "f16", "--quantize", "f16"))
     rounded, _ = read_back(export(run_dir, tmp_path / "q8"))
 
-    assert exact.config.model_type == architecture
+    assert exact.config.model_type == ("llama" if architecture == "mistral" else architecture)
     for name, tensor in merged.state_dict().items():  # f16 holds 11 bits
         torch.testing.assert_close(exact.state_dict()[name], tensor, rtol=2**-11, atol=1e-7, msg=name)
     prompt = original(PROMPT, return_tensors="pt")["input_ids"]
@@ -256,7 +295,9 @@ def test_the_commands_on_screen_are_those_of_this_adapter(run_train, tmp_path, c
     base = find_trained(run_dir).config.model.name_or_path
     assert f"ollama create my-run -f {output}/Modelfile && ollama run my-run" in shown
     modules = f"'my-run={run_dir}/adapter'"
-    assert f"vllm serve {base} --enable-lora --lora-modules {modules} --max-lora-rank 16" in shown
+    serve = f"vllm serve {base} --enable-lora --lora-modules {modules} --max-lora-rank 16"
+    assert f"{serve} --max-model-len 1024\n" in shown
+    assert "--jinja -c 1024 -m " in shown
 
 
 @pytest.mark.parametrize(
