@@ -16,7 +16,14 @@ from finetune.export import llama_cpp
 from finetune.export.comparison import Line, gain_kept, open_comparison, show_answers, show_differences
 from finetune.export.fidelity import Comparison, compare
 from finetune.export.gguf import read_gguf, unsupported, write_gguf
-from finetune.export.merge import FULL_PRECISION, load_unmerged, merge, require_new_folder, save_merged
+from finetune.export.merge import (
+    DEQUANTIZED,
+    FULL_PRECISION,
+    load_unmerged,
+    merge,
+    require_new_folder,
+    save_merged,
+)
 from finetune.export.modelfile import modelfile
 from finetune.export.quantize import BLOCK_TYPES, quantize
 from finetune.export.vllm import serve_with_vllm
@@ -58,7 +65,9 @@ def command(argv: Sequence[str]) -> None:
     name = _name(trained)
     gguf_name = f"{name}-{arguments.quantize.upper()}.gguf"
     with console.status(f"writing {gguf_name}"):
-        model = merge(load_unmerged(trained, opened, FULL_PRECISION))
+        # An adapter that began as LoftQ makes up for what the quantized weights have lost.
+        loftq = trained.config.lora.init_lora_weights == "loftq"
+        model = merge(load_unmerged(trained, opened, DEQUANTIZED if loftq else FULL_PRECISION))
         config, length = model.config, _context_length(trained.config, model)
         text, left_out = modelfile(gguf_name, opened.tokenizer, trained.config.data.system_prompt, length)
         with staged_folder(output.absolute()) as staging:

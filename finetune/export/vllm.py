@@ -37,7 +37,10 @@ def serve_with_vllm(trained: Trained, tokenizer: Any, name: str, context_length:
         config.lora.use_dora
         or rank is None
         or base.endswith(".gguf")
-        or settings.get("trainable_token_indices")  # vLLM loads no rows of embeddings with an adapter
+        or config.lora.init_lora_weights == "loftq"  # for a base in 4 bits
+        # vLLM loads no rows of embeddings and no whole modules with an adapter.
+        or settings.get("trainable_token_indices")
+        or settings.get("modules_to_save")
         or (differs and not trained.own_tokenizer)  # of a checkpoint, which has no file of them
     ):
         return "vllm serve MERGED, with the folder that `python -m finetune merge` writes"

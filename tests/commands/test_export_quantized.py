@@ -1,5 +1,5 @@
-"""`export --quantize`: the comparison is what plain transformers and PEFT compute, and llama.cpp's programs are
-used where they are needed."""
+"""`export --quantize`: the comparison is what plain transformers and PEFT compute; llama.cpp's programs are used
+where they are needed."""
 
 import json
 import re
