@@ -1,4 +1,4 @@
-"""`export --quantize`: the comparison is what plain transformers and PEFT compute; llama.cpp's programs are used
+"""`export --quantize`: the comparison is what plain transformers and PEFT compute, and llama.cpp's programs run
 where they are needed."""
 
 import json
