@@ -1,5 +1,4 @@
-"""`export --quantize`: the comparison is what plain transformers and PEFT compute, and llama.cpp's programs run
-where they are needed."""
+"""`export --quantize`: what is printed is true, and llama.cpp's programs run where they are needed."""
 
 import json
 import re
@@ -10,9 +9,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from conftest import ROOT, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from finetune.__main__ import main
+from finetune.export.vllm import tool_call_parser
 
 WHOLE = {
     "train__num_epochs": 6,
@@ -20,6 +21,7 @@ WHOLE = {
     "data__eval_fraction": 0,
     "eval__at_start": False,
 }
+TEMPLATES = ROOT / "finetune" / "data" / "templates" / "named"
 needs_sh = pytest.mark.skipif(sys.platform == "win32", reason="the stand-ins for programs are shell scripts")
 
 
@@ -176,3 +178,18 @@ def test_without_its_rows_an_adapter_is_exported_and_not_compared(run_train, tmp
     assert main(["export", str(run_dir), "--output", str(tmp_path / "out")]) == 0
     assert "Not compared with the trained model: " in capsys.readouterr().out
     assert (tmp_path / "out" / "run-Q8_0.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("template", "parser"),
+    [
+        ("chatml", "hermes"),
+        ("mistral", "mistral"),
+        (None, None),  # QWEN2_TEMPLATE writes no tools
+    ],
+)
+def test_vllm_reads_the_calls_that_the_template_writes(template, parser):
+    tokenizer = tiny_tokenizer()
+    if template is not None:
+        tokenizer.chat_template = (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8")
+    assert tool_call_parser(tokenizer) == parser
