@@ -173,12 +173,12 @@ def _compare(
 ) -> None:
     """Read the file back and print how it differs from the trained model."""
     try:
-        with console.status(f"comparing {path.name}"):
-            model = read_gguf(path, config, opened.accelerator.device)
-            found, as_run = compare(comparison, model)
+        model = read_gguf(path, config, opened.accelerator.device)  # it shows a progress bar of its own
     except ValueError as error:
         say(f"Not compared with the trained model: {error}")
         return
+    with console.status(f"comparing {path.name}"):
+        found, as_run = compare(comparison, model)
     line = Line(quantization, found, as_run, path.stat().st_size, is_written=True)
     show_differences(comparison, opened.precision.actual, [line])
     say(gain_kept(comparison.base, comparison.loss, found))
