@@ -66,8 +66,8 @@ def command(argv: Sequence[str]) -> None:
     gguf_name = f"{name}-{arguments.quantize.upper()}.gguf"
     with console.status(f"writing {gguf_name}"):
         # An adapter that began as LoftQ makes up for what the quantized weights have lost.
-        base = DEQUANTIZED if trained.config.lora.init_lora_weights == "loftq" else FULL_PRECISION
-        model = merge(load_unmerged(trained, opened, base))
+        loftq = trained.config.lora.init_lora_weights == "loftq"
+        model = merge(load_unmerged(trained, opened, DEQUANTIZED if loftq else FULL_PRECISION))
         config, length = model.config, _context_length(trained.config, model)
         text, left_out = modelfile(gguf_name, opened.tokenizer, trained.config.data.system_prompt, length)
         with staged_folder(output.absolute()) as staging:
@@ -173,12 +173,12 @@ def _compare(
 ) -> None:
     """Read the file back and print how it differs from the trained model."""
     try:
-        with console.status(f"comparing {path.name}"):
-            model = read_gguf(path, config, opened.accelerator.device)
-            found, as_run = compare(comparison, model)
+        model = read_gguf(path, config, opened.accelerator.device)  # it shows a progress bar of its own
     except ValueError as error:
         say(f"Not compared with the trained model: {error}")
         return
+    with console.status(f"comparing {path.name}"):
+        found, as_run = compare(comparison, model)
     line = Line(quantization, found, as_run, path.stat().st_size, is_written=True)
     show_differences(comparison, opened.precision.actual, [line])
     say(gain_kept(comparison.base, comparison.loss, found))

