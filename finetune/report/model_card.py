@@ -57,6 +57,8 @@ class Base(NamedTuple):
     on_hub: bool
     is_starter: bool
     gguf: bool
+    needs_nf4: bool
+    """Whether the adapter makes up for what this base has lost in 4 bits (LoftQ)"""
     arguments: str
     """Arguments of from_pretrained, as Python source"""
     comment: str
@@ -75,7 +77,7 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
     record = until_result(whole)
     environment, evaluations = record.environment, record.eval_lines
     figures = result_figures(record)
-    base = _describe_base(config.model)
+    base = _describe_base(config.model, config.lora.init_lora_weights == "loftq")
     rows = environment.get("rows")  # older versions did not record the counts
     origin = environment["model_adapter"]
     rank = config.lora.r if origin is None else origin["largest_rank"]
@@ -114,6 +116,7 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
         "settings": [(key, value) for key, value in settings.items() if not key.startswith(OMITTED_KEYS)],
         "vllm_rank": next((accepted for accepted in VLLM_RANKS if accepted >= rank), None),
         "has_rows": bool(environment["token_rows"]),
+        "vllm_loads_it": _vllm_loads(config) and not environment["token_rows"],
         "began_from": _began_from(origin),
     }
     # No HTML escaping: text from users is in code spans, which Markdown shows verbatim.
@@ -122,6 +125,13 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
     )
     markdown.filters |= {"code": _code, "literal": _literal}
     return re.sub(r"\n{3,}", "\n\n", markdown.get_template("model_card.md").render(values))
+
+
+def _vllm_loads(config: Config) -> bool:
+    """Whether vLLM computes what was trained, from the adapter and its base on the hub: it knows no DoRA and
+    no modules that were trained whole, and an adapter that began as LoftQ is for a base in 4 bits."""
+    lora = config.lora
+    return not (lora.use_dora or lora.modules_to_save or lora.init_lora_weights == "loftq")
 
 
 def without_folder(path: str) -> str:
@@ -198,7 +208,7 @@ def _licence(config: ModelConfig) -> str | None:
     return licence if isinstance(licence, str) else None
 
 
-def _describe_base(config: ModelConfig) -> Base:
+def _describe_base(config: ModelConfig, needs_nf4: bool) -> Base:
     on_hub = hub_name(config)
     name = on_hub or without_folder(config.name_or_path)
     gguf = on_hub is None and name.endswith(".gguf")
@@ -207,10 +217,12 @@ def _describe_base(config: ModelConfig) -> Base:
         arguments = ['"."', f"gguf_file={_literal(name)}", "quantization_config=GgufConfig(dequantize=True)"]
     if on_hub and config.revision:
         arguments.append(f"revision={_literal(config.revision)}")
+    if needs_nf4:
+        arguments.append("quantization_config=nf4")
     if config.trust_remote_code:
         arguments.append("trust_remote_code=True")
     is_starter, comment = config.name_or_path == "starter", "" if on_hub else "  # its folder"
-    return Base(name, on_hub is not None, is_starter, gguf, ", ".join(arguments), comment)
+    return Base(name, on_hub is not None, is_starter, gguf, needs_nf4, ", ".join(arguments), comment)
 
 
 def _began_from(origin: dict[str, Any] | None) -> str:
