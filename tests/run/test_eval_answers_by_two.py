@@ -4,7 +4,7 @@ from pathlib import Path
 
 from conftest import ROOT, read_metrics
 from kills import checkpoint_names
-from planted import BEST, ENDS_AT, LOWEST_LOSS, PLANTED, plant
+from planted import BEST, ENDS_AT, PLANTED, plant
 from runtime.test_processes import (
     assert_same_metrics,
     launch,  # noqa: F401  a fixture
@@ -13,7 +13,7 @@ from runtime.test_processes import (
 SETTINGS = {
     "lora__lora_dropout": 0.0,
     "optim__name": "adamw",
-    "optim__learning_rate": 0.07,
+    "optim__learning_rate": 0.01,  # so that the loss falls until the end
     "optim__schedule": "constant",
     "train__seed": 41,
     "train__num_epochs": 4,
@@ -57,14 +57,15 @@ def test_two_that_share_a_base_answer_as_one_and_keep_the_best_by_it_after_kills
     run_dir = tmp_path / "both"
     result = launch(ROOT / "tests" / "planted.py", output_dir=run_dir, **SETTINGS, **SHARED_BY_TWO)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("exitcode: 9") or result.stdout.count("exitcode: 9"), result.stderr
+    starts = len(list((run_dir / "tensorboard").iterdir()))
+    assert starts == 1 + len(KILLED)
     assert "base, on 2 processes" in result.stdout
     assert_same_metrics(run_dir, alone)
     assert answer_files(run_dir) == answer_files(alone)
     assert len(answer_files(run_dir)) == ENDS_AT + 1
 
     lines = {line["step"]: line for line in read_metrics(run_dir) if line["split"] == "eval"}
-    assert min(lines, key=lambda step: lines[step]["loss"]) == LOWEST_LOSS
+    assert min(lines, key=lambda step: lines[step]["loss"]) == ENDS_AT
     assert {step: line["chrf"] for step, line in lines.items()} == PLANTED
     assert checkpoint_names(run_dir) == [f"step_{step:06d}" for step in (BEST, ENDS_AT)]
     weights = [
