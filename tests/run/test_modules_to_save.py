@@ -71,6 +71,9 @@ def test_the_run_trains_saves_and_names_them(whole, tiny_model_dir):
         assert tensor.dtype == torch.float32
         change = (tensor - original[name]).abs()
         assert 1e-4 < change.max() < 0.05, name
+    adapter = json.loads((whole / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert adapter["modules_to_save"] == sorted(NAMES)
+    assert adapter["target_modules"] == sorted(adapter["target_modules"])
     # The head and the embedding were one weight.
     assert not torch.equal(copies["lm_head.weight"], copies["model.embed_tokens.weight"])
 
