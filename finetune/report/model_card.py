@@ -18,7 +18,17 @@ from finetune.model import starter
 from finetune.model.load import hub_name
 from finetune.report.html import TEMPLATES
 from finetune.report.intervals import Interval
-from finetune.report.records import Change, Record, changes, loss_changes_by_source, read_record
+from finetune.report.records import (
+    ANSWERS_IN_WORDS,
+    Change,
+    Record,
+    answer_changes,
+    changes,
+    loss_changes_by_source,
+    read_record,
+    until_result,
+)
+from finetune.training.best import best_in_words
 
 MADE_HERE = "<!-- Made from the record of the run. Without this line, `push` leaves the card as it is. -->"
 # The values that vLLM accepts for --max-lora-rank (docs.vllm.ai, vllm.config.lora, MaxLoRARanks).
@@ -55,7 +65,7 @@ class Base(NamedTuple):
 
 
 def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
-    """Return the card of a run after its last update: Markdown with YAML front matter, as the hub reads it.
+    """Return the card of a run's result: Markdown with YAML front matter, as the hub reads it.
 
     `repo` (OWNER/NAME) is the repository it is uploaded to. Without one, the code in the card loads the
     adapter from the card's own folder. The card names no folders of this machine.
@@ -63,7 +73,8 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
     Raises:
         ValueError: a file of the run cannot be read.
     """
-    record = read_record(run_dir)
+    whole = read_record(run_dir)
+    record = until_result(whole)
     environment, evaluations = record.environment, record.eval_lines
     figures = result_figures(record)
     base = _describe_base(config.model, config.lora.init_lora_weights == "loftq")
@@ -82,6 +93,8 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
         "figures": figures,
         "has_intervals": any("[" in figure.after for figure in figures),
         "figures_by_source": figures_by_source(record),
+        "answer_figures": answer_figures(record),
+        "num_answers": evaluations[-1].get("num_answers") if evaluations else None,
         "num_eval": record.num_eval_examples,
         "num_target_tokens": evaluations[-1]["num_target_tokens"] if evaluations else 0,
         "without_leaks": _number(evaluations[-1].get("loss_without_leaks")) if evaluations else "",
@@ -93,7 +106,9 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
         else "",
         "data": environment["data"],
         "chat_template": without_folder(config.data.chat_template or ""),
-        "num_updates": record.num_steps,
+        "num_updates": whole.num_steps,
+        "best_step": environment.get("adapter_step", whole.num_steps),
+        "best_in_words": best_in_words(config.checkpoint.best_by),
         "global_batch_size": environment["global_batch_size"],
         "hardware": _hardware(environment),
         "python": environment["python"],
@@ -142,15 +157,25 @@ def figures_by_source(record: Record) -> list[Figure]:
     return [_figure(record, _code(name), change) for name, change in loss_changes_by_source(record).items()]
 
 
-def _figure(record: Record, name: str, found: Change) -> Figure:
+def answer_figures(record: Record) -> list[Figure]:
+    """How answers to eval rows compare with the rows' own; empty without `eval.answers`."""
+    figures = []
+    for metric, change in answer_changes(record).items():
+        name, unit, digits = ANSWERS_IN_WORDS[metric]
+        figures.append(_figure(record, f"{name}, {unit}", change, digits))
+    return figures
+
+
+def _figure(record: Record, name: str, found: Change, digits: int = 4) -> Figure:
     first, last, change = found
+    after = _with_interval(last, digits)
     if first is None or change is None or record.eval_lines[0]["step"] > 0:
-        return Figure(name, "", _with_interval(last), "")
-    return Figure(name, _with_interval(first), _with_interval(last), _with_interval(change, sign="+"))
+        return Figure(name, "", after, "")
+    return Figure(name, _with_interval(first, digits), after, _with_interval(change, digits, sign="+"))
 
 
-def _with_interval(interval: Interval, sign: str = "") -> str:
-    value, low, high = (f"{number:{sign}.4f}" for number in interval)
+def _with_interval(interval: Interval, digits: int, sign: str = "") -> str:
+    value, low, high = (f"{number:{sign}.{digits}f}" for number in interval)
     return value if "nan" in low else f"{value} [{low}, {high}]"
 
 
