@@ -144,7 +144,7 @@ def test_generate_reads_it(whole, command, made_once, tmp_path):
 
 
 def test_export_writes_a_head_of_its_own_and_vllm_gets_the_merged_model(whole, command, tmp_path):
-    printed = command("export", "--output", tmp_path / "gguf", "--format", "f16")
+    printed = command("export", "--output", tmp_path / "gguf", "--quantize", "f16")
     assert "vllm serve MERGED" in printed
     (file,) = (tmp_path / "gguf").glob("*.gguf")
     tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}
