@@ -71,6 +71,9 @@ def test_the_run_trains_saves_and_names_them(whole, tiny_model_dir):
         assert tensor.dtype == torch.float32
         change = (tensor - original[name]).abs()
         assert 1e-4 < change.max() < 0.05, name
+    adapter = json.loads((whole / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert adapter["modules_to_save"] == sorted(NAMES)
+    assert adapter["target_modules"] == sorted(adapter["target_modules"])
     # The head and the embedding were one weight.
     assert not torch.equal(copies["lm_head.weight"], copies["model.embed_tokens.weight"])
 
@@ -141,7 +144,7 @@ def test_generate_reads_it(whole, command, made_once, tmp_path):
 
 
 def test_export_writes_a_head_of_its_own_and_vllm_gets_the_merged_model(whole, command, tmp_path):
-    printed = command("export", "--output", tmp_path / "gguf", "--format", "f16")
+    printed = command("export", "--output", tmp_path / "gguf", "--quantize", "f16")
     assert "vllm serve MERGED" in printed
     (file,) = (tmp_path / "gguf").glob("*.gguf")
     tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}
