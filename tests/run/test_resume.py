@@ -263,6 +263,16 @@ def test_a_finished_run_launched_again_says_so_and_changes_nothing(run_train, tm
     assert digests(run_dir) == before
 
 
+def test_a_run_killed_between_its_result_and_its_report_gets_the_report_when_launched_again(
+    run_train, tmp_path
+):
+    run_dir = run_train(output_dir=tmp_path / "run", **SHORT)
+    before = digests(run_dir)
+    (run_dir / "report.html").unlink()
+    run_train(output_dir=run_dir, **SHORT)
+    assert digests(run_dir) == before
+
+
 # Folders in which nothing may be trained
 
 
