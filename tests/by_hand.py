@@ -1,4 +1,4 @@
-"""Two processes of a run that are started without a launcher."""
+"""Processes of a run that are started without a launcher."""
 
 import os
 import socket
@@ -10,18 +10,18 @@ from pathlib import Path
 from conftest import ROOT
 
 
-def start_two(arguments: Sequence[str], logs: Path) -> list[subprocess.Popen[bytes]]:
-    """`python ARGUMENTS` as ranks 0 and 1; what rank R prints to stderr goes to the file R in `logs`."""
+def start(count: int, arguments: Sequence[str], logs: Path) -> list[subprocess.Popen[bytes]]:
+    """`python ARGUMENTS` as `count` ranks; what rank R prints to stderr goes to the file R in `logs`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     logs.mkdir()
     processes = []
-    for rank in (0, 1):
+    for rank in range(count):
         environment = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
+            "WORLD_SIZE": str(count),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "CUDA_VISIBLE_DEVICES": "",

@@ -1,7 +1,8 @@
 """What processes that share a base compute, beside what one computes alone: torchrun tests/sharded.py FOLDER.
 
-For each case of CASES, the main process writes FOLDER/NAME.json, a list with the results of each process: its
-share of an update with a whole base and with a share of it, beside the whole update with a whole base.
+For each case of CASES, or those named after FOLDER, the main process writes FOLDER/NAME.json, a list with the
+results of each process: its share of updates with a whole base and with a share of it, beside the whole
+updates with a whole base.
 """
 
 import json
@@ -96,17 +97,16 @@ class Part:
         )
         shard_base(self.token_loss, sharding)
         self.batches = [collate([rows[i] for i in indices], self.paths.packed) for indices in LAYOUT]
-        self.num_targets = sum(len(batch.target_ids) for batch in self.batches)
 
-    def update(self, batches: list[MicroBatch]) -> tuple[list[float], Tensor]:
-        """The sums of an update's micro-batches, and the adapter's flat gradient, on this process."""
+    def update(self, batches: list[MicroBatch], num_targets: int) -> tuple[list[float], Tensor]:
+        """On this process, the sums of its micro-batches of an update and the adapter's flat gradient."""
         self.adapter.zero_gradients()
         sums = torch.zeros(4, dtype=torch.float64)
         for batch in batches:
             reseed(0, 0, len(batch.input_ids[0]))  # noise by micro-batch, so that any process draws the same
             with self.accelerator.autocast():
                 made = self.token_loss(batch)
-            (made.nll / self.num_targets).backward()
+            (made.nll / num_targets).backward()
             sums += torch.stack([made.nll.detach(), made.entropy, made.correct, made.count])
         return sums.tolist(), self.adapter.gradient.clone()
 
@@ -138,44 +138,58 @@ class Part:
         return here, sum(p.numel() * p.element_size() for p in frozen)
 
 
-LAYOUT = [[0, 1], [2, 3], [4, 5, 6, 7]]  # of two processes, the last has a micro-batch less than the first
+# Five micro-batches, so that two, three and four processes have unequal numbers of them.
+LAYOUT = [[0, 1], [2], [3], [4, 5], [6, 7]]
+# An update of all, and one in which the first process alone has an example.
+UPDATES = {"uneven": slice(None), "empty": slice(1)}
 
 
-def own_batches(part: Part) -> list[MicroBatch]:
+def own_batches(part: Part, batches: list[MicroBatch]) -> list[MicroBatch]:
     """This process's micro-batches, filled up with some that have no target: all make equally many."""
     rank, size = part.accelerator.process_index, part.accelerator.num_processes
+    own = batches[rank::size]
+    return own + [empty_batch(part)] * (-(-len(batches) // size) - len(own))
+
+
+def empty_batch(part: Part) -> MicroBatch:
     none = part.batches[0].target_ids[:0]
-    empty = part.batches[0]._replace(target_positions=none, target_ids=none)
-    own = part.batches[rank::size]
-    return own + [empty] * (-(-len(part.batches) // size) - len(own))
+    return part.batches[0]._replace(target_positions=none, target_ids=none)
+
+
+def compare_updates(whole: Part, shared: Part, chosen: slice) -> dict[str, Any]:
+    """An update with a whole base and a shared one, over all processes, beside that of one process."""
+    batches = whole.batches[chosen]
+    num_targets = sum(len(batch.target_ids) for batch in batches)
+    sums, gradient = whole.update(batches, num_targets)
+    alone, made = gradient, {}
+    result: dict[str, Any] = {"sums alone": sums, "gradient norm": float(alone.norm())}
+    for name, part in (("none", whole), ("base", shared)):
+        sums, gradient = part.update(own_batches(part, batches), num_targets)
+        torch.distributed.all_reduce(gradient)
+        total = torch.tensor(sums, dtype=torch.float64)
+        torch.distributed.all_reduce(total)
+        result[f"sums {name}"], made[name] = total.tolist(), gradient
+    result["gradient is the same to the bit"] = torch.equal(made["none"], made["base"])
+    result["gradient against one process"] = float((made["base"] - alone).norm() / alone.norm())
+    result["gradient against none"] = float((made["base"] - made["none"]).norm() / made["none"].norm())
+    return result
 
 
 def compare(folder: Path, case: Case, accelerator: Any) -> dict[str, Any]:
     whole = Part(folder, case, accelerator, Sharding(()))
     shared = Part(folder, case, accelerator, choose_sharding(case.config, accelerator))
-    reference = whole.update(whole.batches)
     result: dict[str, Any] = {"choices": [str(choice) for choice in shared.choices]}
     result["paths"] = {c.name: (c.actual, c.reason) for c in shared.paths}
     for name, part in (("none", whole), ("base", shared)):
         result[f"stats {name}"], result[f"fp32 stats {name}"] = part.stats(), part.stats(exact=True)
-        sums, gradient = part.update(own_batches(part))
-        torch.distributed.all_reduce(gradient)
-        total = torch.tensor(sums, dtype=torch.float64)
-        torch.distributed.all_reduce(total)
-        result[f"sums {name}"], result[f"gradient {name}"] = total.tolist(), gradient
         result[f"answers {name}"] = part.answers()
         result[f"parameters {name}"] = count_parameters(part.model)
         result[f"quantization {name}"] = describe_base(case.config.model, part.model).actual
         result[f"bytes {name}"] = part.layer_bytes()
-    none, base, alone = result.pop("gradient none"), result.pop("gradient base"), reference[1]
-    result["gradient is the same to the bit"] = torch.equal(none, base)
-    result["gradient norm"] = float(alone.norm())
-    result["gradient against one process"] = float((base - alone).norm() / alone.norm())
-    result["gradient against none"] = float((base - none).norm() / none.norm())
-    result["sums alone"] = reference[0]
     for kind in ("stats", "fp32 stats"):
         a, b = result.pop(f"{kind} none"), result.pop(f"{kind} base")
         result[f"{kind} differ by"] = float((a - b).abs().max())
+    result["updates"] = {name: compare_updates(whole, shared, chosen) for name, chosen in UPDATES.items()}
     return result
 
 

@@ -1,4 +1,4 @@
-"""One of two processes that hold a sharded base: what happens where their shares differ in micro-batches.
+"""One of several processes that hold a sharded base: what happens where their shares differ in micro-batches.
 
 Started by tests/runtime/test_uneven_shares.py, with the folder for what it finds.
 """
@@ -38,7 +38,7 @@ ONE_EACH = Layout(packing=False, micro_batch_size=1, max_tokens=max(LENGTHS))
 
 
 def shard(token_loss: TokenLoss, adapter: FlatAdapter) -> None:
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     replicated = {parameter for parameter in adapter.model.parameters() if parameter.requires_grad}
     for layer in adapter.model.base_model.model.model.layers:
         fully_shard(layer, mesh=mesh, ignored_params=replicated)
@@ -68,9 +68,9 @@ def main(folder: Path) -> None:
     rank = accelerator.process_index
     examples = random_examples(LENGTHS)
     data = Examples(Dataset.from_list(examples), truncated=[], dropped={})
-    # Updates of eight examples and of one, of which one process has none.
+    # Updates of eight examples and of one, of which all processes but the first have none.
     alone = Plan(data.lengths, data.target_counts, ONE_EACH, 8, num_epochs=1, seed=0)
-    uneven = replace(alone, rank=rank, num_processes=2)
+    uneven = replace(alone, rank=rank, num_processes=accelerator.num_processes)
     even = replace(uneven, collective=True)
     found: dict[str, Any] = {
         name: [

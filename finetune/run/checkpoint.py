@@ -167,8 +167,15 @@ def save_checkpoint(
     best = [path for path, _ in best_first(run_dir, history, config.best_by)] if config.keep_best else []
     for other in written[:position] + written[position + config.keep :]:
         if other not in best:
-            system.remove_folder(other)
+            _remove(other)
     return folder
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint. A kill leaves it whole, or a part of it under a name that the next start removes."""
+    aside = folder.with_name(f".{folder.name}.removed.partial")
+    folder.rename(aside)
+    system.remove_folder(aside)
 
 
 def best_first(run_dir: Path, history: History, by: str) -> Iterator[tuple[Path, str | None]]:

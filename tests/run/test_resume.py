@@ -263,6 +263,28 @@ def test_a_finished_run_launched_again_says_so_and_changes_nothing(run_train, tm
     assert digests(run_dir) == before
 
 
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_only_whole_ones(run_train, tmp_path, monkeypatch):
+    def stop(_: Path) -> None:
+        raise StoppedError
+
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+        patch.setattr("finetune.runtime.system.remove_folder", stop)
+        run_train(output_dir=tmp_path / "run", **SHORT, checkpoint__every_steps=1, checkpoint__keep=1)
+    assert checkpoint_names(tmp_path / "run")[1:] == ["step_000002"]
+    run_train(output_dir=tmp_path / "run", **SHORT, checkpoint__every_steps=1, checkpoint__keep=1)
+    assert len(checkpoint_names(tmp_path / "run")) == 1
+
+
+def test_a_run_killed_between_its_result_and_its_report_gets_the_report_when_launched_again(
+    run_train, tmp_path
+):
+    run_dir = run_train(output_dir=tmp_path / "run", **SHORT)
+    before = digests(run_dir)
+    (run_dir / "report.html").unlink()
+    run_train(output_dir=run_dir, **SHORT)
+    assert digests(run_dir) == before
+
+
 # Folders in which nothing may be trained
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch.distributed
-from by_hand import start_two
+from by_hand import start
 from conftest import ROOT
 
 import train
@@ -84,7 +84,7 @@ def wait_for_updates(run_dir: Path, *processes: subprocess.Popen[bytes]) -> None
 def test_a_kill_of_the_first_process_ends_the_other_in_one_line(long_run, tmp_path):
     """The first one holds the rendezvous too."""
     arguments, run_dir = long_run
-    processes = start_two(["train.py", *arguments], tmp_path / "logs")
+    processes = start(2, ["train.py", *arguments], tmp_path / "logs")
     wait_for_updates(run_dir, *processes)
     processes[0].kill()
     assert processes[0].wait() == -signal.SIGKILL
@@ -97,7 +97,7 @@ def test_a_silent_process_is_waited_for_no_longer_than_the_timeout(long_run, tmp
     arguments, run_dir = long_run
     script = tmp_path / "impatient.py"
     script.write_text(IMPATIENT)
-    processes = start_two([str(script), *arguments], tmp_path / "logs")
+    processes = start(2, [str(script), *arguments], tmp_path / "logs")
     wait_for_updates(run_dir, *processes)
     processes[1].send_signal(signal.SIGSTOP)
     try:
