@@ -156,7 +156,7 @@ def test_two_processes_may_prepare_the_same_rows_at_once(tmp_path):
     script = tmp_path / "prepare.py"
     script.write_text(text, encoding="utf-8")
     running = [subprocess.Popen([sys.executable, str(script)], cwd=ROOT) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    assert [process.wait(timeout=600) for process in running] == [0, 0]
     assert not list(cache.rglob(".*.partial"))
 
 
@@ -313,7 +313,7 @@ def test_a_preparation_that_is_killed_resumes_and_gives_the_same(tmp_path, monke
     text = PREPARE.format(root=str(ROOT), tests=str(ROOT / "tests"), cache=str(cache), path=path)
     script.write_text(text, encoding="utf-8")
     process = subprocess.Popen([sys.executable, str(script)], cwd=ROOT)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     workers: list[psutil.Process] = []
     while True:
         tokenized = [p for p in cache.rglob("*.arrow") if "input_ids" in read_chunk(p).column_names]
