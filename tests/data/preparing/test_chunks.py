@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -370,6 +371,18 @@ def test_files_are_read_once_and_again_when_they_or_the_settings_change(tmp_path
     assert any(row["output"] == "Note 7" for row in iterate_rows(load_rows(config).train))
     monkeypatch.setattr(row_tables, "_code_digest", lambda: "other code")
     assert read_anew(monkeypatch, config)
+
+
+def test_the_key_depends_on_the_versions_of_what_reads_and_tokenizes(tmp_path, monkeypatch):
+    config = DataConfig(path=write(tmp_path / "rows.jsonl", 3), eval_fraction=0.0)
+    assert read_anew(monkeypatch, config)
+    for name in ("tokenizers", "transformers", "jinja2"):
+        with monkeypatch.context() as patch:
+            patch.setattr(row_tables, "version", lambda own, name=name: "9" if own == name else version(own))
+            row_tables._code_digest.cache_clear()
+            assert read_anew(monkeypatch, config)
+        row_tables._code_digest.cache_clear()
+    assert not read_anew(monkeypatch, config)
 
 
 def test_a_system_prompt_of_a_source_is_of_its_rows_alone(tmp_path):
