@@ -117,10 +117,12 @@ def read_sources(sources: Sequence[Source], system_prompt: str | None) -> ReadSo
     """
     folder = cache_folder({"sources": [_identity(source) for source in sources], "system": system_prompt})
     known = _read_into(folder / "rows.arrow", sources, system_prompt)
-    # Without the key all texts would be hashed for `digest_of`.
+    table = Dataset.from_file(str(folder / "rows.arrow")).data.table
+    # Without the key all texts would be hashed for `digest_of`. Splits of a table that knows its file would
+    # each leave a further file beside it.
     info = datasets.DatasetInfo(description=KEYED + folder.name)
     return ReadSources(
-        Dataset.from_file(str(folder / "rows.arrow"), info=info),
+        Dataset(table, info=info, fingerprint=folder.name),
         known["num_read"],
         known["formats"],
         known["dropped"],
