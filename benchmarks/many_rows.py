@@ -1,28 +1,32 @@
-"""Memory and time from the start of train.py to the end of its first update, by the number of rows.
+"""Memory and time from the start of train.py to the end of a run of one update, by the number of rows.
 
     python benchmarks/many_rows.py --rows 1000 10000000 --folder FOLDER --out results.json
 
 The rows are short and repeat after PERIOD, as preparing ten million different ones takes an hour. The file is
 real, and so is reading it; what else preparation leaves in its cache is made for one period by the program's
 own jobs, and copied for the others with their row numbers. So the cache holds the files that it would hold if
-each row had been prepared. Then train.py runs from it, in a process of its own, with a tiny random model and
-the starter's tokenizer. The first entry, of few rows, is what a run takes without them. FOLDER needs 1 KiB a
-row.
+each row had been prepared. Then train.py runs from it, with a tiny random model and the starter's tokenizer,
+as one process and as two. The first entry, of few rows, is what a run takes without them. FOLDER and the
+cache need 1 KiB a row in all.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import psutil
 import pyarrow as pa
 import torch
-from common import provenance, run_process, settings, write_result
+from common import ROOT, physical_cores, provenance, settings, write_result
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from finetune.config_parsing import parse_config
@@ -36,6 +40,8 @@ from finetune.model.starter import starter_model_dir
 
 PERIOD = 10 * CHUNK_ROWS
 EVAL_ROWS = 200
+SECONDS_BETWEEN_LOOKS = 0.25
+FIGURES = {"VmHWM": "peak_rss_gib", "RssAnon": "anonymous_gib", "RssFile": "mapped_gib"}
 LENGTHS = {"data.max_length": 128, "data.eval_fraction": 0, "eval.at_start": "false", "train.max_steps": 1}
 
 
@@ -132,32 +138,61 @@ def prepare(argv: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def measure(count: int, folder: Path) -> dict[str, Any]:
+def measure(count: int, num_processes: int, folder: Path) -> dict[str, Any]:
     """A run of one update on so many rows."""
     rows, model = folder / f"rows-{count}.jsonl", folder / "model"
     write_model(model)
-    write_rows(rows, count)
+    if not rows.exists():
+        write_rows(rows, count)
     write_rows(folder / "eval.jsonl", EVAL_ROWS)
     changes = {**LENGTHS, "data.eval_path": folder / "eval.jsonl", "model.quantization": "none"}
-    run_dir = folder / f"run-{count}-{os.getpid()}"
+    run_dir = folder / f"run-{count}-{num_processes}-{os.getpid()}"
     argv = settings(rows, run_dir, str(model), changes)
-    prepared = prepare(argv)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        prepared = pool.submit(prepare, argv).result()
     print(f"{count:,} rows prepared in {prepared['seconds']:.0f} s", file=sys.stderr, flush=True)
+    result = {"rows": count, "processes": num_processes, "prepared": prepared, **run(argv, num_processes)}
+    print(json.dumps(result), file=sys.stderr, flush=True)
+    return result
+
+
+def run(argv: Sequence[str], num_processes: int) -> dict[str, Any]:
+    """Run train.py as so many processes, and look at the memory of each until they end.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    command = [sys.executable, *(launcher if num_processes > 1 else []), str(ROOT / "train.py"), *argv]
+    threads = str(max(1, physical_cores() // num_processes))
+    env = {**os.environ, "OMP_NUM_THREADS": threads, "ACCELERATE_USE_CPU": "true"}
+    peaks: dict[int, dict[str, float]] = {}
     start, before = time.perf_counter(), os.times()
-    peak_gib = run_process(["train.py", *argv])
+    process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        for own in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+            look_at(own, peaks)
+        time.sleep(SECONDS_BETWEEN_LOOKS)
     seconds, after = time.perf_counter() - start, os.times()
+    if process.returncode != 0:
+        raise RuntimeError(f"train.py ended with {process.returncode}")
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    print(
-        f"{count:,} rows: {seconds:.1f} s, {cpu:.1f} s CPU, {peak_gib:.2f} GiB", file=sys.stderr, flush=True
-    )
-    return {
-        "rows": count,
-        "prepared": prepared,
-        "seconds": seconds,
-        "cpu_seconds": cpu,
-        "peak_rss_gib": peak_gib,
-        "load_average": os.getloadavg()[0],
-    }
+    largest = sorted(peaks.values(), key=lambda peak: -peak["peak_rss_gib"])[:num_processes]
+    return {"seconds": seconds, "cpu_seconds": cpu, "memory": largest, "load_average": os.getloadavg()[0]}
+
+
+def look_at(process: psutil.Process, peaks: dict[int, dict[str, float]]) -> None:
+    """Note the memory of a process: its peak of all pages, the most anonymous and the most mapped ones so
+    far, each as it was seen."""
+    try:
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    except OSError:  # it has ended
+        return
+    fields = dict(line.split(":", 1) for line in lines)
+    now = {name: int(fields[field].split()[0]) / 2**20 for field, name in FIGURES.items() if field in fields}
+    if now:  # a process that has ended and is not waited for has none
+        known = peaks.setdefault(process.pid, dict.fromkeys(FIGURES.values(), 0.0))
+        known.update({name: max(known[name], gib) for name, gib in now.items()})
 
 
 def main(argv: Sequence[str]) -> int:
@@ -165,6 +200,7 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 1_000_000, 10_000_000])
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--folder", type=Path, required=True, help="for rows, caches and runs")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
@@ -173,8 +209,10 @@ def main(argv: Sequence[str]) -> int:
         "what": "from the start of train.py to the end of a run of one update, its rows being prepared",
         "rows_are": f"generated; different ones: {PERIOD:,}; their prepared files are copies of those of one "
         "period with other row numbers, not prepared one by one",
+        "memory_is": "of each process: the peak of all its pages (VmHWM), and the most anonymous and the most"
+        f" mapped ones that were seen in looks every {SECONDS_BETWEEN_LOOKS} s",
         **provenance(),
-        "runs": [measure(count, args.folder) for count in args.rows],
+        "runs": [measure(count, size, args.folder) for count in args.rows for size in args.processes],
     }
     write_result(args.out, result)
     return 0

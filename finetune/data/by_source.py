@@ -12,7 +12,8 @@ def several_sources(examples: Examples) -> dict[int, str]:
     """The sources that the examples come from, with their names, in order; none if there is only one."""
     if len(examples.source_names) < 2:
         return {}
-    sources = {int(source): examples.source_names[source] for source in np.unique(examples.sources)}
+    present: list[int] = np.flatnonzero(np.bincount(examples.sources)).tolist()
+    sources = {source: examples.source_names[source] for source in present}
     assert len(set(sources.values())) == len(sources), "no two sources of a split have the same name"
     return sources if len(sources) > 1 else {}
 

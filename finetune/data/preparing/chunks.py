@@ -14,19 +14,21 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import psutil
 import pyarrow as pa
+from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from finetune.runtime import system
@@ -42,6 +44,7 @@ FEW_ROWS = 8_000  # are done sooner by this process than others start
 MANY_CHUNKS = 60  # are never few: those that are looked at first lie in memory
 QUEUED_PER_WORKER = 4  # chunks that wait in memory
 MOST_WORKERS = 61 if sys.platform == "win32" else 1_000  # Windows waits for no more than 63 objects at once
+JOINED_BYTES = 32 << 20  # of a record batch of joined chunks
 QUIET_SECONDS = 1.0  # a shorter preparation needs no progress bar
 ENCODING = "finetune.data.preparing.encoding"  # what processes import before they have work
 COUNTS = b"counts"  # of a chunk, as JSON, in the metadata of its schema
@@ -88,7 +91,7 @@ def make_chunks(
             if not paths[-1].exists():
                 yield Task(paths[-1], chunk)
 
-    try:
+    with _errors_of(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tasks: Iterator[Task] = missing()
         num_rows = 0
@@ -107,12 +110,77 @@ def make_chunks(
         for partial in folder.glob(".*.partial"):
             if _is_left_over(partial):
                 partial.unlink(missing_ok=True)
+    return paths
+
+
+def join_chunks(
+    file: Path,
+    schema: pa.Schema,
+    make: Callable[[], Sequence[Path]],
+    summarize: Callable[[Iterator[Any]], Mapping[str, Any]],
+) -> Any:
+    """Leave the tables of the chunks that `make` gives in `file`, one after the other, and return what
+    `summarize` makes of what was counted in them. If that was done before, no chunk is made.
+
+    Thousands of small files would each take time and memory wherever they are mapped. The chunks are removed
+    when the file is whole: until then, both are on the disk.
+
+    Raises:
+        ValueError: as `make`, or the disk is full.
+    """
+    record = file.with_suffix(".json")
+    if not record.exists():
+        paths = make()
+        with _errors_of(file.parent):
+            try:
+                known = summarize(_read_counts(path) for path in paths)
+                _write_joined(file, schema, paths)
+                write_record(record, known)
+            except FileNotFoundError:
+                if not record.exists():  # else another process that made the same was done first
+                    raise
+    for path in file.parent.glob("[0-9]*.arrow"):  # also those that a killed process left
+        with suppress(OSError):
+            path.unlink()
+    return json.loads(record.read_text(encoding="utf-8"))
+
+
+def _write_joined(file: Path, schema: pa.Schema, paths: Sequence[Path]) -> None:
+    """The tables of chunks, one after the other, in batches of about JOINED_BYTES."""
+    with _written_to_disk(file) as sink, pa.ipc.new_stream(sink, schema) as writer:
+        tables: list[pa.Table] = []
+        for path in paths:
+            tables.append(read_chunk(path).replace_schema_metadata())
+            if sum(table.nbytes for table in tables) >= JOINED_BYTES:
+                writer.write_table(pa.concat_tables(tables).combine_chunks())
+                tables.clear()
+        if tables:
+            writer.write_table(pa.concat_tables(tables).combine_chunks())
+
+
+@contextmanager
+def _errors_of(folder: Path) -> Iterator[None]:
+    """What keeps files out of the folder, as a ValueError that says what to do."""
+    try:
+        yield
     except OSError as error:
         raise ValueError(
             f"prepared rows cannot be kept in {folder} ({error.strerror or error}); make room, or set "
             "HF_DATASETS_CACHE to another folder, and rerun the same command"
         ) from error
-    return paths
+
+
+def spans(sizes: NDArray[Any], most_rows: int, most: int) -> Iterator[tuple[int, int]]:
+    """The rows of these sizes in order, as (start, end) of at most `most_rows` whose sizes add up to at most
+    `most`, or of one larger row."""
+    before = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum(sizes, out=before[1:])
+    start = 0
+    while start < len(sizes):
+        within = int(np.searchsorted(before, before[start] + most, side="right")) - 1
+        end = min(start + most_rows, max(start + 1, within))
+        yield start, end
+        start = end
 
 
 def with_counts(table: pa.Table, counts: Mapping[str, Any]) -> pa.Table:
@@ -120,9 +188,15 @@ def with_counts(table: pa.Table, counts: Mapping[str, Any]) -> pa.Table:
     return table.replace_schema_metadata({COUNTS: json.dumps(counts)})
 
 
-def counts_of(table: pa.Table) -> Any:
+def counts_of(table: pa.Table | pa.RecordBatchReader) -> Any:
     """What `with_counts` added."""
     return json.loads(table.schema.metadata[COUNTS])
+
+
+def _read_counts(path: Path) -> Any:
+    """The same of a chunk, of which no row is read."""
+    with path.open("rb") as file, pa.ipc.open_stream(file) as reader:
+        return counts_of(reader)
 
 
 @contextmanager
@@ -153,9 +227,15 @@ def _is_left_over(partial: Path) -> bool:
 
 def write_chunk(path: Path, table: pa.Table) -> None:
     """Write a chunk, as `written_whole`."""
+    with _written_to_disk(path) as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+@contextmanager
+def _written_to_disk(path: Path) -> Iterator[BinaryIO]:
+    """An open file that then becomes `path`, as `written_whole`."""
     with written_whole(path) as partial, partial.open("wb") as file:
-        with pa.ipc.new_stream(file, table.schema) as writer:
-            writer.write_table(table)
+        yield file
         file.flush()
         os.fsync(file.fileno())
 
@@ -170,6 +250,13 @@ def read_chunk(path: Path) -> pa.Table:
     """A chunk, read into memory."""
     with path.open("rb") as file, pa.ipc.open_stream(file) as reader:
         return reader.read_all()
+
+
+def read_in_parts(path: Path) -> Iterator[pa.Table]:
+    """A chunk, or joined ones, read into memory part by part, as they were written."""
+    with path.open("rb") as file, pa.ipc.open_stream(file) as reader:
+        for batch in reader:
+            yield pa.Table.from_batches([batch])
 
 
 def packed(table: pa.Table) -> bytes:

@@ -3,25 +3,33 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from numpy.typing import NDArray
 
 from finetune.config import DataConfig
-from finetune.data.preparing.chunks import CHUNK_ROWS, counts_of, make_chunks, read_chunk, write_record
+from finetune.data.preparing.chunks import (
+    CHUNK_ROWS,
+    join_chunks,
+    make_chunks,
+    read_in_parts,
+    spans,
+    write_record,
+)
 from finetune.data.preparing.encoding import SCHEMA, EncodeRows, first_targets, flat, lengths, target_counts
-from finetune.data.preparing.row_tables import cache_folder, digest_of, table_chunks
+from finetune.data.preparing.row_tables import cache_folder, column_of, digest_of, table_chunks
 from finetune.data.segments import MIN_SHARED, SequenceSizes, sequence_sizes
 from finetune.data.templates.written import is_left_out
 
+TOKENS_AT_ONCE = 1 << 20  # gone through together: as text, they take twenty times the memory
 COLUMNS = ["input_ids", "labels", "row_number", "source", "branches"]
 
 
@@ -30,7 +38,6 @@ class Figures(NamedTuple):
 
     lengths: NDArray[np.int64]
     target_counts: NDArray[np.int64]
-    sources: NDArray[np.int64]
     shared_prefix: int
     fingerprint: str
 
@@ -70,11 +77,9 @@ class Examples:
     @cached_property
     def sources(self) -> NDArray[np.int64]:
         """[N]: the source of each example."""
-        if self.prepared is not None:
-            return self.prepared.sources
         if "source" not in self.dataset.column_names:
             return np.zeros(len(self.dataset), np.int64)
-        return _concatenated([table["source"].to_numpy() for table in self._tables()])
+        return column_of(self.dataset, "source").astype(np.int64)
 
     @cached_property
     def shared_prefix(self) -> int:
@@ -176,68 +181,84 @@ def tokenize_rows(
         return Examples(empty, [], {}, source_names)
     job = EncodeRows(tokenizer, config.system_prompt, config.train_on, config.max_length)
     folder = cache_folder({"rows": digest_of(rows), **job.depends_on()})
-    paths = make_chunks(folder, table_chunks(rows), job, "Tokenizing", len(rows))
-    whole = concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
-    return _keep(whole, paths, config, source_names)
+    make = partial(make_chunks, folder, table_chunks(rows), job, "Tokenizing", len(rows))
+    file = folder / "examples.arrow"
+    remarks = join_chunks(file, SCHEMA, make, _all_remarks)
+    return _keep(file, remarks, config, source_names)
 
 
-def _keep(whole: Dataset, paths: Sequence[Path], config: DataConfig, source_names: Sequence[str]) -> Examples:
-    """The examples that the configuration takes of those in the files."""
+def _all_remarks(counts_of_chunks: Iterator[Any]) -> Counter[str]:
+    remarks: Counter[str] = Counter()
+    for counts in counts_of_chunks:
+        remarks.update(counts["remarks"])
+    return remarks
+
+
+def _keep(
+    file: Path, remarks: Mapping[str, int], config: DataConfig, source_names: Sequence[str]
+) -> Examples:
+    """The examples that the configuration takes of those in the file."""
+    whole = Dataset.from_file(str(file))
     table = whole.data.table
-    numbers, is_cut, counts = (table[c].to_numpy() for c in ("row_number", "is_cut", "target_count"))
+    is_cut, counts = table["is_cut"].to_numpy(), table["target_count"].to_numpy()
     overlong = is_cut if config.overlong == "drop" else np.zeros(len(is_cut), bool)
     untrained = ~overlong & (counts == 0)
     kept = ~overlong & ~untrained
+    # In most data every row is kept whole, and their numbers need not be looked at.
+    numbers = table["row_number"].to_numpy() if is_cut.any() or not kept.all() else np.zeros(0, np.int64)
     dropped: dict[str, list[int]] = {}
     for reason, left_out in (
         (f"over {config.max_length} tokens", overlong),
         ("without a target token", untrained),
     ):
-        without_any = left_out & ~np.isin(numbers, numbers[kept])
-        if without_any.any():
-            dropped[reason] = _distinct(numbers[without_any])
-    derived = _derived(paths, kept, paths[0].with_name(f"{config.overlong}.json"))
+        if left_out.any() and (without_any := _without_any(numbers, left_out, kept)):
+            dropped[reason] = without_any
+    derived = _derived(file, kept, file.with_name(f"{config.overlong}.json"))
     dataset = whole.select_columns(COLUMNS)
     return Examples(
         dataset=dataset if kept.all() else dataset.select(np.flatnonzero(kept)),
-        truncated=_distinct(numbers[kept & is_cut]),
+        truncated=_distinct(numbers[kept & is_cut]) if is_cut.any() else [],
         dropped=dropped,
         source_names=source_names,
-        unused=Counter({remark: n for remark, n in derived["remarks"].items() if is_left_out(remark)}),
+        unused=Counter({remark: n for remark, n in remarks.items() if is_left_out(remark)}),
         prepared=Figures(
-            lengths=lengths(table)[kept],
+            lengths=lengths(table) if kept.all() else lengths(table)[kept],
             target_counts=counts[kept].astype(np.int64),
-            sources=table["source"].to_numpy()[kept].astype(np.int64),
             shared_prefix=derived["shared_prefix"],
             fingerprint=derived["fingerprint"],
         ),
     )
 
 
+def _without_any(
+    numbers: NDArray[np.int64], left_out: NDArray[np.bool_], kept: NDArray[np.bool_]
+) -> list[int]:
+    """The rows of which examples are left out and none is kept."""
+    some = numbers[left_out]
+    return _distinct(some[~np.isin(some, numbers[kept])])
+
+
 def _distinct(numbers: NDArray[np.int64]) -> list[int]:
     return list(dict.fromkeys(numbers.tolist()))
 
 
-def _derived(paths: Sequence[Path], kept: NDArray[np.bool_], file: Path) -> dict[str, Any]:
-    """What all kept examples of the files have to be gone through for, once: it is left in `file`."""
-    if not file.exists():
-        remarks: Counter[str] = Counter()
-        for path in paths:
-            remarks.update(counts_of(read_chunk(path))["remarks"])
+def _derived(file: Path, kept: NDArray[np.bool_], record: Path) -> dict[str, Any]:
+    """What all kept examples of the file have to be gone through for, once: it is left in `record`."""
+    if not record.exists():
         derived = {
-            "remarks": remarks,
-            "shared_prefix": shared_prefix(_kept_tables(paths, kept)),
-            "fingerprint": fingerprint(_kept_tables(paths, kept)),
+            "shared_prefix": shared_prefix(_kept_tables(file, kept)),
+            "fingerprint": fingerprint(_kept_tables(file, kept)),
         }
-        write_record(file, derived)
-    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        write_record(record, derived)
+    result: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
     return result
 
 
-def _kept_tables(paths: Sequence[Path], kept: NDArray[np.bool_]) -> Iterator[pa.Table]:
-    """The kept examples of each file, one file in memory at a time."""
-    start = 0
-    for path in paths:
-        table = read_chunk(path)
-        yield table.filter(pa.array(kept[start : start + len(table)]))
-        start += len(table)
+def _kept_tables(file: Path, kept: NDArray[np.bool_]) -> Iterator[pa.Table]:
+    """The kept examples of the file, few in memory at a time."""
+    first = 0
+    for table in read_in_parts(file):
+        for start, end in spans(lengths(table), CHUNK_ROWS, TOKENS_AT_ONCE):
+            part = table.slice(start, end - start)
+            yield part.filter(pa.array(kept[first + start : first + end]))
+        first += len(table)

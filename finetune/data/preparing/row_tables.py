@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from numpy.typing import NDArray
 
 from finetune.data.conversations import Row
@@ -25,11 +26,11 @@ from finetune.data.preparing.chunks import (
     CHUNK_ROWS,
     Chunk,
     counts_of,
+    join_chunks,
     make_chunks,
     packed,
-    read_chunk,
+    spans,
     with_counts,
-    write_record,
 )
 from finetune.data.reading.batches import read_formatted
 from finetune.data.reading.cleaning import reason_to_drop
@@ -39,6 +40,9 @@ from finetune.data.reading.sources import Source
 from finetune.runtime.files import file_sha256
 
 SCHEMA = pa.schema({"row_number": pa.int64(), "source": pa.int32(), "row": pa.string()})
+ROWS_HASHED = 1 << 20  # at once: memory does not grow with more
+# Packages whose versions decide what is read of files, what templates write, and which tokens texts become.
+CALLED = ("datasets", "jinja2", "numpy", "pandas", "pyarrow", "tokenizers", "transformers")
 KEYED = "rows of "  # and a key: the description of a table whose texts depend on that and their numbers alone
 
 
@@ -112,16 +116,13 @@ def read_sources(sources: Sequence[Source], system_prompt: str | None) -> ReadSo
         ValueError: a source that cannot be read, or a row that cannot be converted, with its place.
     """
     folder = cache_folder({"sources": [_identity(source) for source in sources], "system": system_prompt})
-    record = folder / "rows.json"
-    if not record.exists():
-        _read_into(folder, record, sources, system_prompt)
-    known = json.loads(record.read_text(encoding="utf-8"))
-    tables = [Dataset.from_file(str(folder / name)) for name in known["chunks"]]
-    table = concatenate_datasets(tables) if tables else Dataset(SCHEMA.empty_table())
-    # Without a fingerprint all texts would be pickled for one, and without the key hashed for `digest_of`.
+    known = _read_into(folder / "rows.arrow", sources, system_prompt)
+    table = Dataset.from_file(str(folder / "rows.arrow")).data.table
+    # Without the key all texts would be hashed for `digest_of`. Splits of a table that knows its file would
+    # each leave a further file beside it.
     info = datasets.DatasetInfo(description=KEYED + folder.name)
     return ReadSources(
-        Dataset(table.data.table, info=info, fingerprint=folder.name),
+        Dataset(table, info=info, fingerprint=folder.name),
         known["num_read"],
         known["formats"],
         known["dropped"],
@@ -130,7 +131,8 @@ def read_sources(sources: Sequence[Source], system_prompt: str | None) -> ReadSo
     )
 
 
-def _read_into(folder: Path, record: Path, sources: Sequence[Source], system_prompt: str | None) -> None:
+def _read_into(file: Path, sources: Sequence[Source], system_prompt: str | None) -> dict[str, Any]:
+    """Write the rows of sources into a file, and return the other fields of their `ReadSources`."""
     num_read, formats = [0] * len(sources), [""] * len(sources)
     files: list[tuple[int, str]] = []
 
@@ -145,23 +147,19 @@ def _read_into(folder: Path, record: Path, sources: Sequence[Source], system_pro
                 formats[place] = format_.name
                 yield Chunk(raw.num_rows, partial(Part, raw, format_, first, place, own))
 
-    paths = make_chunks(folder, chunks(), ReadRows(reason_to_drop), "Reading", quickness=15)
-    dropped: dict[str, list[int]] = defaultdict(list)
-    unused: Counter[str] = Counter()
-    for path in paths:
-        counts = counts_of(read_chunk(path))
-        unused.update(counts["unused"])
-        for reason, numbers in counts["dropped"].items():
-            dropped[reason] += numbers
-    known = {
-        "chunks": [path.name for path in paths],
-        "num_read": num_read,
-        "formats": formats,
-        "dropped": dropped,
-        "unused": unused,
-        "files": files,
-    }
-    write_record(record, known)
+    def summarize(counts_of_chunks: Iterator[Any]) -> dict[str, Any]:
+        dropped: dict[str, list[int]] = defaultdict(list)
+        unused: Counter[str] = Counter()
+        for counts in counts_of_chunks:
+            unused.update(counts["unused"])
+            for reason, numbers in counts["dropped"].items():
+                dropped[reason] += numbers
+        known = {"num_read": num_read, "formats": formats, "files": files}
+        return {**known, "dropped": dropped, "unused": unused}
+
+    make = partial(make_chunks, file.parent, chunks(), ReadRows(reason_to_drop), "Reading", quickness=15)
+    known: dict[str, Any] = join_chunks(file, SCHEMA, make, summarize)
+    return known
 
 
 def read_questions_of(
@@ -202,7 +200,8 @@ def _identity(source: Source) -> dict[str, Any]:
 
 
 def cache_folder(depends_on: Mapping[str, Any]) -> Path:
-    """The folder for what is made of data and settings by the code of this package, which need not exist."""
+    """The folder for what is made of data and settings by the code of this package and those that it calls,
+    which need not exist."""
     text = json.dumps({**depends_on, "code": _code_digest()}, sort_keys=True, default=str)
     key = hashlib.sha256(text.encode()).hexdigest()[:32]
     return Path(datasets.config.HF_DATASETS_CACHE) / "finetune" / key
@@ -211,7 +210,7 @@ def cache_folder(depends_on: Mapping[str, Any]) -> Path:
 @cache
 def _code_digest() -> str:
     """So that no row is read from the cache of code that has changed since."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps({name: version(name) for name in CALLED}).encode())
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -220,15 +219,9 @@ def _code_digest() -> str:
 def table_chunks(table: Dataset) -> Iterator[Chunk]:
     """A table in chunks of at most CHUNK_ROWS rows with CHUNK_BYTES of text (or one longer row), `packed`."""
     arrow = table.with_format("arrow")
-    bytes_before = np.r_[
-        0, np.cumsum(_in_order(table, pc.binary_length(table.data.column("row")).to_numpy()))
-    ]
-    start = 0
-    while start < len(table):
-        within = int(np.searchsorted(bytes_before, bytes_before[start] + CHUNK_BYTES, side="right")) - 1
-        end = min(start + CHUNK_ROWS, max(start + 1, within))
+    sizes = _in_order(table, pc.binary_length(table.data.column("row")).to_numpy())
+    for start, end in spans(sizes, CHUNK_ROWS, CHUNK_BYTES):
         yield Chunk(end - start, partial(_packed_part, arrow, start, end))
-        start = end
 
 
 def _packed_part(arrow: Dataset, start: int, end: int) -> bytes:
@@ -250,7 +243,9 @@ def digest_of(rows: Dataset) -> str:
     """SHA-256 of a table of rows: their numbers, sources and texts, in order."""
     digest = hashlib.sha256()
     for name in ("row_number", "source"):
-        digest.update(column_of(rows, name).astype("<i8").tobytes())
+        values = column_of(rows, name)
+        for start in range(0, len(values), ROWS_HASHED):
+            digest.update(values[start : start + ROWS_HASHED].astype("<i8").tobytes())
     if rows.info.description.startswith(KEYED):
         digest.update(rows.info.description.encode())
     else:

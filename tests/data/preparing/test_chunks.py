@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -19,7 +20,14 @@ from conftest import ROOT, tiny_tokenizer
 from finetune.config import Config, DataConfig, EvalConfig, SourceConfig
 from finetune.data.preparing import chunks as prepare
 from finetune.data.preparing import row_tables
-from finetune.data.preparing.chunks import Chunk, make_chunks, read_chunk
+from finetune.data.preparing.chunks import (
+    Chunk,
+    join_chunks,
+    make_chunks,
+    read_chunk,
+    read_in_parts,
+    with_counts,
+)
 from finetune.data.preparing.examples import tokenize_rows
 from finetune.data.preparing.row_tables import cache_folder
 from finetune.data.rows import find_leaks, iterate_rows, load_rows
@@ -149,7 +157,7 @@ def test_two_processes_may_prepare_the_same_rows_at_once(tmp_path):
     script = tmp_path / "prepare.py"
     script.write_text(text, encoding="utf-8")
     running = [subprocess.Popen([sys.executable, str(script)], cwd=ROOT) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    assert [process.wait(timeout=600) for process in running] == [0, 0]
     assert not list(cache.rglob(".*.partial"))
 
 
@@ -177,6 +185,92 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_variable_that_moves_i
         make_chunks(tmp_path / "file" / "made", chunks_of(2), double, "Working")
 
 
+# --- Joined chunks ---
+
+NUMBERS = pa.schema({"n": pa.int64()})
+
+
+def counted(numbers: list[int]) -> pa.Table:
+    return with_counts(pa.table({"n": numbers}, NUMBERS), {"rows": len(numbers)})
+
+
+def join(folder: Path, num_rows: int = 12) -> dict[str, int]:
+    make = partial(make_chunks, folder, chunks_of(num_rows), counted, "Working")
+    return join_chunks(folder / "all.arrow", NUMBERS, make, count_rows)
+
+
+def count_rows(counts) -> dict[str, int]:
+    return {"rows": sum(one["rows"] for one in counts)}
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("at_once", [1, 3 * 8, 1 << 20])
+def test_joined_chunks_are_one_file_with_all_rows_in_order_and_are_made_once(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(prepare, "JOINED_BYTES", at_once)
+    assert join(tmp_path) == {"rows": 12}
+    assert names_in(tmp_path) == ["all.arrow", "all.json"]
+    parts = [part["n"].to_pylist() for part in read_in_parts(tmp_path / "all.arrow")]
+    assert len(parts) == {1: 12, 24: 4, 1 << 20: 1}[at_once]
+    assert [n for part in parts for n in part] == list(range(12))
+    monkeypatch.setattr(prepare, "write_chunk", lambda *_: pytest.fail("made again"))
+    assert join(tmp_path) == {"rows": 12}
+
+
+def test_without_any_chunk_the_joined_file_has_no_row(tmp_path):
+    assert join(tmp_path, 0) == {"rows": 0}
+    assert read_chunk(tmp_path / "all.arrow") == NUMBERS.empty_table()
+
+
+@pytest.mark.parametrize("where", ["read_chunk", "write_record", "unlink"])
+def test_joining_that_is_killed_anywhere_resumes_without_making_a_chunk_again(tmp_path, monkeypatch, where):
+    class Killed(BaseException):
+        pass
+
+    calls = []
+
+    def die_at_fourth(*arguments, **keywords):
+        calls.append(arguments)
+        if len(calls) == 4 or where == "write_record":
+            raise Killed
+        return original(*arguments, **keywords)
+
+    owner = Path if where == "unlink" else prepare
+    original = getattr(owner, where)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, die_at_fourth)
+        with pytest.raises(Killed):
+            join(tmp_path)
+    chunks = [name for name in names_in(tmp_path) if name[0].isdigit()]
+    assert len(chunks) == (9 if where == "unlink" else 12)
+    monkeypatch.setattr(prepare, "write_chunk", lambda *_: pytest.fail("made again"))
+    assert join(tmp_path) == {"rows": 12}
+    assert [name for name in names_in(tmp_path) if not name.startswith(".")] == ["all.arrow", "all.json"]
+    assert read_chunk(tmp_path / "all.arrow")["n"].to_pylist() == list(range(12))
+
+
+def test_chunks_that_another_process_joined_and_removed_meanwhile_are_not_missed(tmp_path):
+    def make() -> list[Path]:
+        paths = make_chunks(tmp_path, chunks_of(12), counted, "Working")
+        assert join(tmp_path) == {"rows": 12}
+        return paths
+
+    assert join_chunks(tmp_path / "all.arrow", NUMBERS, make, count_rows) == {"rows": 12}
+    assert names_in(tmp_path) == ["all.arrow", "all.json"]
+
+
+def test_chunks_that_are_gone_though_nobody_joined_them_are_an_error(tmp_path):
+    def make() -> list[Path]:
+        paths = make_chunks(tmp_path, chunks_of(12), counted, "Working")
+        paths[5].unlink()
+        return paths
+
+    with pytest.raises(ValueError, match="rerun the same command"):
+        join_chunks(tmp_path / "all.arrow", NUMBERS, make, count_rows)
+
+
 # --- Rows and examples ---
 
 
@@ -191,7 +285,8 @@ def test_one_and_two_processes_give_the_same_files(tmp_path, monkeypatch, small_
         kept.append(files_of(cache))
         assert data.unused() == {'column "score"': 95}
         assert len(data.train.dataset) + len(data.eval.dataset) == 95
-    assert len(kept[0]) > 20
+        assert len(list(row_tables.table_chunks(data.rows.train))) > 5
+    assert {Path(name).name for name in kept[0]} >= {"rows.arrow", "examples.arrow", "leaks.arrow"}
     assert kept[0] == kept[1]
 
 
@@ -219,7 +314,7 @@ def test_a_preparation_that_is_killed_resumes_and_gives_the_same(tmp_path, monke
     text = PREPARE.format(root=str(ROOT), tests=str(ROOT / "tests"), cache=str(cache), path=path)
     script.write_text(text, encoding="utf-8")
     process = subprocess.Popen([sys.executable, str(script)], cwd=ROOT)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     workers: list[psutil.Process] = []
     while True:
         tokenized = [p for p in cache.rglob("*.arrow") if "input_ids" in read_chunk(p).column_names]
@@ -233,10 +328,15 @@ def test_a_preparation_that_is_killed_resumes_and_gives_the_same(tmp_path, monke
     process.wait()
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
-    kept = {p: p.stat().st_mtime_ns for p in cache.rglob("*.arrow") if not p.name.startswith(".")}
+    tokenized = [p for p in cache.rglob("[0-9]*.arrow") if "input_ids" in read_chunk(p).column_names]
+    kept = {read_chunk(p)["row_number"][0].as_py() - 1 for p in tokenized}
+    asked = []
+    packed_part = row_tables._packed_part
+    monkeypatch.setattr(row_tables, "_packed_part", lambda *a: asked.append(a[1]) or packed_part(*a))
     tokenizer, config = tiny_tokenizer(), Config(data=DataConfig(path=path, eval_fraction=0.0))
     resumed = load_data(config, tokenizer).train
-    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    assert len(kept) >= 3
+    assert set(asked) == set(range(0, 40_000, row_tables.CHUNK_ROWS)) - kept
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "other")
     whole = load_data(config, tokenizer).train
     assert len(whole.dataset) == 40_000
@@ -271,6 +371,18 @@ def test_files_are_read_once_and_again_when_they_or_the_settings_change(tmp_path
     assert any(row["output"] == "Note 7" for row in iterate_rows(load_rows(config).train))
     monkeypatch.setattr(row_tables, "_code_digest", lambda: "other code")
     assert read_anew(monkeypatch, config)
+
+
+def test_the_key_depends_on_the_versions_of_what_reads_and_tokenizes(tmp_path, monkeypatch):
+    config = DataConfig(path=write(tmp_path / "rows.jsonl", 3), eval_fraction=0.0)
+    assert read_anew(monkeypatch, config)
+    for name in ("tokenizers", "transformers", "jinja2"):
+        with monkeypatch.context() as patch:
+            patch.setattr(row_tables, "version", lambda own, name=name: "9" if own == name else version(own))
+            row_tables._code_digest.cache_clear()
+            assert read_anew(monkeypatch, config)
+        row_tables._code_digest.cache_clear()
+    assert not read_anew(monkeypatch, config)
 
 
 def test_a_system_prompt_of_a_source_is_of_its_rows_alone(tmp_path):
