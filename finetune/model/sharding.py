@@ -20,6 +20,7 @@ from torch.distributed.fsdp import (
 )
 
 from finetune.config import Config
+from finetune.model.layers_on_disk import LayersOnDisk
 from finetune.model.loss import TokenLoss
 from finetune.ops import lora, quantized
 from finetune.ops.decoder_layer import stacks
@@ -95,8 +96,11 @@ def shard_base(token_loss: TokenLoss, sharding: Sharding) -> None:
     trained = {parameter for parameter in token_loss.parameters() if parameter.requires_grad}
     # Gathered in its own precision: autocast rounds, as without sharding.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    on_disk: LayersOnDisk | None = getattr(token_loss.base, "layers_on_disk", None)
     for _, layers in stacks(token_loss.base):
-        for layer in layers:
+        for index, layer in enumerate(layers):
+            if on_disk is not None:
+                on_disk.read(layer, index)
             fully_shard(layer, mesh=sharding.mesh, mp_policy=policy, ignored_params=trained)
     fully_shard(token_loss, mesh=sharding.mesh, mp_policy=policy, ignored_params=trained)
     # FSDP warns that its hooks are lost where a layer's output, a view, is added to in place. None is.
