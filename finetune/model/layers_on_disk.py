@@ -8,7 +8,9 @@ before the next is read: no process ever holds a whole base.
 
 import copy
 import json
-import re
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,6 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.hub import cached_file
 
 from finetune.ops.plain_weights import PlainInt8, PlainNf4
-
-NAME = re.compile(r"(.+\.)(\d+)\.(.+)")
-"""Of a tensor of a layer: what the list of layers is called, the number of the layer, the rest"""
 
 
 @dataclass(frozen=True)
@@ -97,12 +96,29 @@ def find_layers(
     if not files or not isinstance(layers, nn.ModuleList) or any(True for _ in layers.buffers()):
         return None
     (prefix,) = (f"{name}." for name, module in model.named_modules() if module is layers)
-    expected = {prefix + name: parameter.shape for name, parameter in layers.named_parameters()}
-    if {name for name in files if name.startswith(prefix)} != set(expected):
+    in_layers = {prefix + name for name, _ in layers.named_parameters()}
+    if {
+        name for name in files if name.startswith(prefix)
+    } != in_layers or not files.keys() <= model.state_dict().keys():
         return None
     shapes = [{name: parameter.shape for name, parameter in layer.named_parameters()} for layer in layers]
     are_alike = all(shape == shapes[0] for shape in shapes)
     return LayersOnDisk(architecture, layers, files, dtype, prefix) if are_alike else None
+
+
+@contextmanager
+def without_report() -> Iterator[None]:
+    """Silence transformers' report of the tensors that it did not load: those of later layers."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_no_warning)  # of another level, it would report more
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_warning)
+
+
+def _is_no_warning(record: logging.LogRecord) -> bool:
+    return record.levelno != logging.WARNING
 
 
 def _files_of_tensors(source: str, arguments: dict[str, Any]) -> dict[str, Path]:

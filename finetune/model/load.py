@@ -26,7 +26,7 @@ from finetune.data.templates.named_templates import end_of_turn, use_template
 from finetune.model import first_weights
 from finetune.model.added_tokens import add_rows, token_ids_of, trainable_token_indices
 from finetune.model.given_adapter import check_weights, find_adapter, read_settings
-from finetune.model.layers_on_disk import find_layers
+from finetune.model.layers_on_disk import find_layers, without_report
 from finetune.model.starter import HUB_NAME, starter_model_dir
 from finetune.model.target_modules import targets_of
 from finetune.ops import quantized
@@ -167,7 +167,7 @@ def load_model(
 
 
 def _needs_no_weights(config: Config, settings: peft.LoraConfig | None) -> bool:
-    """Whether an adapter, with the given settings or new, can be made before the layers have their weights."""
+    """Whether the adapter, given by its settings or new, can be made before the layers have their weights."""
     if settings is not None:
         return not (settings.use_dora or settings.modules_to_save)
     return not config.lora.use_dora and config.lora.init_lora_weights is None
@@ -214,20 +214,14 @@ def load_base(
     layers = None
     if first_layer_alone and not config.trust_remote_code:
         layers = find_layers(load_architecture(config), dtype, source, arguments)
-    base, loading = _from_pretrained(
-        AutoModelForCausalLM,
-        config,
-        source,
-        {
-            **arguments,
-            "dtype": dtype,
-            "quantization_config": quantization,
-            "device_map": {"": device},
-            "output_loading_info": True,
-            **({} if layers is None else {"config": layers.first_alone}),
-        },
-    )
-    if layers is not None:
+    arguments |= {"dtype": dtype, "quantization_config": quantization, "device_map": {"": device}}
+    arguments |= {"output_loading_info": True}
+    if layers is None:
+        base, loading = _from_pretrained(AutoModelForCausalLM, config, source, arguments)
+    else:
+        with without_report():
+            arguments["config"] = layers.first_alone
+            base, loading = _from_pretrained(AutoModelForCausalLM, config, source, arguments)
         layers.complete(base)
     if {module.is_causal for module in base.modules() if hasattr(module, "is_causal")} == {False}:
         raise ValueError(

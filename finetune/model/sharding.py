@@ -20,6 +20,8 @@ from torch.distributed.fsdp import (
 )
 
 from finetune.config import Config
+from finetune.data.preparing.examples import Examples
+from finetune.model.fast_paths import require_same_results
 from finetune.model.layers_on_disk import LayersOnDisk
 from finetune.model.loss import TokenLoss
 from finetune.ops import lora, quantized
@@ -39,6 +41,8 @@ class Sharding(NamedTuple):
     """Requested and actual, and what of the launcher's settings is not honoured"""
     mesh: DeviceMesh | None = None
     """The processes that share a base with this one; None: each has a whole base"""
+    accelerator: Any = None
+    """That of these processes"""
 
     @property
     def is_on(self) -> bool:
@@ -64,7 +68,7 @@ def choose_sharding(config: Config, accelerator: Any) -> Sharding:
     kind, num_bases = accelerator.device.type, num_processes // size
     mesh = init_device_mesh(kind, (num_bases, size), mesh_dim_names=("bases", "shares"))["shares"]
     actual = f"base, on {size} processes" + (f", {num_bases} times" if num_bases > 1 else "")
-    return Sharding((Choice("sharding", actual, actual), *others), mesh)
+    return Sharding((Choice("sharding", actual, actual), *others), mesh, accelerator)
 
 
 def _processes_of_node(accelerator: Any) -> int:
@@ -80,15 +84,21 @@ def _processes_of_node(accelerator: Any) -> int:
     return most
 
 
-def shard_base(token_loss: TokenLoss, sharding: Sharding) -> None:
+def shard_base(
+    token_loss: TokenLoss, sharding: Sharding, train_set: Examples | None = None, packing: bool = False
+) -> None:
     """Leave this process its share of the frozen parameters of token_loss; without a mesh, do nothing.
 
     The fast paths must have been chosen, for a sharded base: what computes before the whole is called would
     become a root of its own. Each decoder layer is gathered by itself; the embedding, the head and all others
     with the whole. What is trainable stays as it is.
 
+    Where the base has the weights of its first layer alone, each layer's own are read before it is sharded.
+    The fast paths were chosen without them, and are then compared once more, on `train_set`.
+
     Raises:
-        ValueError: an adapted layer reads its quantized weight in PEFT's way, which keeps it.
+        ValueError: an adapted layer reads its quantized weight in PEFT's way, which keeps it; or as
+            `require_same_results`.
     """
     if sharding.mesh is None:
         return
@@ -108,6 +118,8 @@ def shard_base(token_loss: TokenLoss, sharding: Sharding) -> None:
     for name in FORWARD_METHODS:
         register_fsdp_forward_method(token_loss, name)
     release_freed_memory(0)
+    if on_disk is not None and train_set is not None:
+        require_same_results(sharding.accelerator, token_loss, train_set, packing)
 
 
 def _require_fast_layers(token_loss: TokenLoss) -> None:

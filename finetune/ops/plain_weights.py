@@ -57,7 +57,9 @@ class PlainNf4(nn.Module):
         """[out * in / blocksize] fp32: the scale of each block"""
         self.bias = layer.bias
         # Without the scales: they are sharded, and `quant_state` adds them.
-        self._state = QuantState(None, state.shape, state.code, state.blocksize, state.quant_type, state.dtype)
+        self._state = QuantState(
+            None, state.shape, state.code, state.blocksize, state.quant_type, state.dtype
+        )
 
     def quantize(self, weight: Tensor) -> None:
         """Take another weight [out, in], quantized as bitsandbytes does."""
