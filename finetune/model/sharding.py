@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed import new_subgroups
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -28,8 +29,8 @@ from finetune.ops import lora, quantized
 from finetune.ops.decoder_layer import stacks
 from finetune.runtime.choice import Choice
 from finetune.runtime.fsdp_launch import describe_settings
-from finetune.runtime.memory import release_freed_memory
-from finetune.runtime.processes import all_reduce_max
+from finetune.runtime.memory import release_freed_memory, return_large_blocks
+from finetune.runtime.processes import PEER_TIMEOUT, all_reduce_max
 
 FORWARD_METHODS = ("token_stats", "target_logits", "generate")  # of TokenLoss, besides its forward method
 
@@ -65,8 +66,9 @@ def choose_sharding(config: Config, accelerator: Any) -> Sharding:
         if num_processes > 1:
             reason = "a node has one process: train.shard_over all shares a base among the nodes"
         return Sharding((Choice("sharding", requested, "none", reason), *others))
-    kind, num_bases = accelerator.device.type, num_processes // size
-    mesh = init_device_mesh(kind, (num_bases, size), mesh_dim_names=("bases", "shares"))["shares"]
+    # `init_device_mesh` would make groups with the libraries' own timeouts, 10 minutes for NCCL.
+    group, _ = new_subgroups(size, timeout=PEER_TIMEOUT)
+    mesh, num_bases = DeviceMesh.from_group(group, accelerator.device.type), num_processes // size
     actual = f"base, on {size} processes" + (f", {num_bases} times" if num_bases > 1 else "")
     return Sharding((Choice("sharding", actual, actual), *others), mesh, accelerator)
 
@@ -103,6 +105,7 @@ def shard_base(
     if sharding.mesh is None:
         return
     _require_fast_layers(token_loss)
+    return_large_blocks()
     trained = {parameter for parameter in token_loss.parameters() if parameter.requires_grad}
     # Gathered in its own precision: autocast rounds, as without sharding.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
