@@ -67,7 +67,7 @@ def choose_sharding(config: Config, accelerator: Any) -> Sharding:
             reason = "a node has one process: train.shard_over all shares a base among the nodes"
         return Sharding((Choice("sharding", requested, "none", reason), *others))
     # `init_device_mesh` would make groups with the libraries' own timeouts, 10 minutes for NCCL.
-    group, _ = new_subgroups(size, timeout=PEER_TIMEOUT)
+    group, _ = new_subgroups(size, timeout=PEER_TIMEOUT)  # type: ignore[no-untyped-call]
     mesh, num_bases = DeviceMesh.from_group(group, accelerator.device.type), num_processes // size
     actual = f"base, on {size} processes" + (f", {num_bases} times" if num_bases > 1 else "")
     return Sharding((Choice("sharding", actual, actual), *others), mesh, accelerator)

@@ -103,8 +103,8 @@ class Card:
     at_head: float
     """What the head allocates temporarily"""
     loading: int
-    """The peak while the base is loaded, with the adapter, and a weight that is quantized: all of the base; if
-    it is sharded its shard, the root group and two layers, of which one is the first"""
+    """The peak while the base is loaded, with the adapter and a weight that is quantized: all of the base; if
+    it is sharded, its shard, the root group, and two layers, of which one is the first"""
     gathering: int
     """The peak of the root group while it is gathered, at the start of a forward pass"""
 
