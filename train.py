@@ -27,7 +27,7 @@ from finetune.model.load import base_fingerprint, check_vocabulary, describe_mod
 from finetune.model.loss import TokenLoss
 from finetune.model.sharding import choose_sharding, shard_base
 from finetune.report.model_card import model_card
-from finetune.report.page import leave_report
+from finetune.report.page import leave_report, show_finished
 from finetune.run import folder, out_of_memory, summary, token_budget
 from finetune.run.bad_update import record_bad_update
 from finetune.run.checkpoint import Checkpointer, History, Trained, TrainState
@@ -51,7 +51,7 @@ def train(config: Config) -> int:
     device, rank, size = accelerator.device, accelerator.process_index, accelerator.num_processes
     stop = StopRequest(accelerator)  # made before the slow loading: it notes its launcher
     if folder.run_status(config) is folder.RunStatus.FINISHED:
-        on_main(accelerator, summary.show_finished, Path(config.output_dir))
+        on_main(accelerator, show_finished, Path(config.output_dir))
         return 0
 
     # Data: rows -> token ids and labels.

@@ -42,9 +42,13 @@ class LoraConfig:
     """Modules that get none of it, of those that target_modules names"""
     layers_to_transform: list[int] | None = None
     """Numbers of the decoder layers that get it, from 0; null is all"""
-    init_lora_weights: Literal["pissa", "olora", "eva"] | None = None
-    """Start from the main part of each weight of the base (pissa, olora), at twice the adapter's memory, or
-    from the main directions of what the layers get of the training rows (eva); null starts from a random A"""
+    modules_to_save: list[str] | None = None
+    """Layers that are trained whole instead, and saved with the adapter, such as [lm_head, norm]: every one
+    whose name ends so"""
+    init_lora_weights: Literal["pissa", "olora", "eva", "loftq"] | None = None
+    """Start from the main part of each weight of the base (pissa, olora), at twice the adapter's memory, from
+    the main directions of what the layers get of the training rows (eva), or from what quantization took
+    from each weight (loftq, for nf4); null starts from a random A"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -224,10 +224,33 @@ def _check_lora(config: Config) -> None:
                 raise ValueError(
                     f"lora.{key} is for a new adapter, and model.adapter names one: leave it out"
                 )
+    both = set(lora.modules_to_save or ()).intersection(lora.target_modules)
+    if both and isinstance(lora.target_modules, list):
+        raise ValueError(
+            f"lora.target_modules and lora.modules_to_save both name {min(both)}: a module gets LoRA or is "
+            "trained whole; leave it out of one"
+        )
+    if lora.init_lora_weights == "loftq":
+        _check_loftq(config)
     if lora.init_lora_weights in ("pissa", "olora") and config.optim.weight_decay > 0:
         raise ValueError(
             f"lora.init_lora_weights {lora.init_lora_weights} holds half of the adapter fixed, which "
             "optim.weight_decay would change: set it to 0"
+        )
+
+
+def _check_loftq(config: Config) -> None:
+    quantization = config.model.quantization
+    if quantization != "nf4":
+        lost = {"none": "nothing was lost", "int8": "8 bits lose too little"}
+        raise ValueError(
+            "lora.init_lora_weights loftq makes up for what weights in 4 bits have lost, and with "
+            f"model.quantization {quantization} {lost[quantization]}: set it to nf4, or leave loftq out"
+        )
+    if config.lora.use_dora:
+        raise ValueError(
+            "lora.init_lora_weights loftq changes the weights whose magnitudes lora.use_dora takes: leave "
+            "one of them out"
         )
 
 
@@ -336,6 +359,7 @@ def _check_texts(config: Config) -> None:
         "data.eval_path": "name a file, a list of files or a hub data set, or leave it null",
         "data.chat_template": "name a file or a template, or leave it null",
         "lora.target_modules": "name the modules, or say all-linear",
+        "lora.modules_to_save": "name layers, or leave it null",
     }
     for key, value in flatten(asdict(config)).items():
         texts = list(_texts_in(value))

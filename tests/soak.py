@@ -1,11 +1,13 @@
 """Kill a small run again and again, and see that it always goes on and ends as if it had never been killed.
 
     python tests/soak.py --kills 100
+    python tests/soak.py --processes --kills 30
 
-The run is train.py's own, on a tiny random model: int8 base, LoRA dropout, paged 8-bit AdamW, bf16. Each
-process is forked from this one, which has the libraries loaded, and is killed with SIGKILL: every second one
-while it writes a checkpoint, the others at any moment. A run that ends is compared with one that was left
-alone, file by file and point by point, and the next one starts anew.
+The second is of several processes: tests/process_soak.py. In the first, the run is train.py's own, on a tiny
+random model: int8 base, LoRA dropout, paged 8-bit AdamW, bf16. Each process is forked from this one, which
+has the libraries loaded, and is killed with SIGKILL: every second one while it writes a checkpoint, the
+others at any moment. A run that ends is compared with one that was left alone, file by file and point by
+point, and the next one starts anew.
 """
 
 import argparse
@@ -25,7 +27,8 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from conftest import tiny_model, tiny_tokenizer  # noqa: E402
+import datasets  # noqa: E402
+from conftest import ROOT, tiny_model, tiny_tokenizer  # noqa: E402
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # noqa: E402
 from tensorboard.util.tensor_util import make_ndarray  # noqa: E402
 
@@ -185,11 +188,25 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", action="store_true", help="kill runs of several processes")
+    parser.add_argument("--output", type=Path, help="with --processes: a JSON file for what was found")
     arguments = parser.parse_args()
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of each kill that it finds
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["HF_DATASETS_CACHE"] = f"{folder}/datasets"
-        soak(arguments.kills, arguments.seed, Path(folder))
+        datasets.config.HF_DATASETS_CACHE = Path(folder) / "datasets"
+        if not arguments.processes:
+            soak(arguments.kills, arguments.seed, Path(folder))
+            return
+        sys.path.insert(0, str(ROOT / "benchmarks"))
+        import process_soak  # it imports this module
+        from common import provenance, write_result
+
+        for found in process_soak.soak(arguments.kills, arguments.seed, Path(folder)):
+            if arguments.output is not None:
+                write_result(arguments.output, {"seed": arguments.seed, **found})
+        if arguments.output is not None:
+            write_result(arguments.output, {"seed": arguments.seed, **found, **provenance()})
+        print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ OTHER_VALUES = Config(
         use_dora=True,
         exclude_modules=["up_proj"],
         layers_to_transform=[0, 3],
+        modules_to_save=["lm_head", "norm"],
         init_lora_weights="eva",
     ),
     data=DataConfig(
@@ -510,6 +511,27 @@ def test_a_number_that_is_not_finite_is_refused(key, value, config_file):
         (
             ["--lora.init_lora_weights", "eva", "--model.adapter", "runs/before"],
             ["lora.init_lora_weights", "model.adapter"],
+        ),
+        (["--lora.modules_to_save", "[]"], ["lora.modules_to_save is empty"]),
+        (["--lora.modules_to_save", "['']"], ["lora.modules_to_save is empty"]),
+        (
+            ["--lora.modules_to_save", "[lm_head]", "--lora.target_modules", "[q_proj, lm_head]"],
+            ["lora.target_modules and lora.modules_to_save both name lm_head"],
+        ),
+        (
+            ["--lora.init_lora_weights", "loftq", "--model.quantization", "int8"],
+            ["lora.init_lora_weights loftq", "model.quantization int8", "nf4"],
+        ),
+        (
+            ["--lora.init_lora_weights", "loftq", "--model.quantization", "none"],
+            ["lora.init_lora_weights loftq", "model.quantization none", "nf4"],
+        ),
+        (
+            [
+                *("--lora.init_lora_weights", "loftq", "--model.quantization", "nf4"),
+                *("--lora.use_dora", "true"),
+            ],
+            ["lora.init_lora_weights loftq", "lora.use_dora"],
         ),
         (["--lora.target_modules", "[]"], ["lora.target_modules is an empty list"]),
         (["--data.path", ""], ["data.path is empty"]),

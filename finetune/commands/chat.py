@@ -26,7 +26,13 @@ from finetune.model.generate import Answer, check_limits, multiply_dequantized
 from finetune.model.prefix_cache import PrefixCache
 from finetune.report.html import visible
 from finetune.run.adapter import Trained, TrainedModel, find_trained, load_trained, trained_parser
-from finetune.run.answers import answer, encode_question
+from finetune.run.answers import (
+    add_answer_options,
+    answer,
+    check_answer_options,
+    choose_system_prompt,
+    encode_question,
+)
 from finetune.runtime.cli import split_arguments
 from finetune.runtime.console import console, say
 
@@ -111,14 +117,13 @@ def command(argv: Sequence[str]) -> None:
         "Chat with the trained model, and compare it with its base. "
         "Each line from a pipe is answered as a new conversation.",
     )
-    parser.add_argument("--system_prompt", help="system prompt (default: the run's)")
+    add_answer_options(parser)
     parser.add_argument(
         "--temperature",
         type=float,
         help="0 picks the most likely token, above 0 samples "
         f"(default {TERMINAL_TEMPERATURE:g}; {PIPE_TEMPERATURE:g} in a pipe)",
     )
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens (256)")
     parser.add_argument(
         "--tools",
         type=Path,
@@ -130,16 +135,14 @@ def command(argv: Sequence[str]) -> None:
     temperature = arguments.temperature
     if temperature is None:
         temperature = TERMINAL_TEMPERATURE if is_terminal else PIPE_TEMPERATURE
-    check_limits(temperature, arguments.max_new_tokens)
+    check_answer_options(arguments, temperature)
     tools = None if arguments.tools is None else _read_tools(arguments.tools)
     # In a pipe, only the answers go to standard output.
     with nullcontext() if is_terminal else redirect_stdout(sys.stderr):
         trained = find_trained(arguments.trained, settings)
         model = load_trained(trained)
         multiply_dequantized(model.model, model.precision.actual)
-    system_prompt = arguments.system_prompt
-    if system_prompt is None:
-        system_prompt = trained.config.data.system_prompt
+    system_prompt = choose_system_prompt(arguments, trained)
     chat = Chat(model, system_prompt, temperature, arguments.max_new_tokens, tools)
     if is_terminal:
         chat.prefix_cache = PrefixCache(model.model)

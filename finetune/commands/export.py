@@ -1,70 +1,188 @@
 """`python -m finetune export RUN --output DIR`: write the merged model as GGUF, for llama.cpp and Ollama."""
 
-import json
 import re
 import shlex
-from collections.abc import Sequence
-from dataclasses import replace
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from finetune.config import Config
-from finetune.data.templates.chat_template import stop_ids
-from finetune.export.merge import load_merged, require_new_folder
+from finetune.data.rows import Rows, load_rows
+from finetune.export import llama_cpp
+from finetune.export.comparison import Line, gain_kept, open_comparison, show_answers, show_differences
+from finetune.export.fidelity import Comparison, compare
+from finetune.export.gguf import read_gguf, unsupported, write_gguf
+from finetune.export.merge import (
+    DEQUANTIZED,
+    FULL_PRECISION,
+    load_unmerged,
+    merge,
+    require_new_folder,
+    save_merged,
+)
 from finetune.export.modelfile import modelfile
-from finetune.model.given_adapter import ADAPTER_CONFIG, largest_rank
-from finetune.model.load import generation_ends, load_architecture, load_tokenizer
-from finetune.model.starter import starter_model_dir
-from finetune.report.model_card import VLLM_RANKS
-from finetune.run.adapter import Trained, load_trained_tokenizer, parse_trained, trained_parser
-from finetune.run.folder import CHAT_TEMPLATE
+from finetune.export.quantize import BLOCK_TYPES, quantize
+from finetune.export.vllm import serve_with_vllm
+from finetune.model.load import load_architecture
+from finetune.run.adapter import (
+    Trained,
+    TrainedModel,
+    load_trained,
+    load_trained_tokenizer,
+    parse_trained,
+    trained_parser,
+)
 from finetune.runtime import system
 from finetune.runtime.cli import CommandParser
-from finetune.runtime.console import say
+from finetune.runtime.console import console, say
 from finetune.runtime.files import staged_folder
 
-CONVERTER = "python llama.cpp/convert_hf_to_gguf.py"
+QUANTIZATIONS = ("f16", *BLOCK_TYPES, *llama_cpp.K_TYPES)
 
 
 def command(argv: Sequence[str]) -> None:
-    """Write the GGUF file and the Modelfile to the output folder, both or neither.
+    """Write the GGUF file and the Modelfile to the output folder, both or neither; then compare the file with
+    the trained model.
 
     Raises:
-        ValueError: the folder is not empty, the base cannot be loaded, or only llama.cpp's converter supports
-            its architecture.
+        ValueError: invalid arguments; an adapter or a base that cannot be used; or a program of llama.cpp's
+            is needed and not installed.
     """
     arguments, trained = parse_trained(_parser(), argv)
     output: Path = arguments.output
     require_new_folder(output)
-    try:
-        from finetune.export.gguf import unsupported, write_gguf
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed: pip install {error.name}") from error
-    base = trained.config.model
-    if reason := unsupported(load_architecture(base), load_trained_tokenizer(trained)):
-        raise ValueError(
-            f"{base.name_or_path} cannot be written as GGUF here ({reason}); llama.cpp may: "
-            f"python -m finetune merge {shlex.quote(str(arguments.trained))} --output merged && "
-            f"{CONVERTER} merged --outtype {arguments.format} --outfile merged.gguf"
-        )
-    merged = load_merged(trained)
+    if arguments.rows < 1:
+        raise ValueError(f"--rows must be at least 1, not {arguments.rows}")
+    quantizer = llama_cpp.require_quantizer() if arguments.quantize in llama_cpp.K_TYPES else None
+    converter = _converter(trained, arguments.trained)
+    rows = _rows(trained.config)
+    opened = load_trained(trained)
+    comparison = None if rows is None else open_comparison(trained, opened, rows, arguments.rows)
     name = _name(trained)
-    gguf_name = f"{name}-{arguments.format.upper()}.gguf"
-    length = _context_length(trained.config, merged.model)
-    text, left_out = modelfile(gguf_name, merged.tokenizer, trained.config.data.system_prompt, length)
-    with staged_folder(output.absolute()) as staging:
-        write_gguf(staging / gguf_name, merged.model, merged.tokenizer, name, arguments.format)
-        system.write_text(staging / "Modelfile", text)
-    _show(trained, merged.tokenizer, output, gguf_name, left_out)
+    gguf_name = f"{name}-{arguments.quantize.upper()}.gguf"
+    with console.status(f"writing {gguf_name}"):
+        # An adapter that began as LoftQ makes up for what the quantized weights have lost.
+        base = DEQUANTIZED if trained.config.lora.init_lora_weights == "loftq" else FULL_PRECISION
+        model = merge(load_unmerged(trained, opened, base))
+        config, length = model.config, _context_length(trained.config, model)
+        text, left_out = modelfile(gguf_name, opened.tokenizer, trained.config.data.system_prompt, length)
+        with staged_folder(output.absolute()) as staging:
+            halves = staging / f"{name}-F16.gguf"
+            _write_f16(halves, converter, model, opened.tokenizer, name)
+            del model
+            others = _quantize(halves, staging / gguf_name, quantizer, arguments.quantize)
+            system.write_text(staging / "Modelfile", text)
+    if others:
+        say(_in_other_types(others))
+    if comparison is not None:
+        _compare(comparison, opened, output / gguf_name, config, arguments.quantize)
+    _show(trained, opened.tokenizer, arguments.trained, output / gguf_name, left_out, length)
 
 
 def _parser() -> CommandParser:
-    parser = trained_parser("export", "--output DIR [--format q8_0|f16]", __doc__ or "")
+    parser = trained_parser(
+        "export",
+        "--output DIR [--quantize TYPE] [--rows N]",
+        "Write the merged model as a GGUF file with a Modelfile, for llama.cpp and Ollama. The file is read "
+        "back and compared with the trained model on the run's eval rows, to show how much of what was "
+        "trained the rounding leaves.",
+    )
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="the folder to create")
     parser.add_argument(
-        "--format", choices=("q8_0", "f16"), default="q8_0", help="data type of the matrices (default q8_0)"
+        "--quantize",
+        metavar="TYPE",
+        type=str.lower,
+        choices=QUANTIZATIONS,
+        default="q8_0",
+        help=f"data type of the matrices (default q8_0): f16, {', '.join(BLOCK_TYPES)}; and, if "
+        f"llama-quantize is installed, {', '.join(llama_cpp.K_TYPES)}",
+    )
+    parser.add_argument(
+        "--rows", metavar="N", type=int, default=40, help="eval rows to compare on (default 40)"
     )
     return parser
+
+
+def _converter(trained: Trained, given: Path) -> str | None:
+    """Return the program that writes the model as GGUF, or None if `write_gguf` does.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    base = trained.config.model
+    reason = unsupported(load_architecture(base), load_trained_tokenizer(trained))
+    if reason is None:
+        return None
+    if program := llama_cpp.converter():
+        say(f"Converted by {program}: {reason}.")
+        return program
+    raise ValueError(
+        f"{base.name_or_path} cannot be written as GGUF here ({reason}); llama.cpp's converter may: put its "
+        "convert_hf_to_gguf.py on PATH, or run "
+        f"python -m finetune merge {shlex.quote(str(given))} --output merged && "
+        "python llama.cpp/convert_hf_to_gguf.py merged --outtype f16 --outfile merged.gguf"
+    )
+
+
+def _rows(config: Config) -> Rows | None:
+    """The rows to compare on; None, which is said, if they cannot be read: an adapter is exported without."""
+    try:
+        return load_rows(config.data, config.eval.sets)
+    except ValueError as error:
+        say(f"Not compared with the trained model: {error}")
+        return None
+
+
+def _write_f16(path: Path, converter: str | None, model: Any, tokenizer: Any, name: str) -> None:
+    if converter is None:
+        write_gguf(path, model, tokenizer, name)
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        save_merged(model, tokenizer, torch.float16, Path(folder) / name)
+        llama_cpp.convert(converter, Path(folder) / name, path)
+
+
+def _quantize(source: Path, target: Path, quantizer: str | None, name: str) -> dict[str, str]:
+    """Replace a file of 16-bit weights by one of the type `name`; return the matrices of another type."""
+    if name == "f16":
+        return {}
+    others = {}
+    if quantizer is None:
+        others = quantize(source, target, name)
+    else:
+        llama_cpp.quantize(quantizer, source, target, name)
+    source.unlink()
+    return others
+
+
+def _in_other_types(others: Mapping[str, str]) -> str:
+    parts = []
+    for kind in sorted(set(others.values())):
+        names = [name for name, its in others.items() if its == kind]
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        parts.append(f"{kind}: {', '.join(names[:2])}{more}")
+    return f"In another type: {'; '.join(parts)}."
+
+
+def _compare(
+    comparison: Comparison, opened: TrainedModel, path: Path, config: Any, quantization: str
+) -> None:
+    """Read the file back and print how it differs from the trained model."""
+    try:
+        with console.status(f"comparing {path.name}"):
+            model = read_gguf(path, config, opened.accelerator.device)
+            found, as_run = compare(comparison, model)
+    except ValueError as error:
+        say(f"Not compared with the trained model: {error}")
+        return
+    line = Line(quantization, found, as_run, path.stat().st_size, is_written=True)
+    show_differences(comparison, opened.precision.actual, [line])
+    say(gain_kept(comparison.base, comparison.loss, found))
+    show_answers(comparison, opened, model, quantization)
 
 
 def _name(trained: Trained) -> str:
@@ -81,44 +199,20 @@ def _context_length(config: Config, model: Any) -> int:
     return wanted if positions is None else min(wanted, positions)
 
 
-def _show(trained: Trained, tokenizer: Any, output: Path, gguf_name: str, left_out: Sequence[str]) -> None:
+def _show(
+    trained: Trained, tokenizer: Any, given: Path, path: Path, left_out: Sequence[str], length: int
+) -> None:
     """Print what was written, and the commands that serve it."""
-    size = (output / gguf_name).stat().st_size
-    say(f"gguf         {output / gguf_name} ({size / 2**20:,.0f} MiB)")
-    say(f"Modelfile    {output / 'Modelfile'}")
+    say(f"gguf         {path} ({path.stat().st_size / 2**20:,.0f} MiB)")
+    say(f"Modelfile    {path.parent / 'Modelfile'}")
     for remark in left_out:
         say(f"             without {remark}")
-    name, modelfile_path = _name(trained), shlex.quote(str(output / "Modelfile"))
-    say(f"llama.cpp    llama-cli --jinja -m {shlex.quote(str(output / gguf_name))}")
+    name, modelfile_path = _name(trained), shlex.quote(str(path.parent / "Modelfile"))
+    say(f"llama.cpp    llama-cli --jinja -c {length} -m {shlex.quote(str(path))}")
     say(f"Ollama       ollama create {name} -f {modelfile_path} && ollama run {name}")
-    say(f"vLLM         {_vllm(trained, tokenizer, name)}")
-
-
-def _vllm(trained: Trained, tokenizer: Any, name: str) -> str:
-    """The command that serves the adapter on its base with the template that was trained with; where vLLM
-    cannot, how it serves the merged model."""
-    config, adapter = trained.config, trained.adapter
-    # The starter's weights differ slightly from the hub's: serve it from the folder that was trained on.
-    named = config.model.name_or_path
-    base = str(starter_model_dir()) if named == "starter" else named
-    rank = next((rank for rank in VLLM_RANKS if rank >= largest_rank(adapter)), None)
-    own = load_tokenizer(replace(config, data=replace(config.data, chat_template=None)))
-    settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    differs = (own.chat_template, own.eos_token_id) != (tokenizer.chat_template, tokenizer.eos_token_id)
-    if (
-        config.lora.use_dora
-        or rank is None
-        or base.endswith(".gguf")
-        or settings.get("trainable_token_indices")  # vLLM loads no rows of embeddings with an adapter
-        or (differs and not trained.own_tokenizer)  # of a checkpoint, which has no file of them
-    ):
-        return "vllm serve MERGED, with the folder that `python -m finetune merge` writes"
-    parts = ["vllm", "serve", base, "--enable-lora", "--lora-modules", f"{name}={adapter}"]
-    parts += ["--max-lora-rank", str(rank)]
-    if differs:
-        parts += ["--tokenizer", str(adapter), "--chat-template", str(adapter / CHAT_TEMPLATE)]
-    command = shlex.join(parts)
-    known = {tokenizer.eos_token_id, *generation_ends(config.model)}
-    if more := sorted(stop_ids(tokenizer) - known):
-        command += f', and "stop_token_ids": {more} in each request'
-    return command
+    say(f"vLLM         {serve_with_vllm(trained, tokenizer, name, length)}")
+    merged = f"python -m finetune merge {shlex.quote(str(given))} --output merged"
+    if find_spec("mlx_lm"):
+        say(f"MLX          {merged} && mlx_lm.convert --hf-path merged --mlx-path mlx -q")
+    if find_spec("optimum"):
+        say(f"ONNX         {merged} && optimum-cli export onnx --model merged onnx")

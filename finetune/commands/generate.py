@@ -15,13 +15,16 @@ from filelock import FileLock, Timeout
 from finetune.data.reading.sources import FILE_SUFFIXES, kind_of
 from finetune.data.rows import read_questions
 from finetune.data.splits import in_words
-from finetune.model.generate import check_limits, multiply_dequantized
+from finetune.model.generate import multiply_dequantized
 from finetune.run.adapter import Trained, load_trained, parse_trained, trained_parser
 from finetune.run.answers import (
     MODELS,
     Record,
     Request,
+    add_answer_options,
     answer_rows,
+    check_answer_options,
+    choose_system_prompt,
     encode_questions,
     format_answers,
     read_partial,
@@ -59,8 +62,7 @@ def command(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--which", choices=MODELS, default="tuned", help="which answers: the tuned model, its base, or both"
     )
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, in tokens (256)")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows answered at once (default 16)")
+    add_answer_options(parser, "rows")
     parser.add_argument(
         "--temperature",
         type=float,
@@ -68,7 +70,6 @@ def command(argv: Sequence[str]) -> None:
         help="0 picks the most likely token (the default), above 0 samples",
     )
     parser.add_argument("--seed", type=int, default=0, help="sampling seed, used with the row number (0)")
-    parser.add_argument("--system_prompt", help="system prompt (default: the run's)")
     arguments, trained = parse_trained(parser, argv)
     _check(arguments)
     with _only_writer(arguments.output):
@@ -82,7 +83,7 @@ def _generate(arguments: argparse.Namespace, trained: Trained) -> None:
         arguments.max_new_tokens,
         arguments.temperature,
         arguments.seed,
-        trained.config.data.system_prompt if arguments.system_prompt is None else arguments.system_prompt,
+        choose_system_prompt(arguments, trained),
     )
     rows, left_out, unused = read_questions(str(arguments.input), trained.config.data.columns)
     if unused:
@@ -111,9 +112,7 @@ def _generate(arguments: argparse.Namespace, trained: Trained) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raise ValueError for invalid arguments, before anything is loaded."""
-    check_limits(arguments.temperature, arguments.max_new_tokens)
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch_size must be at least 1, not {arguments.batch_size}")
+    check_answer_options(arguments, arguments.temperature)
     if arguments.seed < 0:
         raise ValueError(f"--seed must be at least 0, not {arguments.seed}")
     rows, output = arguments.input, arguments.output

@@ -5,24 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from finetune.config import Config
-from finetune.data.preparing.examples import Examples
 from finetune.data.rows import load_rows
-from finetune.data.splits import tokenize_splits
+from finetune.export.comparison import Line, gain_kept, open_comparison, show_answers, show_differences
 from finetune.export.fidelity import (
     DTYPES,
     MAX_LOSS_CHANGE,
     MIN_AGREEMENT,
     Candidate,
     Comparison,
-    Difference,
     choose,
     compare_merge,
-    difference,
     is_faithful,
-    start_comparison,
 )
 from finetune.export.merge import (
     DEQUANTIZED,
@@ -48,12 +42,8 @@ def command(argv: Sequence[str]) -> None:
     _check(arguments, trained.config)
     rows = load_rows(trained.config.data, trained.config.eval.sets)
     opened = load_trained(trained)
-    train_set, eval_set = tokenize_splits(rows, opened.tokenizer, trained.config.data)
-    examples = _examples_to_compare_on(train_set, eval_set, arguments.rows)
-    with console.status("computing the trained model's predictions"):
-        comparison = start_comparison(trained, opened, train_set, examples)
+    comparison = open_comparison(trained, opened, rows, arguments.rows)
     if comparison is None:
-        say("Not compared: the model's logits are not the product of its head with its last hidden states.")
         base = arguments.which or (DEQUANTIZED if _is_quantized(trained.config) else FULL_PRECISION)
         dtype = arguments.dtype or "fp32"
     else:
@@ -64,6 +54,8 @@ def command(argv: Sequence[str]) -> None:
     with console.status(f"writing {output}"):
         model = merge(load_unmerged(trained, opened, base))
         save_merged(model, opened.tokenizer, DTYPES[dtype], output)
+    if comparison is not None:
+        show_answers(comparison, opened, model.float(), "merged")
     size = model_bytes(model, DTYPES[dtype]) / 1e6
     say(f"Written: {_in_words(base)}, {dtype}, {size:,.0f} MB. It loads with transformers alone:")
     say(f'  AutoModelForCausalLM.from_pretrained("{output}"), AutoTokenizer.from_pretrained("{output}")')
@@ -99,16 +91,6 @@ def _is_quantized(config: Config) -> bool:
     return config.model.quantization != "none"
 
 
-def _examples_to_compare_on(train_set: Examples, eval_set: Examples, num_rows: int) -> Examples:
-    """Return the first eval examples; if the run has none, the first train examples."""
-    examples = eval_set
-    if len(eval_set.dataset) == 0:
-        say("The run has no eval rows: comparing on its train rows.")
-        examples = train_set
-    dataset = examples.dataset.select(range(min(num_rows, len(examples.dataset))))
-    return Examples(dataset, examples.truncated, examples.dropped)
-
-
 def _compare(
     arguments: argparse.Namespace, trained: Trained, opened: TrainedModel, comparison: Comparison
 ) -> list[Candidate]:
@@ -126,27 +108,15 @@ def _compare(
 
 def _show(comparison: Comparison, precision: str, candidates: Sequence[Candidate], best: Candidate) -> None:
     """Print how far each merge is from the trained model, and why `best` is written."""
-    exact, as_run, loss = comparison.trained, comparison.as_run, comparison.loss
-    precision = "fp32" if precision == "no" else precision
-    own = difference(exact, as_run, comparison.target_ids)
-    num_rows, num_tokens = len(comparison.examples.dataset), len(comparison.target_ids)
-    columns = ("", "KL", "loss", "change", "top-1", "as run", "MB")
-    table = Table(*columns, title=f"{num_tokens:,} target tokens of {num_rows:,} rows", title_justify="left")
-
-    def add(name: str, it: Difference, as_run: str, size: str = "", style: str = "") -> None:
-        change = f"{it.loss / loss - 1:+.2%}"
-        cells = (f"{it.kl:.1e}", f"{it.loss:.4f}", change, f"{it.agreement:.1%}", as_run, size)
-        table.add_row(name, *cells, style=style)
-
-    table.add_row("trained, in fp32", "", f"{loss:.4f}", "", "", f"{own.agreement:.1%}", "")
-    add(f"trained, as run ({precision})", own, "")
-    for it in candidates:
-        size, style = f"{it.num_bytes / 1e6:,.0f}", "bold" if it is best else ""
-        add(f"{_in_words(it.base)}, {it.dtype}", it.difference, f"{it.agreement_as_run:.1%}", size, style)
-    console.print(table)
-    say("KL and top-1 (same most likely token) are per target token, against the trained weights in fp32.")
-    say(f"as run: top-1 against the run's own computation in {precision}.")
-    say(_reason(candidates, best, loss))
+    lines = [
+        Line(
+            f"{_in_words(it.base)}, {it.dtype}", it.difference, it.agreement_as_run, it.num_bytes, it is best
+        )
+        for it in candidates
+    ]
+    show_differences(comparison, precision, lines)
+    say(_reason(candidates, best, comparison.loss))
+    say(gain_kept(comparison.base, comparison.loss, best.difference))
 
 
 def _reason(candidates: Sequence[Candidate], best: Candidate, loss: float) -> str:

@@ -9,8 +9,9 @@ from contextlib import suppress
 
 import uvicorn
 
-from finetune.model.generate import check_limits, multiply_dequantized
+from finetune.model.generate import multiply_dequantized
 from finetune.run.adapter import load_trained, parse_trained, trained_parser
+from finetune.run.answers import add_answer_options, check_answer_options, choose_system_prompt
 from finetune.runtime.console import say
 from finetune.serving.app import HOST, create_app
 from finetune.serving.engine import Engine
@@ -31,26 +32,13 @@ def command(argv: Sequence[str]) -> None:
         "to programs on this computer; and a page to talk to both.",
     )
     parser.add_argument("--port", type=int, default=8000, help="port of 127.0.0.1 (8000); 0 takes a free one")
-    parser.add_argument(
-        "--max_new_tokens",
-        type=int,
-        default=256,
-        help="longest answer to a request without a limit of its own, in tokens (256)",
-    )
-    parser.add_argument("--batch_size", type=int, default=16, help="requests answered at once (default 16)")
-    parser.add_argument(
-        "--system_prompt", help="system prompt of requests without their own (default: the run's)"
-    )
+    add_answer_options(parser, "requests", note="; a request may have its own")
     arguments, trained = parse_trained(parser, argv)
-    check_limits(0, arguments.max_new_tokens)
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch_size must be at least 1, not {arguments.batch_size}")
+    check_answer_options(arguments, temperature=0)
     with _listen(arguments.port) as listener:
         model = load_trained(trained)
         multiply_dequantized(model.model, model.precision.actual)
-        system_prompt = arguments.system_prompt
-        if system_prompt is None:
-            system_prompt = trained.config.data.system_prompt
+        system_prompt = choose_system_prompt(arguments, trained)
         with Engine(model, arguments.batch_size) as engine:
             title = f"{(trained.run_dir or trained.adapter).resolve().name}, and its base"
             app = create_app(engine, model, system_prompt, arguments.max_new_tokens, title)

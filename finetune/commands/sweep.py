@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +25,7 @@ from finetune.run.sweep import (
 )
 from finetune.runtime.cli import CommandParser, split_arguments
 from finetune.runtime.console import console, say
+from finetune.training.best import best_in_words, best_value_first
 
 PAGE = "comparison.html"
 
@@ -74,26 +76,36 @@ def command(argv: Sequence[str]) -> int:
 
 
 def _show_trials(trials: Sequence[Trial], outcomes: Mapping[str, str]) -> None:
-    """Print the eval loss of each run's adapter, and the lowest."""
+    """Print the eval loss of each run's adapter and its metric `checkpoint.best_by`, and the best by that."""
+    by = trials[0].config.checkpoint.best_by
+    if any(trial.config.checkpoint.best_by != by for trial in trials):
+        say("The runs differ in checkpoint.best_by: they are ranked by their loss.")
+        by = "loss"
+    metrics = list(dict.fromkeys(["loss", by]))
+    headings = (f"eval {metric}" for metric in metrics)
     keys = short_keys(trials[0].values)
-    table = Table(*keys, "eval loss", "after update", "run", title="Sweep", title_justify="left")
-    losses: dict[Path, float] = {}
+    table = Table(*keys, *headings, "after update", "run", title="Sweep", title_justify="left")
+    ranked: dict[Path, dict[str, Any]] = {}
     for trial in trials:
         outcome = outcomes.get(trial.run_dir.name, "not begun")
         entry = evaluation_of_result(trial.run_dir) if outcome == "finished" else None
         if entry is not None:
-            losses[trial.run_dir] = entry["loss"]
-        cells = ["", ""] if entry is None else [f"{entry['loss']:.4f}", str(entry["step"])]
+            ranked[trial.run_dir] = entry
+        figures = [""] * len(metrics) if entry is None else [f"{entry[metric]:.4f}" for metric in metrics]
         values = [Text(as_text(value)) for value in trial.values.values()]
-        table.add_row(*values, *cells, outcome, style="" if outcome == "finished" else "yellow")
+        step = "" if entry is None else str(entry["step"])
+        style = "" if outcome == "finished" else "yellow"
+        table.add_row(*values, *figures, step, outcome, style=style)
     console.print(table)
-    if not losses:
-        say("No run has an eval loss yet.")
+    if not ranked:
+        say(f"No run has an eval {by} yet.")
         return
-    if len({eval_rows(run_dir) for run_dir in losses}) > 1:
-        say("The runs were not evaluated on the same examples: their losses cannot be compared.")
-    best = min(losses, key=lambda run_dir: losses[run_dir])
-    say(f"Lowest eval loss: {losses[best]:.4f}, of {best}")
+    if len({eval_rows(run_dir) for run_dir in ranked}) > 1:
+        say("The runs were not evaluated on the same examples: their figures cannot be compared.")
+    best = best_value_first(list(ranked.values()), by)[0]
+    run_dir = next(run_dir for run_dir, entry in ranked.items() if entry is best)
+    words = best_in_words(by)
+    say(f"{words[0].upper()}{words[1:]}: {best[by]:.4f}, of {run_dir}")
 
 
 def _write_page(trials: Sequence[Trial], outcomes: Mapping[str, str], page: Path) -> None:

@@ -1,4 +1,4 @@
-"""Compare a merged model's predictions with the trained model's, and choose the merge to write."""
+"""Compare what a merged or exported model predicts with the trained model, and choose the merge to write."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,17 +13,21 @@ from finetune.data.plan import make_plan, plan_evaluation
 from finetune.data.preparing.examples import Examples
 from finetune.export.merge import DEQUANTIZED, load_unmerged, merge, model_bytes, round_weights
 from finetune.model.fast_paths import choose_fast_paths
+from finetune.model.generate import Answer, answer_prompts
 from finetune.model.loss import TokenLoss
 from finetune.ops.quantized import dropout_off
+from finetune.ops.token_rows import frozen_layer, rows_of
 from finetune.run.adapter import Trained, TrainedModel
 from finetune.run.folder import read_environment
 from finetune.runtime.accelerator import sum_dtype
+from finetune.training.answer_scores import Question
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # A merge is faithful if, on the eval rows, it agrees with the trained model to within these bounds.
 MIN_AGREEMENT = 0.99
 MAX_LOSS_CHANGE = 0.005
 CHUNK = 256  # target tokens whose logits are in memory at a time
+ANSWER_TOKENS = 64  # the longest answer that is compared
 
 
 class Predictions(NamedTuple):
@@ -74,12 +78,21 @@ class Comparison(NamedTuple):
     """Predictions of the same weights in fp32: the reference, since rounding differs between computations"""
     loss: float
     """Loss of `trained` in nats per target token"""
+    base: Difference
+    """Difference of the base, without the adapter, from `trained`"""
+    questions: list[Question]
+    answers: list[Answer]
+    """The trained model's, to `questions`"""
 
 
 def start_comparison(
-    trained: Trained, opened: TrainedModel, train_set: Examples, examples: Examples
+    trained: Trained,
+    opened: TrainedModel,
+    train_set: Examples,
+    examples: Examples,
+    questions: list[Question],
 ) -> Comparison | None:
-    """Compute the trained model's predictions for `examples`.
+    """Compute the trained model's predictions for `examples`, and its answers to `questions`.
 
     Returns None if the model's logits are not the product of its head with its last hidden states.
     `train_set` holds the examples that the run was trained on. They determine the layout of the batches.
@@ -102,8 +115,33 @@ def start_comparison(
     reference = load_unmerged(trained, opened, DEQUANTIZED)
     in_fp32 = predict(TokenLoss(reference), batches, examples, packing, nullcontext())
     in_fp32 = Predictions(in_fp32.hidden, as_run.weight)  # the same head, rounded to the run's precision
-    loss = difference(as_run, in_fp32, torch.cat(ids)).loss
-    return Comparison(examples, batches, packing, torch.cat(ids), as_run, in_fp32, loss)
+    with reference.disable_adapter():
+        without = predict(TokenLoss(reference), batches, examples, packing, nullcontext())
+    target_ids = torch.cat(ids)
+    loss = difference(as_run, in_fp32, target_ids).loss
+    base = difference(in_fp32, without, target_ids)
+    answers = answer_questions(opened, reference, questions)
+    return Comparison(examples, batches, packing, target_ids, as_run, in_fp32, loss, base, questions, answers)
+
+
+def answer_questions(opened: TrainedModel, model: Any, questions: Sequence[Question]) -> list[Answer]:
+    """Greedy answers of a model in the run's precision, of up to ANSWER_TOKENS tokens, in one batch."""
+    if not questions:
+        return []
+    prompts = [question.prompt for question in questions]
+    return answer_prompts(opened.accelerator, model, opened.tokenizer, prompts, ANSWER_TOKENS)
+
+
+def compare(comparison: Comparison, model: Any) -> tuple[Difference, float]:
+    """Compute in fp32 how a model's predictions differ from the trained model's, and its agreement with them
+    as they were computed in the run's precision."""
+    batches, packing = comparison.batches, comparison.packing
+    predictions = predict(TokenLoss(model), batches, comparison.examples, packing, nullcontext())
+    to_trained, to_run = (
+        difference(expected, predictions, comparison.target_ids)
+        for expected in (comparison.trained, comparison.as_run)
+    )
+    return to_trained, to_run.agreement
 
 
 @torch.no_grad()
@@ -115,7 +153,8 @@ def predict(
     precision: AbstractContextManager[Any],
 ) -> Predictions:
     """Compute the predictions for all target tokens, without dropout."""
-    weight: Tensor = token_loss.base.get_output_embeddings().weight
+    head = token_loss.base.get_output_embeddings()
+    weight: Tensor = (frozen_layer(head) if rows_of(head) is None else head).weight
     micro_batches = iterate_batches(batches, examples.dataset, packing, weight.device)
     with dropout_off(token_loss), precision:
         hidden = [token_loss.target_hidden(batch) for batch in micro_batches]
@@ -142,16 +181,10 @@ def compare_merge(
     """Merge into one base, round to each of `dtypes` in turn, and compare. All computation is in fp32."""
     candidates = []
     model = merge(load_unmerged(trained, opened, base))
-    batches, packing = comparison.batches, comparison.packing
     for name in dtypes:
         round_weights(model, DTYPES[name])
-        predictions = predict(TokenLoss(model), batches, comparison.examples, packing, nullcontext())
-        to_trained, to_run = (
-            difference(expected, predictions, comparison.target_ids)
-            for expected in (comparison.trained, comparison.as_run)
-        )
         size = model_bytes(model, DTYPES[name])
-        candidates.append(Candidate(base, name, size, to_trained, to_run.agreement))
+        candidates.append(Candidate(base, name, size, *compare(comparison, model)))
     return candidates
 
 

@@ -1,9 +1,10 @@
-"""Write a model and its tokenizer as one GGUF file, as llama.cpp's converter does.
+"""Write a model and its tokenizer as one GGUF file, as llama.cpp's converter does, and read one back.
 
 Keys and tensor names come from the `gguf` library, which llama.cpp's converter also uses. This module adds
-what the converter itself does, for the llama and qwen2 architectures with a byte-level BPE tokenizer.
+what the converter itself does, for the architectures below with a byte-level BPE tokenizer.
 """
 
+import copy
 import json
 import tempfile
 from collections.abc import Iterator
@@ -14,11 +15,11 @@ import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, GgufConfig
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_REGEX
 
-ARCHITECTURES = ("llama", "qwen2")
-FORMATS = ("q8_0", "f16")
-BLOCK = 32  # weights that share a scale in Q8_0
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+"""llama.cpp's names of the architectures that transformers calls by these"""
 
 
 def unsupported(config: Any, tokenizer: Any) -> str | None:
@@ -32,7 +33,8 @@ def unsupported(config: Any, tokenizer: Any) -> str | None:
         return f"its positions are scaled ({rope})"
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act}"
-    if getattr(config, "use_sliding_window", False):
+    # Mistral's configuration has a window whenever it is not None; Qwen's may have one that is not used.
+    if getattr(config, "use_sliding_window", config.model_type == "mistral") and config.sliding_window:
         return "its attention uses a sliding window"
     if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
         return "its linear layers have biases that the architecture does not define"
@@ -41,44 +43,50 @@ def unsupported(config: Any, tokenizer: Any) -> str | None:
     return None
 
 
-def write_gguf(path: Path, model: Any, tokenizer: Any, name: str, number_format: str) -> None:
-    """Write a causal language model for which `unsupported` returns None.
-
-    `number_format` is one of FORMATS. Vectors stay in fp32. With q8_0, a matrix whose row length is not a
-    multiple of the block size is written in f16.
-    """
+def write_gguf(path: Path, model: Any, tokenizer: Any, name: str) -> None:
+    """Write a causal language model for which `unsupported` returns None: matrices in fp16, vectors fp32."""
     config = model.config
-    writer = gguf.GGUFWriter(path, config.model_type)
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[config.model_type])
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
-    mostly = {"q8_0": gguf.LlamaFileType.MOSTLY_Q8_0, "f16": gguf.LlamaFileType.MOSTLY_F16}
-    writer.add_file_type(mostly[number_format])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_architecture(writer, config)
     _add_tokenizer(writer, tokenizer, config.vocab_size)
-    kinds = {}
     for tensor_name, tensor in _tensors(model):
-        kinds[tensor_name] = kind = _kind(tensor.shape, number_format)
-        block, num_bytes = gguf.GGML_QUANT_SIZES[kind]
-        dtype = {"F32": np.float32, "F16": np.float16, "Q8_0": np.uint8}[kind.name]
-        shape = tensor.shape if dtype is not np.uint8 else gguf.quant_shape_to_byte_shape(tensor.shape, kind)
-        size = tensor.numel() // block * num_bytes
-        writer.add_tensor_info(tensor_name, shape, np.dtype(dtype), size, kind)
+        dtype: Any = np.dtype(np.float32 if tensor.ndim == 1 else np.float16)
+        writer.add_tensor_info(tensor_name, tensor.shape, dtype, tensor.numel() * dtype.itemsize)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor_name, tensor in _tensors(model):  # one at a time: copies of all would double the memory
-            writer.write_tensor_data(gguf.quantize(_array(tensor), kinds[tensor_name]))
+        for _, tensor in _tensors(model):  # one at a time: copies of all would double the memory
+            array = _array(tensor)
+            writer.write_tensor_data(array if array.ndim == 1 else array.astype(np.float16))
     finally:
         writer.close()
 
 
-def _kind(shape: torch.Size, number_format: str) -> Any:
-    if len(shape) == 1:
-        return gguf.GGMLQuantizationType.F32
-    whole_blocks = shape[-1] % BLOCK == 0
-    return gguf.GGMLQuantizationType["Q8_0" if number_format == "q8_0" and whole_blocks else "F16"]
+def read_gguf(path: Path, config: Any, device: torch.device) -> Any:
+    """Load the weights of a GGUF file, dequantized to fp32, as a model of transformers on `device`.
+
+    `config` is the model's own configuration: transformers does not read all of it from a GGUF file, such as
+    the size of Qwen3's heads.
+
+    Raises:
+        ValueError: transformers cannot read the architecture.
+    """
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):  # from a base that was loaded from a GGUF file
+        del config.quantization_config
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        config=config,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    return model.to(device).eval()
 
 
 def _array(tensor: torch.Tensor) -> NDArray[np.float32]:
@@ -108,7 +116,8 @@ def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     A head that shares its weight with the embeddings is left out: llama.cpp then uses that weight for both.
     """
     config = model.config
-    architecture = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == config.model_type)
+    llama_cpps_name = ARCHITECTURES[config.model_type]
+    architecture = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == llama_cpps_name)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     head = model.get_output_embeddings().weight
     tied = head is model.get_input_embeddings().weight
@@ -117,9 +126,9 @@ def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             continue
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert gguf_name is not None, name
-        if config.model_type == "llama" and name.endswith("q_proj.weight"):
+        if llama_cpps_name == "llama" and name.endswith("q_proj.weight"):
             tensor = _interleave(tensor, config.num_attention_heads)
-        if config.model_type == "llama" and name.endswith("k_proj.weight"):
+        if llama_cpps_name == "llama" and name.endswith("k_proj.weight"):
             tensor = _interleave(tensor, config.num_key_value_heads)
         yield gguf_name, tensor
 

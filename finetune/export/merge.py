@@ -17,7 +17,7 @@ from torch import nn
 from finetune.data.templates.chat_template import stop_ids
 from finetune.model.load import load_base
 from finetune.ops.quantized import frozen_weight
-from finetune.run.adapter import Trained, TrainedModel, add_rows_of, load_trained
+from finetune.run.adapter import Trained, TrainedModel, add_rows_of
 from finetune.runtime.accelerator import DTYPES
 from finetune.runtime.files import require_room, staged_folder
 
@@ -74,22 +74,6 @@ def merge(unmerged: peft.PeftModel) -> Any:
         ValueError: a merged weight is not finite.
     """
     return unmerged.merge_and_unload(safe_merge=True)
-
-
-def load_merged(trained: Trained) -> TrainedModel:
-    """Load the adapter merged into the base on disk, in fp32, with its tokenizer.
-
-    Raises:
-        ValueError: as `load_trained` and `merge`.
-    """
-    config = trained.config
-    unquantized = replace(
-        config,
-        model=replace(config.model, quantization="none"),
-        train=replace(config.train, mixed_precision="no"),
-    )
-    loaded = load_trained(replace(trained, config=unquantized))
-    return replace(loaded, model=merge(loaded.model))
 
 
 def save_merged(model: Any, tokenizer: Any, dtype: torch.dtype, folder: Path) -> None:

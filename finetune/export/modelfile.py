@@ -48,7 +48,7 @@ def modelfile(
         )
     else:
         lines.append(f'TEMPLATE """{CHATML_IN_GO}"""')
-    if _has_tools(tokenizer):
+    if writes_tools(tokenizer):
         left_out.append(
             "tools: Ollama writes them in a form of its own, not in that of the chat template; to use them, "
             "serve with llama.cpp or vLLM"
@@ -78,7 +78,7 @@ def chatml_default(tokenizer: Any) -> str | None:
     return default if rendered == [_chatml(probe, default) for probe in _PROBES] else None
 
 
-def _has_tools(tokenizer: Any) -> bool:
+def writes_tools(tokenizer: Any) -> bool:
     """Whether the chat template writes tools."""
     tool = {"type": "function", "function": {"name": "placeholder", "parameters": {"type": "object"}}}
     try:

@@ -20,7 +20,7 @@ from finetune.model.loss import TokenLoss
 from finetune.ops import decoder_layer, elementwise, lora, operators, quantized
 from finetune.ops.attention import PACKED, describe_kernel
 from finetune.ops.quantized import dequantized, dropout_off
-from finetune.ops.token_rows import frozen_layer
+from finetune.ops.trained_modules import plain_layer, trained_copy, wrappers
 from finetune.runtime.accelerator import DTYPES
 from finetune.runtime.choice import Choice
 from finetune.runtime.memory import reset_peak_memory
@@ -269,9 +269,9 @@ def _choose_head(config: Config, token_loss: TokenLoss, trial: _Trial) -> Choice
     if not config.fast.head:
         return Choice(name, reference, reference)
     outer = token_loss.base.get_output_embeddings()
-    head = frozen_layer(outer)
-    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
-        return Choice(name, chunks, reference, "the head is trained, has a bias, or is no plain linear layer")
+    head = plain_layer(outer)
+    if type(head) is not nn.Linear or head.bias is not None:
+        return Choice(name, chunks, reference, "the head has LoRA or a bias, or is no plain linear layer")
     if trial.call(lambda batch: _computes_logits(token_loss, outer, batch), trial.alone):
         token_loss.head_mib = config.fast.head_mib
         return Choice(name, chunks, chunks)
@@ -337,6 +337,9 @@ def _choose_elementwise(config: Config, model: nn.Module, trial: _Trial, expecte
     if fault := trial.fault(trial.alone, expected):
         elementwise.disable(model)
         return Choice(name, fast, reference, f"tried on the longest example: {fault}")
+    trained = [wrapper for wrapper in wrappers(model) if elementwise.is_norm(trained_copy(wrapper))]
+    if trained:
+        return Choice(name, fast, f"{fast}, except {len(trained)}", "norms that are trained")
     return Choice(name, fast, fast)
 
 

@@ -1,4 +1,5 @@
-"""The first weights of an adapter that starts from the base's own weights (PiSSA, OLoRA) or from data (EVA).
+"""The first weights of an adapter that starts from the base's own weights (PiSSA, OLoRA), from what
+quantization took from them (LoftQ) or from data (EVA).
 
 PiSSA and OLoRA take a part of rank r out of a weight, W = R + s B0 A0, and train that part: R + s B A. PEFT
 changes the base to R, which a base in 8 or 4 bits or in bf16 cannot hold exactly. Here the base stays as it
@@ -7,7 +8,7 @@ fixed. That is the same function with the same gradients, its adapter adds nothi
 as plain LoRA. Dropout acts on the whole difference, where in PEFT it takes away a part of the base too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import bitsandbytes as bnb
@@ -19,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from finetune.config import LoraConfig
 from finetune.data.templates.tokenize import IGNORE
-from finetune.ops.quantized import frozen_weight
+from finetune.ops.quantized import NF4, frozen_weight
 from finetune.runtime.choice import Choice
 
 FROM_BASE = ("pissa", "olora")
@@ -44,6 +45,8 @@ def describe_first_weights(config: LoraConfig) -> list[Choice]:
     reason = f"as rank {2 * config.r}, of which half is fixed, the start: the base stays as it is"
     if method == "eva":
         reason = f"of the first {EVA_EXAMPLES} training examples; all layers keep rank {config.r}"
+    if method == "loftq":
+        reason = f"what 4 bits took from each weight, as far as rank {config.r} holds it"
     return [Choice("first LoRA weights", method, method, reason)]
 
 
@@ -106,6 +109,31 @@ def start_from_data(model: PeftModel, examples: Sequence[dict[str, Any]]) -> Non
     )
     # From now on it is plain LoRA, and is saved as that.
     settings.init_lora_weights, settings.eva_config, settings.target_modules = True, None, targets
+
+
+@torch.no_grad()
+def start_from_lost(model: PeftModel, full_weight: Callable[[str], Tensor]) -> None:
+    """Fill A and B of each LoRA layer on a weight in 4 bits, so that scaling * B A is the best approximation
+    of that rank of what quantization took from the weight (LoftQ: Li et al. 2023, arXiv:2310.08659, with one
+    iteration: the quantized weight is already there). Layers that are not quantized begin as always.
+
+    PEFT's `replace_lora_weights_loftq` needs CUDA, and leaves out the scaling. `full_weight` returns the
+    weight [out, in] of the base before quantization, by its name.
+
+    Raises:
+        ValueError: no layer with LoRA is in 4 bits, or as `full_weight`.
+    """
+    layers = [(name, layer) for name, layer in _lora_layers(model) if isinstance(layer.base_layer, NF4)]
+    if not layers:
+        raise ValueError("lora.init_lora_weights loftq: no layer that gets LoRA has a weight in 4 bits")
+    for name, layer in layers:
+        quantized = frozen_weight(layer.base_layer, torch.float32)
+        full = full_weight(f"{name.removeprefix('base_model.model.')}.weight")
+        lost = full.to(quantized.device, torch.float32) - quantized
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        a0, b0 = first_factors(lost, len(a), layer.scaling["default"], "pissa")
+        a.copy_(a0)
+        b.copy_(b0)
 
 
 def _padded(examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ ROWS = "token_adapter.trainable_tokens_delta"
 SHAPES = {
     *("r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "use_dora", "lora_bias"),
     *("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
-    "trainable_token_indices",
+    *("trainable_token_indices", "modules_to_save"),
 }
 NOT_OF_ITS_WEIGHTS = {
     *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
@@ -44,7 +44,7 @@ CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to make an adapter's first weights that take something away from the weights of the base"""
 
 
-OWN_KEYS = ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora")
+OWN_KEYS = ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "modules_to_save")
 """The keys of our section `lora` that an adapter decides"""
 
 
@@ -87,7 +87,8 @@ def _settings_of_run(config: Config) -> dict[str, Any] | None:
         saved = yaml.safe_load((Path(config.output_dir) / RUN_FILES[0]).read_text(encoding="utf-8"))
         if saved["model"]["adapter"] != config.model.adapter:
             return None
-        return {key: saved["lora"][key] for key in OWN_KEYS}
+        lora = {"modules_to_save": None, **saved["lora"]}  # an older run has no such key
+        return {key: lora[key] for key in OWN_KEYS}
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
         return None  # no run, or one that cannot be resumed: what is wrong with it is said where it is opened
 
@@ -96,6 +97,7 @@ def _own_keys(settings: peft.LoraConfig) -> dict[str, Any]:
     targets = settings.target_modules
     own = {key: getattr(settings, key) for key in OWN_KEYS}
     own["lora_alpha"] = float(settings.lora_alpha)
+    own["modules_to_save"] = sorted(settings.modules_to_save or ()) or None
     return {**own, "target_modules": targets if isinstance(targets, str) else sorted(targets)}
 
 

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
+import peft
 import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils.hub import cached_file
 
+from finetune.config import LoraConfig
+from finetune.model.safetensors_files import INDEX, WEIGHTS
 from finetune.ops.plain_weights import PlainInt8, PlainNf4
 
 
@@ -79,6 +82,14 @@ class LayersOnDisk:
                 setattr(module, attribute, nn.Parameter(weight, False))
 
 
+def needs_no_weights(config: LoraConfig, given: peft.LoraConfig | None) -> bool:
+    """Whether an adapter with the settings `given`, or else a new one, can be made before the layers have
+    their weights."""
+    if given is not None:
+        return not (given.use_dora or given.modules_to_save)
+    return not (config.use_dora or config.modules_to_save or config.init_lora_weights)
+
+
 def find_layers(
     architecture: Any, dtype: torch.dtype, source: str, arguments: dict[str, Any]
 ) -> LayersOnDisk | None:
@@ -130,10 +141,10 @@ def _files_of_tensors(source: str, arguments: dict[str, Any]) -> dict[str, Path]
 
     if "gguf_file" in arguments:
         return {}
-    if single := find("model.safetensors"):
+    if single := find(WEIGHTS):
         with safe_open(single, "pt") as file:
             return dict.fromkeys(file.keys(), single)
-    if index := find("model.safetensors.index.json"):
+    if index := find(INDEX):
         names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         paths = {name: find(name) for name in set(names.values())}
         return {tensor: path for tensor, name in names.items() if (path := paths[name]) is not None}

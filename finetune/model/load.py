@@ -26,12 +26,13 @@ from finetune.data.templates.named_templates import end_of_turn, use_template
 from finetune.model import first_weights
 from finetune.model.added_tokens import add_rows, token_ids_of, trainable_token_indices
 from finetune.model.given_adapter import check_weights, find_adapter, read_settings
-from finetune.model.layers_on_disk import find_layers, without_report
+from finetune.model.layers_on_disk import find_layers, needs_no_weights, without_report
+from finetune.model.safetensors_files import weight_reader
 from finetune.model.starter import HUB_NAME, starter_model_dir
-from finetune.model.target_modules import targets_of
+from finetune.model.target_modules import check_modules_to_save, describe_modules_to_save, targets_of
 from finetune.ops import quantized
 from finetune.ops.plain_weights import use_plain_weights
-from finetune.ops.token_rows import frozen_layer
+from finetune.ops.trained_modules import hold_in_fp32, plain_layer
 from finetune.runtime.accelerator import DTYPES
 from finetune.runtime.choice import Choice
 
@@ -121,7 +122,7 @@ def load_model(
     plain_weights: bool = False,
 ) -> peft.PeftModel:
     """The base with a fresh adapter: only its fp32 weights are trainable, initialized from the seed, and with
-    EVA from `train_set`.
+    EVA from `train_set`. Those of LoftQ need the base's files.
 
     The rows of `added_token_ids` in the embedding and the head are trained with it. Where the base has none,
     it gets them: at first each is the mean of all others.
@@ -134,11 +135,11 @@ def load_model(
 
     Raises:
         ValueError: the model cannot be loaded, it does not have the target modules, the weights of
-            `model.adapter` are not those of its layers, or as `start_from_data`.
+            `model.adapter` are not those of its layers, or as `start_from_data` and `start_from_lost`.
     """
     given = None if config.model.adapter is None else source or find_adapter(config.model.adapter)
     settings = None if given is None else read_settings(given)
-    can_wait = plain_weights and _needs_no_weights(config, settings)
+    can_wait = plain_weights and needs_no_weights(config.lora, settings)
     base = load_base(config.model, precision, device, first_layer_alone=can_wait)
     given_rows = [] if settings is None else token_ids_of(settings.trainable_token_indices)
     if given_rows and (missing := sorted(set(added_token_ids) - set(given_rows))):
@@ -154,10 +155,14 @@ def load_model(
         model = add_adapter(base, config.lora, added_token_ids, is_new=source is None)
         if config.lora.init_lora_weights == "eva" and source is None and train_set is not None:
             first_weights.start_from_data(model, train_set.dataset)
+        if config.lora.init_lora_weights == "loftq" and source is None:
+            first_weights.start_from_lost(model, weight_reader(*_locate(config.model)))
     else:
         if added_token_ids and not given_rows:
             settings.trainable_token_indices = trainable_token_indices(base, added_token_ids)
         settings.lora_dropout = config.lora.lora_dropout
+        trains_rows = settings.trainable_token_indices is not None
+        check_modules_to_save(base, settings.modules_to_save or (), trains_rows, f"model.adapter {given}")
         model = _adapted(base, settings, f"model.adapter {given}")
         if source is None:
             check_weights(given, model)
@@ -166,17 +171,10 @@ def load_model(
     return model
 
 
-def _needs_no_weights(config: Config, settings: peft.LoraConfig | None) -> bool:
-    """Whether the adapter, given by its settings or new, can be made before the layers have their weights."""
-    if settings is not None:
-        return not (settings.use_dora or settings.modules_to_save)
-    return not config.lora.use_dora and config.lora.init_lora_weights is None
-
-
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
     """Raise ValueError if the tokenizer has a token without an embedding in the model: the run would
     fail midway, and on a GPU without naming the cause."""
-    tokens, embeddings = len(tokenizer), len(frozen_layer(model.get_input_embeddings()).weight)
+    tokens, embeddings = len(tokenizer), len(plain_layer(model.get_input_embeddings()).weight)
     if tokens > embeddings:
         raise ValueError(
             f"the tokenizer has {tokens} tokens, but the model has embeddings for {embeddings}: use the "
@@ -269,8 +267,10 @@ def add_adapter(
     Unless it `is_new`, its weights are loaded later, and are not made from those of the base.
 
     Raises:
-        ValueError: the base does not have the target modules, or as `targets_of` and `start_from_base`.
+        ValueError: the base does not have the target modules, or as `targets_of`, `check_modules_to_save`
+            and `start_from_base`.
     """
+    check_modules_to_save(base, config.modules_to_save or (), bool(added_token_ids))
     rank, alpha = first_weights.rank_and_alpha(config)
     settings = peft.LoraConfig(
         r=rank,
@@ -279,6 +279,7 @@ def add_adapter(
         target_modules=targets_of(base, config),
         exclude_modules=config.exclude_modules,
         layers_to_transform=config.layers_to_transform,
+        modules_to_save=config.modules_to_save,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         trainable_token_indices=trainable_token_indices(base, added_token_ids) if added_token_ids else None,
@@ -300,9 +301,11 @@ def add_adapter(
 def _adapted(base: Any, settings: peft.LoraConfig, named: str) -> peft.PeftModel:
     """The base with new LoRA layers; `named` is what a user wrote that would be at fault."""
     try:
-        return peft.get_peft_model(base, settings)
+        model = peft.get_peft_model(base, settings)
     except ValueError as error:
         raise ValueError(f"{named}: {_in_one_line(error)}") from error
+    hold_in_fp32(model)
+    return model
 
 
 def base_fingerprint(config: ModelConfig, model: Any) -> str:
@@ -324,8 +327,10 @@ def base_fingerprint(config: ModelConfig, model: Any) -> str:
 
 
 def describe_model(config: Config, model: Any) -> list[Choice]:
-    """The quantization of the base, and how the adapter begins where that was chosen."""
-    return [describe_base(config.model, model), *first_weights.describe_first_weights(config.lora)]
+    """The quantization of the base, and where they were chosen the layers that are trained whole and how the
+    adapter begins."""
+    choices = [describe_base(config.model, model), *describe_modules_to_save(config, model)]
+    return [*choices, *first_weights.describe_first_weights(config.lora)]
 
 
 def describe_base(config: ModelConfig, model: Any) -> Choice:
@@ -391,6 +396,9 @@ def quiet_libraries() -> None:
     """Silence messages that do not concern a user: a deprecation warning that PEFT causes in transformers, a
     progress bar for weights that load in a second, and a warning in every int8 multiplication."""
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    # The table at the start says that they are no longer tied where only one of them is trained.
+    warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer")
+    warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
     disable_progress_bar()
     # bitsandbytes warns of a cast in each layer of each forward pass.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

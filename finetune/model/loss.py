@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from finetune.data.collate import Boundaries, MicroBatch
+from finetune.ops.adapter_weights import in_dtype
 from finetune.ops.chunked_head import ChunkedTokenSums, bytes_per_logit, chunked_token_stats, tokens_per_chunk
-from finetune.ops.token_rows import frozen_layer, rows_of
+from finetune.ops.token_rows import rows_of
+from finetune.ops.trained_modules import plain_layer
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class TokenLoss(nn.Module):
         if self.head_mib is None:
             return reference_token_sums(self._target_logits(batch), targets, is_from)
         stats = None if is_from is None else torch.empty(len(targets), 3, device=targets.device)
-        sums: Tensor = self._through_head(ChunkedTokenSums.apply, batch, self.head_mib, stats)
+        weight = plain_layer(self.get_output_embeddings()).weight
+        trained = weight if weight.requires_grad else None
+        sums: Tensor = self._through_head(ChunkedTokenSums.apply, batch, self.head_mib, stats, trained)
         return _token_sums(sums, targets, stats, is_from)
 
     @torch.no_grad()
@@ -66,9 +70,9 @@ class TokenLoss(nn.Module):
         self, function: Callable[..., Tensor], batch: MicroBatch, mib: int, *more: Tensor | None
     ) -> Tensor:
         hidden, head = self.target_hidden(batch), self.base.get_output_embeddings()
-        weight, rows = frozen_layer(head).weight, rows_of(head)
+        weight, rows = plain_layer(head).weight, rows_of(head)
         with torch.autocast(hidden.device.type, enabled=False):
-            weight = weight.to(hidden.dtype)
+            (weight,) = in_dtype([weight], hidden.dtype)
             size = bytes_per_logit(hidden.dtype, hidden.device)
             chunk = tokens_per_chunk(mib, len(weight), size)
             trained = (None, None) if rows is None else (rows.values, rows.ids)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from finetune.ops.lora import int8_matmul_off
@@ -35,10 +36,12 @@ def in_fp32(model: nn.Module) -> Iterator[None]:
 
 
 def _rounded_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The 16-bit parameters that the module computes with: its own, or those of the layer below its rows."""
+    """The 16-bit parameters that the module computes with: its own, or those of the layer that it wraps."""
     own = list(module.parameters(recurse=False))
     if isinstance(module, TrainableTokensLayer):  # it takes the weight without calling the layer
         own += module.base_layer.parameters()
+    if isinstance(module, ModulesToSaveWrapper):  # its copy takes the precision of its output from there
+        own += module.original_module.parameters()
     return [p for p in own if p.is_floating_point() and p.dtype != torch.float32]
 
 

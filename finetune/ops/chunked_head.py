@@ -2,7 +2,7 @@
 
 The head is frozen under LoRA, so the backward pass needs only the gradient of the hidden states. The forward
 pass computes that gradient while a chunk's logits exist. This takes two matrix multiplications. Recomputing
-the logits in the backward pass would take three.
+the logits in the backward pass would take three. A head that is trained takes a third one for its gradient.
 
 Rows of the head that are trained, for added tokens, are few: their logits and gradients are computed apart.
 """
@@ -33,9 +33,10 @@ def bytes_per_logit(dtype: torch.dtype, device: torch.device) -> int:
 class ChunkedTokenSums(torch.autograd.Function):
     """Sums [3] fp32 over N target tokens: nll and entropy in nats, and the number of correct predictions.
 
-    hidden [N, d], weight [V, d] of a frozen head without bias, target_ids [N]. `rows` [k, d] fp32, if given,
-    are what the rows `row_ids` [k] of the head are instead. Only the nll has a gradient, with respect to
-    `hidden` and `rows`. With p the softmax of a token's logits, the gradient with respect to these logits is
+    hidden [N, d], weight [V, d] of a head without bias, target_ids [N]. `rows` [k, d] fp32, if given, are
+    what the rows `row_ids` [k] of the head are instead. `trained_weight` [V, d] fp32, if given, is what
+    `weight` is in the data type of `hidden`. Only the nll has a gradient, with respect to `hidden`, `rows`
+    and `trained_weight`. With p the softmax of a token's logits, the gradient with respect to these logits is
     p - one_hot(target). `stats` [N, 3] fp32, if given, receives the values that are added up.
     """
 
@@ -49,10 +50,13 @@ class ChunkedTokenSums(torch.autograd.Function):
         rows: Tensor | None = None,
         row_ids: Tensor | None = None,
         stats: Tensor | None = None,
+        trained_weight: Tensor | None = None,
     ) -> Tensor:
         gradient = torch.empty_like(hidden) if any(ctx.needs_input_grad) else None
         trained = _in_precision_of(hidden, rows, row_ids)
         of_rows = None if rows is None else torch.zeros_like(rows)
+        is_trained = trained_weight is not None and gradient is not None
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if is_trained else None
         sums = torch.zeros(3, dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
@@ -61,6 +65,8 @@ class ChunkedTokenSums(torch.autograd.Function):
             sums += values.sum(0)
             if stats is not None:
                 stats[part] = values
+            if of_weight is not None:
+                of_weight += _product_over_tokens(logits, hidden[part])
             if gradient is not None:
                 at_rows = None if trained is None else logits[:, trained.ids]
                 if trained is not None:
@@ -71,15 +77,24 @@ class ChunkedTokenSums(torch.autograd.Function):
                     # In fp32: a sum over all tokens of a chunk may be too large for fp16.
                     of_rows.addmm_(at_rows.t().float(), hidden[part].float())
             del logits  # before those of the next chunk
-        ctx.save_for_backward(gradient, of_rows)
+        ctx.save_for_backward(gradient, of_rows, of_weight)
         return sums
 
     @staticmethod
     def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, of_rows = ctx.saved_tensors
+        gradient, of_rows, of_weight = ctx.saved_tensors
         factor = grad_sums[0]  # fp32: rounding it would bias the whole gradient
-        of_rows = None if of_rows is None else of_rows * factor
-        return gradient * factor, None, None, None, of_rows, None, None
+        of_rows, of_weight = (
+            None if gradient is None else gradient * factor for gradient in (of_rows, of_weight)
+        )
+        return gradient * factor, None, None, None, of_rows, None, None, of_weight
+
+
+def _product_over_tokens(logits: Tensor, hidden: Tensor) -> Tensor:
+    """[V, d] of logits [N, V] and hidden [N, d]: a sum over tokens, which may be too large for fp16."""
+    if hidden.dtype == torch.float16:
+        logits, hidden = logits.float(), hidden.float()
+    return logits.t() @ hidden
 
 
 def _in_precision_of(hidden: Tensor, rows: Tensor | None, row_ids: Tensor | None) -> TokenRows | None:

@@ -41,6 +41,11 @@ def is_enabled(module: nn.Module) -> bool:
     return getattr(module.__dict__.get("forward"), "__func__", None) in (_norm, _mlp, _attention)
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module has the attributes of an RMS norm."""
+    return all(hasattr(module, name) for name in REQUIRED_ATTRIBUTES[_norm])
+
+
 def _is_equivalent(module: Any, forward: Any) -> bool:
     """Whether the module has the attributes that `forward` needs, and gives the same for random input."""
     others: tuple[Any, ...] = ()

@@ -4,7 +4,7 @@ If two runs were evaluated on the same tokens, the difference of their last loss
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,11 @@ from finetune.report.html import visible, write_page
 from finetune.report.intervals import Interval, between, signed
 from finetune.report.page import line_of
 from finetune.report.records import (
+    ANSWERS_IN_WORDS,
+    SCORES_OF,
+    Change,
     Record,
+    answer_changes,
     are_same_rows,
     changes,
     difference,
@@ -35,9 +39,6 @@ from finetune.runtime.console import console, say
 IGNORED_KEYS = ("output_dir", "resume", "strict", "log.", "checkpoint.")
 
 
-COLUMNS = ["updates", "eval loss", "accuracy", "change", "tokens/s", "GiB"]
-
-
 class Cell(NamedTuple):
     """A figure and, below it, its interval or a remark."""
 
@@ -51,7 +52,8 @@ class RunRow(NamedTuple):
 
     name: str
     settings: Sequence[tuple[str, str]]
-    cells: Sequence[Cell]
+    cells: Mapping[str, Cell]
+    """By their columns, which are the same in all rows"""
     against: str
     against_by_source: Sequence[str]
     colour: int
@@ -72,7 +74,7 @@ def write_comparison(run_dirs: Sequence[Path], page: Path) -> list[RunRow]:
         page,
         "comparison.html",
         title=f"{len(rows)} runs side by side",
-        columns=COLUMNS,
+        columns=list(rows[0].cells),
         rows=rows,
         charts=curves(records, rows),
     )
@@ -82,11 +84,13 @@ def write_comparison(run_dirs: Sequence[Path], page: Path) -> list[RunRow]:
 def compare(records: Sequence[Record]) -> list[RunRow]:
     """The table: one line for each run, in the order given."""
     names, settings = _names(records), differing_settings(records)
+    answers = [answer_changes(record) for record in records]
+    scores = [metric for metric in SCORES_OF if any(metric in changed for changed in answers)]
     return [
         RunRow(
             names[place],
             settings[place],
-            [*_figures(record), *_costs(record)],
+            {**_figures(record), **_answer_figures(answers[place], scores), **_costs(record)},
             _against(record, names[place], records[0], names[0]) if place > 0 else "",
             _against_by_source(record, records[0]) if place > 0 else [],
             colour=place % NUM_COLOURS + 1,
@@ -119,21 +123,36 @@ def _as_typed(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _figures(record: Record) -> list[Cell]:
+def _figures(record: Record) -> dict[str, Cell]:
     steps, planned = record.num_steps, record.planned_steps
     state = "" if record.is_finished else "not finished"
     updates = Cell(f"{steps:,}" if steps == planned else f"{steps:,} of {planned:,}", state)
     found = changes(record)
     if not found:
-        return [updates, Cell("none"), Cell(""), Cell("")]
+        return {"updates": updates, "eval loss": Cell("none"), "accuracy": Cell(""), "change": Cell("")}
     loss, accuracy, last = found["loss"], found["mean_token_accuracy"], record.eval_lines[-1]
     change = loss.change if record.eval_lines[0]["step"] == 0 else None
-    return [
-        updates,
-        Cell(f"{loss.last.value:.4f}", "; ".join(filter(None, (between(loss.last, 3), rounding(last))))),
-        Cell(f"{accuracy.last.value:.4f}"),
-        Cell("") if change is None else Cell(signed(change.value, 3), between(change, 3, sign=True)),
-    ]
+    bounds = "; ".join(filter(None, (between(loss.last, 3), rounding(last))))
+    return {
+        "updates": updates,
+        "eval loss": Cell(f"{loss.last.value:.4f}", bounds),
+        "accuracy": Cell(f"{accuracy.last.value:.4f}"),
+        "change": Cell("")
+        if change is None
+        else Cell(signed(change.value, 3), between(change, 3, sign=True)),
+    }
+
+
+def _answer_figures(found: Mapping[str, Change], metrics: Sequence[str]) -> dict[str, Cell]:
+    """The answers' metrics at the last evaluation; empty cells for those that the run does not have."""
+    cells = {}
+    for metric in metrics:
+        name, _, digits = ANSWERS_IN_WORDS[metric]
+        last = found[metric].last if metric in found else None
+        cells[name] = (
+            Cell("") if last is None else Cell(f"{last.value:.{digits}f}", between(last, digits - 1))
+        )
+    return cells
 
 
 def _against(record: Record, name: str, first: Record, first_name: str) -> str:
@@ -170,12 +189,12 @@ def _with_interval(found: Interval) -> str:
     return f"{signed(found.value, 3)} (95 % interval: {interval})"
 
 
-def _costs(record: Record) -> list[Cell]:
+def _costs(record: Record) -> dict[str, Cell]:
     speed, memory = median(record, "useful_tokens_per_second"), peak_memory_gib(record)
-    return [
-        Cell("" if speed is None else f"{speed:,.0f}"),
-        Cell("" if memory is None else f"{memory:.2f}"),
-    ]
+    return {
+        "tokens/s": Cell("" if speed is None else f"{speed:,.0f}"),
+        "GiB": Cell("" if memory is None else f"{memory:.2f}"),
+    }
 
 
 def show_comparison(rows: Sequence[RunRow]) -> None:
@@ -188,10 +207,13 @@ def show_comparison(rows: Sequence[RunRow]) -> None:
         console.print(settings)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("run", overflow="fold")
-    for column in COLUMNS:
+    for column in rows[0].cells:
         table.add_column(column, justify="right")
     for row in rows:
-        cells = [Text(cell.text).append(f"\n{cell.below}" if cell.below else "", "dim") for cell in row.cells]
+        cells = [
+            Text(cell.text).append(f"\n{cell.below}" if cell.below else "", "dim")
+            for cell in row.cells.values()
+        ]
         table.add_row(Text(visible(row.name)), *cells)
     console.print(table)
     for row in rows[1:]:

@@ -18,7 +18,17 @@ from finetune.model import starter
 from finetune.model.load import hub_name
 from finetune.report.html import TEMPLATES
 from finetune.report.intervals import Interval
-from finetune.report.records import Change, Record, changes, loss_changes_by_source, read_record
+from finetune.report.records import (
+    ANSWERS_IN_WORDS,
+    Change,
+    Record,
+    answer_changes,
+    changes,
+    loss_changes_by_source,
+    read_record,
+    until_result,
+)
+from finetune.training.best import best_in_words
 
 MADE_HERE = "<!-- Made from the record of the run. Without this line, `push` leaves the card as it is. -->"
 # The values that vLLM accepts for --max-lora-rank (docs.vllm.ai, vllm.config.lora, MaxLoRARanks).
@@ -47,13 +57,15 @@ class Base(NamedTuple):
     on_hub: bool
     is_starter: bool
     gguf: bool
+    needs_nf4: bool
+    """Whether the adapter makes up for what this base has lost in 4 bits (LoftQ)"""
     arguments: str
     """Arguments of from_pretrained, as Python source"""
     comment: str
 
 
 def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
-    """Return the card of a run after its last update: Markdown with YAML front matter, as the hub reads it.
+    """Return the card of a run's result: Markdown with YAML front matter, as the hub reads it.
 
     `repo` (OWNER/NAME) is the repository it is uploaded to. Without one, the code in the card loads the
     adapter from the card's own folder. The card names no folders of this machine.
@@ -61,10 +73,11 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
     Raises:
         ValueError: a file of the run cannot be read.
     """
-    record = read_record(run_dir)
+    whole = read_record(run_dir)
+    record = until_result(whole)
     environment, evaluations = record.environment, record.eval_lines
     figures = result_figures(record)
-    base = _describe_base(config.model)
+    base = _describe_base(config.model, config.lora.init_lora_weights == "loftq")
     rows = environment.get("rows")  # older versions did not record the counts
     origin = environment["model_adapter"]
     rank = config.lora.r if origin is None else origin["largest_rank"]
@@ -80,6 +93,8 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
         "figures": figures,
         "has_intervals": any("[" in figure.after for figure in figures),
         "figures_by_source": figures_by_source(record),
+        "answer_figures": answer_figures(record),
+        "num_answers": evaluations[-1].get("num_answers") if evaluations else None,
         "num_eval": record.num_eval_examples,
         "num_target_tokens": evaluations[-1]["num_target_tokens"] if evaluations else 0,
         "without_leaks": _number(evaluations[-1].get("loss_without_leaks")) if evaluations else "",
@@ -91,7 +106,9 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
         else "",
         "data": environment["data"],
         "chat_template": without_folder(config.data.chat_template or ""),
-        "num_updates": record.num_steps,
+        "num_updates": whole.num_steps,
+        "best_step": environment.get("adapter_step", whole.num_steps),
+        "best_in_words": best_in_words(config.checkpoint.best_by),
         "global_batch_size": environment["global_batch_size"],
         "hardware": _hardware(environment),
         "python": environment["python"],
@@ -99,6 +116,7 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
         "settings": [(key, value) for key, value in settings.items() if not key.startswith(OMITTED_KEYS)],
         "vllm_rank": next((accepted for accepted in VLLM_RANKS if accepted >= rank), None),
         "has_rows": bool(environment["token_rows"]),
+        "vllm_loads_it": _vllm_loads(config) and not environment["token_rows"],
         "began_from": _began_from(origin),
     }
     # No HTML escaping: text from users is in code spans, which Markdown shows verbatim.
@@ -107,6 +125,13 @@ def model_card(run_dir: Path, config: Config, repo: str | None = None) -> str:
     )
     markdown.filters |= {"code": _code, "literal": _literal}
     return re.sub(r"\n{3,}", "\n\n", markdown.get_template("model_card.md").render(values))
+
+
+def _vllm_loads(config: Config) -> bool:
+    """Whether vLLM computes what was trained, from the adapter and its base on the hub: it knows no DoRA and
+    no modules that were trained whole, and an adapter that began as LoftQ is for a base in 4 bits."""
+    lora = config.lora
+    return not (lora.use_dora or lora.modules_to_save or lora.init_lora_weights == "loftq")
 
 
 def without_folder(path: str) -> str:
@@ -132,15 +157,25 @@ def figures_by_source(record: Record) -> list[Figure]:
     return [_figure(record, _code(name), change) for name, change in loss_changes_by_source(record).items()]
 
 
-def _figure(record: Record, name: str, found: Change) -> Figure:
+def answer_figures(record: Record) -> list[Figure]:
+    """How answers to eval rows compare with the rows' own; empty without `eval.answers`."""
+    figures = []
+    for metric, change in answer_changes(record).items():
+        name, unit, digits = ANSWERS_IN_WORDS[metric]
+        figures.append(_figure(record, f"{name}, {unit}", change, digits))
+    return figures
+
+
+def _figure(record: Record, name: str, found: Change, digits: int = 4) -> Figure:
     first, last, change = found
+    after = _with_interval(last, digits)
     if first is None or change is None or record.eval_lines[0]["step"] > 0:
-        return Figure(name, "", _with_interval(last), "")
-    return Figure(name, _with_interval(first), _with_interval(last), _with_interval(change, sign="+"))
+        return Figure(name, "", after, "")
+    return Figure(name, _with_interval(first, digits), after, _with_interval(change, digits, sign="+"))
 
 
-def _with_interval(interval: Interval, sign: str = "") -> str:
-    value, low, high = (f"{number:{sign}.4f}" for number in interval)
+def _with_interval(interval: Interval, digits: int, sign: str = "") -> str:
+    value, low, high = (f"{number:{sign}.{digits}f}" for number in interval)
     return value if "nan" in low else f"{value} [{low}, {high}]"
 
 
@@ -173,7 +208,7 @@ def _licence(config: ModelConfig) -> str | None:
     return licence if isinstance(licence, str) else None
 
 
-def _describe_base(config: ModelConfig) -> Base:
+def _describe_base(config: ModelConfig, needs_nf4: bool) -> Base:
     on_hub = hub_name(config)
     name = on_hub or without_folder(config.name_or_path)
     gguf = on_hub is None and name.endswith(".gguf")
@@ -182,10 +217,12 @@ def _describe_base(config: ModelConfig) -> Base:
         arguments = ['"."', f"gguf_file={_literal(name)}", "quantization_config=GgufConfig(dequantize=True)"]
     if on_hub and config.revision:
         arguments.append(f"revision={_literal(config.revision)}")
+    if needs_nf4:
+        arguments.append("quantization_config=nf4")
     if config.trust_remote_code:
         arguments.append("trust_remote_code=True")
     is_starter, comment = config.name_or_path == "starter", "" if on_hub else "  # its folder"
-    return Base(name, on_hub is not None, is_starter, gguf, ", ".join(arguments), comment)
+    return Base(name, on_hub is not None, is_starter, gguf, needs_nf4, ", ".join(arguments), comment)
 
 
 def _began_from(origin: dict[str, Any] | None) -> str:

@@ -11,11 +11,19 @@ from finetune.report.charts import NUM_COLOURS, Chart, Line, draw
 from finetune.report.html import write_page
 from finetune.report.published import comparable_metrics, published_note
 from finetune.report.records import Record, changes, read_record
+from finetune.run import summary
 from finetune.runtime.console import say
 
 PAGE = "report.html"
 LOSS_OF = "loss/"  # and the name of a source or eval set: the key of its loss in a log line
 TRAIN, EVAL, PUBLISHED = 1, 2, 3  # colours
+
+
+def show_finished(run_dir: Path) -> None:
+    """Say that a run has ended before, and write its report if a kill came between the result and that."""
+    summary.show_finished(run_dir)
+    if not (run_dir / PAGE).exists():
+        leave_report(run_dir)
 
 
 def leave_report(run_dir: Path) -> None:

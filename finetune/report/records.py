@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,13 @@ SCORES_OF = {
     "chrf": ("chrf", None),
     "ended": ("ended", None),
     "tool_call_accuracy": ("num_right_calls", "num_calls"),
+}
+# Their names, and their unit and decimal places where they are shown.
+ANSWERS_IN_WORDS = {
+    "exact_match": ("exact match", "share of answers", 3),
+    "chrf": ("chrF", "0 to 100, likeness of the texts", 1),
+    "ended": ("end by themselves", "share of answers", 3),
+    "tool_call_accuracy": ("right tool calls", "share with the right name and arguments", 3),
 }
 
 
@@ -144,6 +151,15 @@ def read_record(folder: Path) -> Record:
         [line for line in metrics if line["split"] == "eval"],
         _whole_lines(folder / ANSWERS),
     )
+
+
+def until_result(record: Record) -> Record:
+    """The record up to the evaluation of the adapter that is the run's result: with `checkpoint.keep_best`
+    others may follow it."""
+    step = record.environment.get("adapter_step")
+    if step is None:
+        return record
+    return replace(record, eval_lines=[line for line in record.eval_lines if line["step"] <= step])
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

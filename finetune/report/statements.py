@@ -8,7 +8,14 @@ from typing import NamedTuple
 from finetune.config import Config, OptimConfig, described
 from finetune.data.rows import text_of
 from finetune.report.intervals import Interval, between, signed
-from finetune.report.records import Change, Record, answer_changes, loss_changes_by_source, rounding
+from finetune.report.records import (
+    ANSWERS_IN_WORDS,
+    Change,
+    Record,
+    answer_changes,
+    loss_changes_by_source,
+    rounding,
+)
 from finetune.run.summary import launch_command
 from finetune.training.best import best_in_words, best_of
 
@@ -91,14 +98,11 @@ def source_rows(record: Record) -> list[MetricRow]:
 
 def answer_rows(record: Record) -> list[MetricRow]:
     """The table of how answers compare with those of the rows; empty without `eval.answers`."""
-    names = {
-        "exact_match": ("exact match", "share of answers", 3),
-        "chrf": ("chrF", "0 to 100, likeness of the texts", 1),
-        "ended": ("end by themselves", "share of answers", 3),
-        "tool_call_accuracy": ("right tool calls", "share with the right name and arguments", 3),
-    }
-    found = answer_changes(record)
-    return [_row(*names[metric][:2], change, names[metric][2]) for metric, change in found.items()]
+    rows = []
+    for metric, change in answer_changes(record).items():
+        name, unit, digits = ANSWERS_IN_WORDS[metric]
+        rows.append(_row(name, unit, change, digits))
+    return rows
 
 
 def _row(name: str, unit: str, change: Change, digits: int) -> MetricRow:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import peft
+from peft import set_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from finetune.config import Config, ModelConfig
 from finetune.config_parsing import config_to_yaml, parse_config
@@ -23,7 +25,7 @@ from finetune.model.given_adapter import (
     read_raw_settings,
 )
 from finetune.model.load import base_fingerprint, check_vocabulary, load_base, load_tokenizer
-from finetune.ops import token_rows
+from finetune.ops import token_rows, trained_modules
 from finetune.run.checkpoint import BASE, STATE, TRAINING_CONFIG, fault_of, list_checkpoints
 from finetune.run.folder import CHAT_TEMPLATE, CONFIG, ENVIRONMENT, RESULT, read_environment
 from finetune.runtime import system
@@ -197,6 +199,9 @@ def load_trained(trained: Trained) -> TrainedModel:
             f"{' '.join(str(error).split())[:300]}"
         ) from error
     _check_all_loaded(trained, model)
+    if trained_modules.wrappers(model):  # PEFT has rounded them to the precision of the base
+        trained_modules.hold_in_fp32(model)
+        set_peft_model_state_dict(model, load_file(trained.adapter / ADAPTER_WEIGHTS))
     check_vocabulary(model, tokenizer)
     token_rows.enable(model)
     return TrainedModel(accelerator, precision, tokenizer, model)
@@ -234,8 +239,9 @@ def _check_base(trained: Trained, base: Any) -> None:
 def _check_all_loaded(trained: Trained, model: peft.PeftModel) -> None:
     """PEFT accepts an adapter for more or fewer layers than the base has."""
     with safe_open(trained.adapter / ADAPTER_WEIGHTS, "pt") as file:
-        saved = _layers(file.keys())
-    if differing := saved ^ _layers(adapter_weights(model)):
+        names = set(file.keys())
+    expected = adapter_weights(model).keys()
+    if differing := (_layers(names) ^ _layers(expected)) or expected - names:
         raise ValueError(
             f"the adapter in {trained.adapter} is for other layers than those of "
             f"{trained.config.model.name_or_path}, such as {min(differing).removesuffix('.lora_A.weight')}"

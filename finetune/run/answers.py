@@ -3,6 +3,7 @@
 A generation that was killed resumes from it.
 """
 
+import argparse
 import csv
 import json
 import os
@@ -22,9 +23,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from finetune.data.conversations import Conversation, to_conversation
 from finetune.data.reading.cleaning import turns_asked
 from finetune.data.rows import iterate_rows
-from finetune.model.generate import Answer, Sampler, answer_prompts, encode_prompt, require_room
+from finetune.model.generate import Answer, Sampler, answer_prompts, check_limits, encode_prompt, require_room
 from finetune.model.given_adapter import ADAPTER_WEIGHTS
 from finetune.run.adapter import Trained, TrainedModel
+from finetune.runtime.cli import CommandParser
 from finetune.runtime.console import console
 from finetune.runtime.files import file_sha256, write_atomically
 
@@ -49,6 +51,32 @@ class Request:
     """0: the most likely token"""
     seed: int
     system_prompt: str | None
+
+
+def add_answer_options(parser: CommandParser, batched: str | None = None, note: str = "") -> None:
+    """Add --max_new_tokens and --system_prompt, with a note on both; and --batch_size if `batched`, such as
+    "rows", says what is answered at once."""
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=256, help=f"longest answer, in tokens (default 256){note}"
+    )
+    parser.add_argument("--system_prompt", help=f"system prompt (default: the run's){note}")
+    if batched is not None:
+        parser.add_argument(
+            "--batch_size", type=int, default=16, help=f"{batched} answered at once (default 16)"
+        )
+
+
+def check_answer_options(arguments: argparse.Namespace, temperature: float) -> None:
+    """Raise ValueError if the temperature, or a number of `add_answer_options`, is out of range."""
+    check_limits(temperature, arguments.max_new_tokens)
+    if "batch_size" in arguments and arguments.batch_size < 1:
+        raise ValueError(f"--batch_size must be at least 1, not {arguments.batch_size}")
+
+
+def choose_system_prompt(arguments: argparse.Namespace, trained: Trained) -> str | None:
+    """That of --system_prompt, else the run's."""
+    given: str | None = arguments.system_prompt
+    return trained.config.data.system_prompt if given is None else given
 
 
 class Question(NamedTuple):

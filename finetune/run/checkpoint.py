@@ -233,7 +233,16 @@ def estimate_bytes(model: PeftModel, optimizer_name: str) -> int:
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write adapter_model.safetensors and adapter_config.json, as `PeftModel.from_pretrained` reads them."""
     model.save_pretrained(str(folder), save_embedding_layers=False)
+    _sort_names(folder / ADAPTER_CONFIG)
     (folder / CARD).unlink()  # PEFT's template; a run's result has a card of its own
+
+
+def _sort_names(path: Path) -> None:
+    """Put the lists of names in order: PEFT writes sets, in an order that each process chooses anew."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    lists = ("target_modules", "exclude_modules", "modules_to_save")
+    names = {key: sorted(settings[key]) for key in lists if isinstance(settings.get(key), list)}
+    system.write_text(path, json.dumps(settings | names, indent=2, sort_keys=True))
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:

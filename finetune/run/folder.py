@@ -383,7 +383,7 @@ def read_example_sums(run_dir: Path, step: int) -> pd.DataFrame:
     path = example_sums_file(run_dir, step)
     try:
         # A source may be called 1, or NA: its name is text.
-        frame = pd.read_csv(path, float_precision="round_trip", dtype={SOURCE: str}, keep_default_na=False)
+        frame = pd.read_csv(path, dtype={SOURCE: str}, keep_default_na=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if [column for column in frame.columns if column != SOURCE] != ["row_number", *EXAMPLE_SUMS]:

@@ -15,16 +15,17 @@ T = TypeVar("T")
 # writing answers on a CPU. Where one is dead and its computer still runs, gloo notices at once.
 PEER_TIMEOUT = timedelta(minutes=30)
 
-# In the errors that gloo, NCCL and the rendezvous raise if a process is gone or silent.
-LOST_PEER_MESSAGES = (
-    "gloo/transport",
-    "Application timeout caused pair closure",
+# In NCCL's errors (DistBackendError) if a process is gone or silent, beside those of a wrong call.
+NCCL_LOST_PEER = (
     "ncclRemoteError",
     "Connection reset by peer",
+    "Connection closed by remote peer",
     "Broken pipe",
-    "failed to recv",
+    "collective operation timeout",
     "timed out",
 )
+# In the plain RuntimeErrors of gloo: the source file that raised, all of whose errors are of a connection.
+GLOO_LOST_PEER = "gloo/transport/"
 
 
 def all_reduce_max(accelerator: Any, number: int) -> int:
@@ -51,10 +52,18 @@ def _cpu_group() -> Any:
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective operation failed as another process has ended, or was silent for PEER_TIMEOUT."""
-    return isinstance(error, torch.distributed.DistStoreError) or any(
-        message in str(error) for message in LOST_PEER_MESSAGES
-    )
+    """Whether a collective operation failed as another process has ended, or was silent for PEER_TIMEOUT.
+
+    The words alone do not say: a download times out too.
+    """
+    said = str(error)
+    if isinstance(error, torch.distributed.DistStoreError):
+        return True
+    if isinstance(error, torch.distributed.DistNetworkError):  # of the rendezvous
+        return "server socket" not in said  # which is this process's own: its port is taken
+    if isinstance(error, torch.distributed.DistBackendError):
+        return GLOO_LOST_PEER in said or any(message in said for message in NCCL_LOST_PEER)
+    return GLOO_LOST_PEER in said
 
 
 def on_main(accelerator: Any, job: Callable[..., object], *arguments: Any) -> None:

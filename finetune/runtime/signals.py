@@ -38,11 +38,11 @@ class StopRequest:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        # torchrun, which has lost the same process, sends a SIGTERM before this one can say why it ends. From
+        # here on it is ignored: between two handlers, that of before would end this process.
+        lost = isinstance(error, RuntimeError) and is_lost_peer(error)
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        if isinstance(error, RuntimeError) and is_lost_peer(error):
-            # torchrun, which has lost the same process, sends a SIGTERM before this one can say why it ends.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(number, signal.SIG_IGN if lost and number == signal.SIGTERM else handler)
 
     @property
     def requested(self) -> bool:

@@ -50,14 +50,18 @@ def computer() -> str:
 def start_of_process(pid: int) -> str | None:
     """When a process was started, which tells it from others that had its number; None without one.
 
-    On Linux in clock ticks since the boot (proc_pid_stat(5), field 22), which setting the clock leaves alone.
+    One that has ended is none, also while nobody has asked for its exit code (a zombie): the first process of
+    a container may never do so for those of a killed launcher. On Linux the start is in clock ticks since
+    the boot (proc_pid_stat(5), field 22), which setting the clock leaves alone; field 3 is the state.
     """
     try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
     except OSError:
         pass
     try:
-        return str(psutil.Process(pid).create_time())
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else str(process.create_time())
     except psutil.Error:
         return None
 

@@ -65,8 +65,8 @@ class Answering:
                 "id": f"call_{self._identifier}_{number}",
                 "type": "function",
                 "function": {
-                    "name": call["name"],
-                    "arguments": json.dumps(call["arguments"], ensure_ascii=False),
+                    "name": call.name,
+                    "arguments": json.dumps(call.arguments, ensure_ascii=False),
                 },
             }
             for number, call in enumerate(calls)

@@ -6,7 +6,13 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from finetune.data.conversations import Conversation, Row, to_conversation
-from finetune.data.templates.tool_calls import Call, CallFormat, call_format, names_of_calls, num_right_calls
+from finetune.data.templates.answer_parts import (
+    Call,
+    CallFormat,
+    call_format,
+    names_of_calls,
+    num_right_calls,
+)
 from finetune.model.generate import Answer, encode_prompt, reference_answer
 from finetune.training.evaluate import pick_conversations
 from finetune.training.metrics import Metrics
@@ -45,7 +51,7 @@ class Scores(NamedTuple):
     ended: float
     """1 if the model ended its turn, 0 if the limit of tokens did"""
     num_right_calls: float
-    """Of `num_calls`, as `data.tool_calls.num_right_calls` counts them"""
+    """Of `num_calls`, as `data.templates.answer_parts.num_right_calls` counts them"""
     num_calls: int
     """Tool calls of the row's own answer that could be read"""
 

@@ -23,7 +23,8 @@ from finetune.model.loss import TokenLoss
 from finetune.model.sharding import gathered_bytes, local_share
 from finetune.ops import chunked_head, torch_makers
 from finetune.ops.quantized import dropout_off
-from finetune.ops.token_rows import frozen_layer, is_wrapper
+from finetune.ops.token_rows import is_wrapper
+from finetune.ops.trained_modules import layers_in_use, plain_layer, trained_copy, wrappers
 from finetune.runtime.accelerator import DTYPES, reseed
 from finetune.runtime.memory import GIB, held_bytes, peak_memory_gib, peak_reserved_gib, reset_peak_memory
 from finetune.training.metrics import SumWindow
@@ -52,6 +53,8 @@ class Prediction:
     """The logits of a target token, and the tensors computed from them"""
     head_most: float
     """The same for a chunk of target tokens; infinite without chunks"""
+    copy: int = 0
+    """The gradient of the largest trained copy of a layer, until it has been added to the adapter's"""
 
     @property
     def held(self) -> int:
@@ -65,7 +68,7 @@ class Prediction:
     def temporary(self, num_tokens: int) -> float:
         """The memory that the forward and backward passes allocate temporarily, in a layer or in the head."""
         at_head = min(num_tokens * self.head_per_token, self.head_most)
-        return max(self.weight + num_tokens * self.per_layer_and_token, at_head)
+        return max(self.weight + num_tokens * self.per_layer_and_token, at_head) + self.copy
 
     def largest_budget(self, gib: float) -> int:
         """The largest token budget per micro-batch whose update fits into `gib` GiB; 0 if none fits."""
@@ -102,6 +105,8 @@ def bytes_by_sizes(config: Config, accelerator: Any, token_loss: TokenLoss) -> d
         "per_layer_and_token": 4 * max(widths) * dtype.itemsize,
         "weight": 2 * max(weights) * dtype.itemsize,
         **_head_bytes(token_loss, dtype, accelerator.device),
+        # As it is added up, and multiplied by the factor of the loss.
+        "copy": 2 * max((_copy_bytes(wrapper) for wrapper in wrappers(model)), default=0),
     }
 
 
@@ -160,7 +165,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 def _head_bytes(token_loss: TokenLoss, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Bytes of a target token's logits and of the passes over them, and the most that exist at once."""
-    vocabulary = frozen_layer(token_loss.base.get_output_embeddings()).weight.shape[0]
+    vocabulary = plain_layer(token_loss.base.get_output_embeddings()).weight.shape[0]
     if token_loss.head_mib is None:
         # The logits, and in fp32: the logits, their log-probabilities and their gradient.
         return {"head_per_token": vocabulary * (dtype.itemsize + 3 * 4), "head_most": math.inf}
@@ -236,9 +241,13 @@ def _start_measuring(device: torch.device) -> None:
 
 
 def _linear_layers(model: Any) -> list[Any]:
-    output = frozen_layer(model.get_output_embeddings())
-    linear = [m for m in model.modules() if hasattr(m, "in_features") and m is not output]
+    output = plain_layer(model.get_output_embeddings())
+    linear = [m for m in layers_in_use(model) if hasattr(m, "in_features") and m is not output]
     return [m for m in linear if not is_wrapper(m)]
+
+
+def _copy_bytes(wrapper: Any) -> int:
+    return sum(parameter.nbytes for parameter in trained_copy(wrapper).parameters())
 
 
 def _quantization_states(model: Any) -> list[Tensor]:

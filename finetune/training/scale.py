@@ -146,7 +146,7 @@ def card_memory(run: Unloaded, num_shards: int, num_tokens: int, device_type: st
         layers=copies * base.largest_layer if is_sharded else 0,
         kept=num_tokens * predicted.kept_per_token,
         at_layer=predicted.weight + num_tokens * predicted.per_layer_and_token,
-        at_head=min(num_tokens * predicted.head_per_token, predicted.head_most),
+        at_head=min(num_tokens * predicted.head_per_token, predicted.head_most) + predicted.copy,
         loading=(base.shard(num_shards) + is_sharded * (root + 2 * base.largest_layer))
         + predicted.adapter
         + predicted.weight // 2,

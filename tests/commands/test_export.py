@@ -1,6 +1,7 @@
 """`python -m finetune export`: the GGUF file, read back, is the merged model; and its Modelfile."""
 
 import errno
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -8,13 +9,23 @@ import pytest
 import torch
 from conftest import QWEN2_TEMPLATE, tiny_tokenizer
 from tokenizers import Regex, normalizers, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from finetune.__main__ import main
 from finetune.export.gguf import _pre_tokenizer, unsupported
-from finetune.export.merge import load_merged
+from finetune.export.merge import FULL_PRECISION, load_unmerged, merge
 from finetune.export.modelfile import modelfile
-from finetune.run.adapter import find_trained
+from finetune.run.adapter import find_trained, load_trained
 
 SHORT = {
     "train__max_steps": 2,
@@ -22,6 +33,11 @@ SHORT = {
     "lora__lora_dropout": 0,
     "optim__learning_rate": 0.05,
 }
+SHARED_KEYS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
+    *("initializer_range", "eos_token_id", "bos_token_id", "pad_token_id"),
+)
 TEXTS = (
     "Hello world",
     "  two  spaces\n\n\nthree\t tabs \r\n",
@@ -82,22 +98,47 @@ def log_probs(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return model(ids).logits[0].log_softmax(-1)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
-def test_the_file_read_back_is_the_merged_model(run_train, tmp_path, llama_dir, architecture):
-    base = {"model__name_or_path": llama_dir} if architecture == "llama" else {}
-    run_dir = run_train(**SHORT, **base)
-    merged = load_merged(find_trained(run_dir))
-    exact, tokenizer = read_back(export(run_dir, tmp_path / "f16", "--format", "f16"))
+@pytest.fixture
+def bases(tiny_model_dir: Path, llama_dir: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """A random model of an architecture."""
+
+    def make(architecture: str) -> Path:
+        if architecture in ("qwen2", "llama"):
+            return tiny_model_dir if architecture == "qwen2" else llama_dir
+        folder = tmp_path / architecture
+        AutoTokenizer.from_pretrained(llama_dir).save_pretrained(folder)
+        config = LlamaConfig.from_pretrained(llama_dir).to_dict()
+        config = {key: config[key] for key in SHARED_KEYS}
+        if architecture == "mistral":
+            made = MistralForCausalLM(MistralConfig(**config, sliding_window=None))
+        else:  # transformers reads no size of the heads from a file, and takes this one
+            made = Qwen3ForCausalLM(Qwen3Config(**config, head_dim=128))
+            for name, weight in made.named_parameters():
+                if name.endswith(("q_norm.weight", "k_norm.weight")):
+                    torch.nn.init.uniform_(weight, 0.5, 2)
+        made.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "llama", "qwen3", "mistral"])
+def test_the_file_read_back_is_the_merged_model(run_train, tmp_path, bases, architecture):
+    run_dir = run_train(**SHORT, model__name_or_path=bases(architecture))
+    trained = find_trained(run_dir)
+    opened = load_trained(trained)
+    merged, original = merge(load_unmerged(trained, opened, FULL_PRECISION)), opened.tokenizer
+    exact, tokenizer = read_back(export(run_dir, tmp_path / "f16", "--quantize", "f16"))
     rounded, _ = read_back(export(run_dir, tmp_path / "q8"))
 
-    assert exact.config.model_type == architecture
-    for name, tensor in merged.model.state_dict().items():  # f16 holds 11 bits
+    assert exact.config.model_type == ("llama" if architecture == "mistral" else architecture)
+    for name, tensor in merged.state_dict().items():  # f16 holds 11 bits
         torch.testing.assert_close(exact.state_dict()[name], tensor, rtol=2**-11, atol=1e-7, msg=name)
-    prompt = merged.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    prompt = original(PROMPT, return_tensors="pt")["input_ids"]
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
-    answer = merged.model.eval().generate(prompt, **settings)
+    answer = merged.eval().generate(prompt, **settings)
     assert torch.equal(exact.generate(prompt, **settings), answer)
-    expected = log_probs(merged.model, answer)
+    expected = log_probs(merged, answer)
     assert (log_probs(exact, answer) - expected).abs().max() < 0.02
     divergence = (expected.exp() * (expected - log_probs(rounded, answer))).sum(-1)
     assert divergence.mean() < 0.01  # nats per token; the base itself is two orders further away
@@ -108,12 +149,12 @@ def test_the_file_read_back_is_the_merged_model(run_train, tmp_path, llama_dir, 
     assert from_base.mean() > 0.1
 
     for text in TEXTS:
-        assert tokenizer(text)["input_ids"] == merged.tokenizer(text)["input_ids"], text
+        assert tokenizer(text)["input_ids"] == original(text)["input_ids"], text
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
     for turns in (messages, messages[1:]):
         rendered = [
             asked.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            for asked in (tokenizer, merged.tokenizer)
+            for asked in (tokenizer, original)
         ]
         assert rendered[0] == rendered[1]
 
@@ -213,12 +254,12 @@ def test_another_architecture_is_refused_with_the_command_that_can(
     for key, value in change.items():
         setattr(config, key, value)
     config.save_pretrained(llama_dir)
-    monkeypatch.setattr("finetune.commands.export.load_merged", None)  # no weights are loaded for this
+    monkeypatch.setattr("finetune.commands.export.load_trained", None)  # no weights are loaded for this
     assert main(["export", str(run_dir), "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert words in error
     assert f"python -m finetune merge {run_dir} --output merged && " in error
-    assert "convert_hf_to_gguf.py merged --outtype q8_0 --outfile merged.gguf" in error
+    assert "convert_hf_to_gguf.py merged --outtype f16 --outfile merged.gguf" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -254,7 +295,9 @@ def test_the_commands_on_screen_are_those_of_this_adapter(run_train, tmp_path, c
     base = find_trained(run_dir).config.model.name_or_path
     assert f"ollama create my-run -f {output}/Modelfile && ollama run my-run" in shown
     modules = f"'my-run={run_dir}/adapter'"
-    assert f"vllm serve {base} --enable-lora --lora-modules {modules} --max-lora-rank 16" in shown
+    serve = f"vllm serve {base} --enable-lora --lora-modules {modules} --max-lora-rank 16"
+    assert f"{serve} --max-model-len 1024\n" in shown
+    assert "--jinja -c 1024 -m " in shown
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ run_dir.mkdir(exist_ok=True)
     "data": {"fingerprint": "train-eval" + argv.get("data.split_seed", "")}}))
 losses = {"0": 3.0, "2": 1 / int(argv["lora.r"]), "4": 2.0}
 (run_dir / "metrics.jsonl").write_text("".join(
-    json.dumps({"split": "eval", "step": int(s), "loss": loss}) + "\\n" for s, loss in losses.items()))
+    json.dumps({"split": "eval", "step": int(s), "loss": loss, "chrf": 30 * loss}) + "\\n"
+    for s, loss in losses.items()))
 import os
 sys.path.insert(0, os.environ["ROOT"])
 from finetune.config_parsing import config_to_yaml, parse_config
@@ -130,6 +131,22 @@ def test_runs_that_fail_do_not_keep_the_others_from_being_made(sweep, tmp_path, 
     assert sweep("--over", "lora.r=1,2,4,8", do={}) == 0
     assert started(tmp_path)[4:] == ["2", "4"]
     assert [names for names, _ in pages][1:] == [["r=1", "r=2", "r=4", "r=8"]]
+
+
+def test_the_best_is_that_by_the_metric_which_the_runs_follow(sweep, capfd):
+    answers = ["--eval.answers=2", "--checkpoint.keep_best=true", "--checkpoint.best_by=chrf"]
+    assert sweep("--over", "lora.r=8,2,4", *answers, do={}) == 0
+    said = capfd.readouterr().out
+    assert all(heading in said for heading in ("eval loss", "eval chrf"))
+    (line,) = [line for line in said.splitlines() if line.startswith("Highest eval chrf: 15.0000, of ")]
+    assert line.endswith("r=2")  # whose loss is the highest
+
+
+def test_runs_that_follow_different_metrics_are_ranked_by_their_loss(sweep, capfd):
+    assert sweep("--over", "checkpoint.best_by=chrf,loss", "--lora.r=4", "--eval.answers=2", do={}) == 0
+    said = capfd.readouterr().out
+    assert "The runs differ in checkpoint.best_by: they are ranked by their loss." in said
+    assert "Lowest eval loss: 0.2500, of " in said
 
 
 def test_what_train_py_cannot_start_of_stops_the_sweep_at_once(sweep, tmp_path, capfd, pages):

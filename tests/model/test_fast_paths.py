@@ -212,17 +212,43 @@ def test_a_model_whose_logits_are_more_than_its_heads_output_keeps_its_own_head(
     assert sums_of(token_loss, packing=False)["nll"] != pytest.approx(expected["nll"], rel=1e-3)
 
 
-@pytest.mark.parametrize("how", ["bias", "trained"])
-def test_a_head_with_a_bias_or_in_training_is_left_alone(how):
+@pytest.mark.parametrize("how", ["bias", "LoRA"])
+def test_a_head_with_a_bias_or_lora_is_left_alone(how):
     base = built("phi", num_key_value_heads=4) if how == "bias" else built("llama")
-    model = with_adapter(base)
-    if how == "trained":
-        base.get_output_embeddings().weight.requires_grad_(True)
-    token_loss = TokenLoss(model)
+    config = LoraConfig(r=4, target_modules="all-linear" if how == "bias" else ["q_proj", "lm_head"])
+    token_loss = TokenLoss(add_adapter(base, config))
     chosen = choose(token_loss)
     assert (chosen.loss.requested, chosen.loss.actual) == (CHUNKS, "all logits of target tokens")
-    assert "is trained, has a bias" in chosen.loss.reason
+    assert "has LoRA or a bias" in chosen.loss.reason
     assert token_loss.head_mib is None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("packing", [True, False])
+def test_layers_that_are_trained_whole_get_the_gradients_of_the_reference_paths(tied, packing):
+    names = ["lm_head", "embed_tokens", "norm", "gate_proj"]
+    base = built("llama", tie_word_embeddings=tied)
+    model = add_adapter(base, LoraConfig(r=4, lora_dropout=0, modules_to_save=names))
+    token_loss = TokenLoss(fill_adapter(model))
+
+    def outcome() -> tuple[list[float], dict[str, Tensor]]:
+        model.zero_grad()
+        sums = token_loss.eval()(collate(random_examples(LENGTHS, seed=3), packing))
+        (sums.nll / sums.count).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        return [getattr(sums, name).item() for name in NAMES], gradients
+
+    expected, expected_gradients = outcome()
+    chosen = choose(token_loss)
+    assert chosen.loss.actual == CHUNKS
+    assert chosen.elementwise.actual == "keep their inputs, except 5"
+    sums, gradients = outcome()
+    assert sums == pytest.approx(expected, rel=1e-4)
+    assert len([name for name in gradients if ".lora_" not in name]) == 1 + 1 + 5 + 2
+    for name, gradient in gradients.items():
+        of_reference = expected_gradients[name]
+        assert of_reference.any(), name
+        assert (gradient - of_reference).norm() < 1e-4 * of_reference.norm(), name
 
 
 def test_attention_that_bounds_its_scores_is_not_packed_attention():

@@ -6,15 +6,20 @@ import peft
 import pytest
 import torch
 from conftest import tiny_model
+from peft.tuners.lora import LoraLayer
 from tiny import CPU, VOCABULARY, random_examples
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
 from finetune.config import Config, LoraConfig, ModelConfig
 from finetune.data.templates.tokenize import IGNORE
 from finetune.model.first_weights import FROM_BASE, start_from_data
 from finetune.model.flat_adapter import FlatAdapter
 from finetune.model.load import add_adapter, load_model
+from finetune.model.precision import in_fp32
+from finetune.model.safetensors_files import weight_reader
+from finetune.ops.quantized import frozen_weight
 
 
 class OneProcess:
@@ -92,6 +97,51 @@ def test_a_quantized_base_stays_as_it_is_and_the_adapter_begins_at_nothing(tiny_
     assert all(
         weight.abs().max() > 0 for weight in (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
     )
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_loftq_brings_each_weight_in_4_bits_nearer_to_the_one_it_was(tiny_model_dir, use_rslora):
+    full = AutoModelForCausalLM.from_pretrained(tiny_model_dir).state_dict()
+    lora = LoraConfig(r=8, lora_alpha=24, use_rslora=use_rslora, init_lora_weights="loftq")
+    config = Config(model=ModelConfig(name_or_path=str(tiny_model_dir), quantization="nf4"), lora=lora)
+    models = [load_model(config, "bf16", CPU) for _ in range(2)]
+    layers = [dict(model.get_base_model().named_modules()) for model in models]
+    names = [name for name, layer in layers[0].items() if isinstance(layer, LoraLayer)]
+    assert len(names) == 14
+    for name in names:
+        layer, same = (of_model[name] for of_model in layers)
+        quantized = frozen_weight(layer.base_layer, torch.float32)
+        error = full[f"{name}.weight"] - quantized
+        left = float((error - layer.get_delta_weight("default").detach()).norm() / error.norm())
+        # Of an error without any structure, the 8 largest of 32 to 64 singular values hold a good part.
+        assert 0.3 < left < 0.9, name
+        expected = torch.linalg.svdvals(error)[8:].norm() / error.norm()
+        assert left == pytest.approx(float(expected), rel=1e-3)
+        for half in ("lora_A", "lora_B"):
+            assert torch.equal(getattr(layer, half)["default"].weight, getattr(same, half)["default"].weight)
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad(), in_fp32(models[0]):
+        corrected = models[0](input_ids=tokens).logits
+        with models[0].disable_adapter():
+            quantized = models[0](input_ids=tokens).logits
+        exact = AutoModelForCausalLM.from_pretrained(tiny_model_dir)(input_ids=tokens).logits
+    assert (corrected - exact).norm() < 0.95 * (quantized - exact).norm()
+    assert models[0].peft_config["default"].init_lora_weights is True  # it is saved as plain LoRA
+
+
+def test_weights_are_read_from_one_file_or_several(tiny_model_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model.save_pretrained(tmp_path / "parts", max_shard_size="100KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    model.model.save_pretrained(tmp_path / "decoder")  # names its weights without `model.`
+    name = "model.layers.1.mlp.up_proj.weight"
+    for folder in (tiny_model_dir, tmp_path / "parts", tmp_path / "decoder"):
+        read = weight_reader(str(folder), {})
+        assert torch.equal(read(name), model.state_dict()[name])
+        with pytest.raises(ValueError, match=r"no safetensors file with the weight model\.layers\.9"):
+            read("model.layers.9.mlp.up_proj.weight")
+    with pytest.raises(ValueError, match="no safetensors file"):
+        weight_reader(str(tmp_path), {})(name)
 
 
 def test_layers_and_modules_are_chosen_and_those_that_are_not_there_are_named():

@@ -1,28 +1,19 @@
 """Answers to eval rows at each evaluation, and the checkpoint that is the best by what they are worth."""
 
 import json
-import os
-import shutil
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import read_metrics
 from kills import StoppedError, assert_ended_alike, checkpoint_names, digests
+from planted import BEST, ENDS_AT, LOWEST_LOSS, MOMENTS, PLANTED, plant
 from sacrebleu.metrics.chrf import CHRF
 
-import finetune.run.eval_answers as eval_answers_module
-import finetune.run.evaluator as evaluator_module
 from finetune.__main__ import main
-from finetune.run.evaluator import Evaluator
-from finetune.run.tracker import Tracker
-from finetune.training.answer_scores import mean_scores
+from finetune.report.comparison import write_comparison
 
-# As in test_best.py, the loss is the lowest after the third update. The planted metric is the highest after
-# the second: the fifth is only as good, and then patience has run out.
-PLANTED = {0: 1.0, 1: 5.0, 2: 9.0, 3: 4.0, 4: 6.0, 5: 9.0}
-LOWEST_LOSS, BEST, ENDS_AT = 3, 2, 5
 WHOLE = {
     "optim__name": "adamw",
     "optim__learning_rate": 0.07,
@@ -51,108 +42,17 @@ def eval_lines(run_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def planted(monkeypatch) -> None:
-    """chrF is that of PLANTED, whatever the answers; they are made three at a time."""
-    at_step: list[int] = []
-    evaluate = Evaluator._evaluate
-
-    def noting_evaluate(self: Evaluator, step: int) -> None:
-        at_step.append(step)
-        evaluate(self, step)
-
-    def planted_scores(scores: Any) -> Any:
-        return mean_scores(scores) | ({"chrf": PLANTED[at_step[-1]]} if at_step else {})
-
-    monkeypatch.setattr(Evaluator, "_evaluate", noting_evaluate)
-    monkeypatch.setattr(evaluator_module, "mean_scores", planted_scores)
-    monkeypatch.setattr("finetune.training.answer_scores.ANSWERS_AT_A_TIME", 3)
-
-
-# Kills: each patches a function of the program, which then stops it.
-
-
-def before_the_answers() -> tuple[Any, str, Callable[..., Any]]:
-    activity = Tracker.show_activity
-
-    def show(self: Tracker, what: str) -> None:
-        activity(self, what)
-        if what.startswith("answering") and (self._run_dir / "checkpoints").exists():  # not before training
-            raise StoppedError
-
-    return Tracker, "show_activity", show
-
-
-def between_two_batches() -> tuple[Any, str, Callable[..., Any]]:
-    generate, calls = eval_answers_module.answer_prompts, iter(range(100))
-
-    def answer(*arguments: Any) -> Any:
-        if next(calls) == 3:  # two batches an evaluation: the second batch of the second one
-            raise StoppedError
-        return generate(*arguments)
-
-    return eval_answers_module, "answer_prompts", answer
-
-
-def at_the_file_of_answers(step: int, after: bool) -> tuple[Any, str, Callable[..., Any]]:
-    write = Tracker.write_answer_scores
-
-    def write_or_stop(self: Tracker, at: int, *rest: Any) -> None:
-        if at != step or after:
-            write(self, at, *rest)
-        if at == step:
-            raise StoppedError
-
-    return Tracker, "write_answer_scores", write_or_stop
-
-
-def after_the_line_of(step: int) -> tuple[Any, str, Callable[..., Any]]:
-    log = Tracker.log
-
-    def log_and_stop(self: Tracker, split: str, at: int, metrics: Any) -> None:
-        log(self, split, at, metrics)
-        if split == "eval" and at == step:
-            raise StoppedError
-
-    return Tracker, "log", log_and_stop
-
-
-def while_pruning() -> tuple[Any, str, Callable[..., Any]]:
-    remove = shutil.rmtree
-
-    def remove_half(path: Any, **options: Any) -> None:
-        if Path(path).name == "step_000004" and not options:
-            (Path(path) / "state.json").unlink()
-            raise StoppedError
-        remove(path, **options)
-
-    return shutil, "rmtree", remove_half
-
-
-def while_writing_the_result() -> tuple[Any, str, Callable[..., Any]]:
-    replace = os.replace
-
-    def replace_or_stop(source: Any, target: Any) -> None:
-        if Path(target).name == "adapter":
-            raise StoppedError
-        replace(source, target)
-
-    return os, "replace", replace_or_stop
+    for patch in plant():
+        monkeypatch.setattr(*patch)
 
 
 def test_the_best_by_a_metric_that_disagrees_with_the_loss_also_after_seven_kills(
     planted, run_on_same_rows, whole, tmp_path, capfd
 ):
     run_dir = tmp_path / "run"
-    for function in (
-        before_the_answers(),
-        between_two_batches(),
-        at_the_file_of_answers(3, after=False),
-        at_the_file_of_answers(3, after=True),
-        after_the_line_of(4),
-        while_pruning(),
-        while_writing_the_result(),
-    ):
+    for _, make_patch in MOMENTS.values():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(*function)
+            patch.setattr(*make_patch())
             with pytest.raises(StoppedError):
                 run_on_same_rows(output_dir=run_dir, **WHOLE)
         assert not (run_dir / "adapter").exists()
@@ -168,6 +68,12 @@ def test_the_best_by_a_metric_that_disagrees_with_the_loss_also_after_seven_kill
     assert min(lines, key=lambda step: lines[step]["loss"]) == LOWEST_LOSS
     assert {step: line["chrf"] for step, line in lines.items()} == PLANTED
     assert checkpoint_names(run_dir) == [f"step_{step:06d}" for step in (BEST, ENDS_AT)]
+    card = (run_dir / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert f"The adapter is the one after update {BEST}, which had the highest eval chrf." in card
+    figures = re.search(r"^\| loss, nats.*$", card, re.MULTILINE)
+    assert figures is not None
+    before, after = (float(cell.split()[0]) for cell in figures[0].split("|")[2:4])
+    assert [before, after] == pytest.approx([lines[step]["loss"] for step in (0, BEST)], abs=1e-4)
     weights = [
         folder / "adapter_model.safetensors"
         for folder in (run_dir / "adapter", run_dir / "checkpoints" / f"step_{BEST:06d}")
@@ -203,6 +109,18 @@ def test_the_figures_are_those_of_the_answers_that_the_result_gives(run_train, r
     page = (run_dir / "report.html").read_text(encoding="utf-8")
     assert "Answers compared with those of the rows" in page
     assert f"<b>{last['chrf']:.1f}</b>" in page
+    card = (run_dir / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "| 6 answers, compared with those of the rows | before | after | change |" in card
+    (row,) = [line for line in card.splitlines() if line.startswith("| chrF,")]
+    assert [cell.split()[0] for cell in row.split("|")[2:4]] == [
+        f"{line['chrf']:.1f}" for line in (first, last)
+    ]
+    assert "Only loss and token accuracy were measured" not in card
+    without = run_train(output_dir=tmp_path / "without", data__eval_fraction=0.4, train__max_steps=1)
+    rows = write_comparison([run_dir, without], tmp_path / "compare.html")
+    shown = [row.cells["chrF"].text for row in rows]
+    assert shown == [f"{last['chrf']:.1f}", ""]
+    assert f"{last['exact_match']:.3f}" in (tmp_path / "compare.html").read_text(encoding="utf-8")
 
 
 CALL = {"type": "function", "function": {"name": "exchange", "arguments": {"coin": "dime"}}}

@@ -185,7 +185,8 @@ def test_a_key_that_is_neither_the_adapters_nor_the_default_is_refused(made, ref
     ("changed", "words"),
     [
         ({"bias": "all"}, 'has bias "all"'),
-        ({"modules_to_save": ["lm_head"]}, 'has modules_to_save ["lm_head"]'),
+        ({"modules_to_save": ["lm_haed"]}, "the model has no lm_haed; it has lm_head"),
+        ({"modules_to_save": ["lm_head"]}, "has no base_model.model.lm_head.weight"),
         ({"layer_replication": [[0, 2]]}, "has layer_replication"),
         ({"target_parameters": ["experts"]}, "has target_parameters"),
         (

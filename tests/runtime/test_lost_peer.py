@@ -9,11 +9,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch.distributed
 from by_hand import start_two
 from conftest import ROOT
 
 import train
-from finetune.runtime.cli import LOST_PEER
+from finetune.runtime.cli import LOST_PEER, run_command
 
 # train.py, where a silent process is waited for ten seconds.
 IMPATIENT = """
@@ -24,6 +25,42 @@ accelerator.PEER_TIMEOUT = processes.PEER_TIMEOUT = timedelta(seconds=10)
 import train
 sys.exit(train.main(sys.argv[1:]))
 """
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.distributed.DistStoreError("wait timeout after 1000ms, keys: /x"),
+        torch.distributed.DistNetworkError("The client socket has timed out after 1000ms"),
+        torch.distributed.DistNetworkError("Connection reset by peer"),
+        torch.distributed.DistBackendError("ncclRemoteError: a remote process exited prematurely"),
+        RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:5000"),
+    ],
+)
+def test_what_torch_says_of_a_lost_process_is_told_in_one_line(error, capfd):
+    def command(_: object) -> None:
+        raise error
+
+    assert run_command(command, []) == 1
+    assert capfd.readouterr().err == f"{LOST_PEER}\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("The read operation timed out"),
+        RuntimeError("Connection reset by peer"),
+        RuntimeError("Broken pipe"),
+        torch.distributed.DistNetworkError("The server socket has failed to listen: EADDRINUSE"),
+        torch.distributed.DistBackendError("ncclInvalidUsage: invalid usage"),
+    ],
+)
+def test_an_error_that_only_sounds_like_a_lost_process_is_told_as_itself(error):
+    def command(_: object) -> None:
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        run_command(command, [])
 
 
 @pytest.fixture
