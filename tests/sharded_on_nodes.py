@@ -40,7 +40,7 @@ def compare(folder: Path, shard_over: str, accelerator: Any) -> dict[str, Any]:
     assert chosen.mesh is not None
     parts = {
         "none": Part(folder, case, accelerator, Sharding(())),
-        "base": Part(folder, case, accelerator, sharding),
+        "base": Part(folder, case, accelerator, chosen),
     }
     alone, gradients = parts["none"].update(parts["none"].batches)[1], {}
     for name, part in parts.items():
