@@ -69,9 +69,9 @@ def train(config: Config) -> int:
     optimizer_choice = choose_optimizer(config.optim.name, device)
     optimizer = create_optimizer(optimizer_choice.actual, adapter, config.optim)
 
-    # Fast paths, each checked against its reference path, on the whole base; then the plan of all updates.
+    # Fast paths, each checked against its reference path; a share of the base; the plan of all updates.
     fast_paths = choose_fast_paths(config, accelerator, token_loss, data.train, int8, sharding.is_on)
-    shard_base(token_loss, sharding)
+    shard_base(token_loss, sharding, data.train, fast_paths.packed)
     budget = token_budget.choose(config, accelerator, token_loss, fast_paths.packed)
     choices = [*machine.describe_machine(accelerator, config.log.trackers), precision, *sharding.choices]
     choices += [*describe_model(config, model), optimizer_choice, *fast_paths, *budget.choices]

@@ -86,16 +86,17 @@ def planned(model: str, base: str) -> Unloaded:
 
 def memory_table() -> str:
     """GiB of each card: while loading, and the peak of an update and what stays between them, by cards."""
+    loading = [f"loading, {n}" for n in CARDS]
     peaks = [f"update, {n}" for n in CARDS]
     between = [f"between, {n}" for n in CARDS]
     rows = []
     for model in MODELS:
         for base in BASES:
             cards = [card_memory(planned(model, base), n, TOKENS) for n in CARDS]
-            sizes = [cards[0].loading]
+            sizes = [card.loading for card in cards]
             sizes += [card.update for card in cards] + [card.between_updates for card in cards]
             rows.append([model, name_of(base), *(f"{size / GIB:.1f}" for size in sizes)])
-    return markdown(["model", "base", "loading", *peaks, *between], rows)
+    return markdown(["model", "base", *loading, *peaks, *between], rows)
 
 
 def parts_table() -> str:

@@ -48,12 +48,12 @@ def measure(model: str, base: str, sharding: str) -> dict[str, Any]:
     before_loading = resident()
     shares = choose_sharding(config, accelerator)
     peft_model = load_model(config, "bf16", accelerator.device, plain_weights=shares.is_on)
-    loading = resident("VmHWM") - before_loading
     adapter, token_loss = FlatAdapter(peft_model), TokenLoss(peft_model).train()
     rows = examples()
     train_set = Examples(Dataset.from_list(rows), truncated=[], dropped={})
     paths = choose_fast_paths(config, accelerator, token_loss, train_set, "dequantize", shares.is_on)
     shard_base(token_loss, shares)
+    loading = resident("VmHWM") - before_loading  # with the trials of the fast paths
     frozen = [parameter for parameter in peft_model.parameters() if not parameter.requires_grad]
     batch = collate(rows, paths.packed)
     gathered, reduced, peaks, seconds = [], [], [], []

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from common import ROOT, provenance, write_result
 from datasets import Dataset
-from torch.distributed import all_gather_object
+from torch.distributed import all_gather_object, get_rank, get_world_size, is_initialized
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from finetune.config import Config, FastConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig
@@ -42,11 +43,28 @@ SIZES = {
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
 }
+TINY = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 128}
 TOKENS = 8  # memory is measured, not time
 
 
 def measure(model: str, quantization: str, sharding: str, out: Path) -> None:
-    """Load, shard and make one update, in this process; the main process writes what all measured."""
+    """Load, shard and make one update, in this process; the main process writes what all measured.
+
+    First it does all of that with a tiny base: what libraries take at their first use is no part of a base.
+    """
+    run(f"{model}-tiny", quantization, sharding)
+    found = run(model, quantization, sharding)
+    results: list[Any] = [found]
+    if is_initialized():
+        results = [None] * get_world_size()
+        all_gather_object(results, found)
+    if not is_initialized() or get_rank() == 0:
+        out.write_text(json.dumps(results), encoding="utf-8")
+
+
+def run(model: str, quantization: str, sharding: str) -> dict[str, Any]:
+    """What this process measured."""
+    AcceleratorState._reset_state()
     config = Config(
         model=ModelConfig(name_or_path=model, quantization=quantization),
         lora=LoraConfig(lora_dropout=0.0),
@@ -57,7 +75,7 @@ def measure(model: str, quantization: str, sharding: str, out: Path) -> None:
     accelerator = create_accelerator(config, "bf16")
     device = accelerator.device
     chosen = choose_sharding(config, accelerator)
-    torch.mm(*torch.ones(2, 64, 64, dtype=torch.bfloat16))  # what libraries take at their first product
+    release_freed_memory(0)
     before = held_bytes(device)
     reset_peak_memory(device)
     found: dict[str, Any] = {}
@@ -92,12 +110,7 @@ def measure(model: str, quantization: str, sharding: str, out: Path) -> None:
     found["of_frozen_mib"] = round(sum(p.numel() * p.element_size() for p in frozen) / MIB, 1)
     # Beside the base, these stay: the adapter, its gradient, its copy in bf16 and the state of its optimizer.
     found["adapter_mib"] = round(len(adapter.weights) * (4 + 4 + 2 + 8) / MIB, 1)
-    results: list[Any] = [found]
-    if accelerator.num_processes > 1:
-        results = [None] * accelerator.num_processes
-        all_gather_object(results, found)
-    if accelerator.is_main_process:
-        out.write_text(json.dumps(results), encoding="utf-8")
+    return found
 
 
 def launch(num_processes: int, arguments: list[str], out: Path) -> list[dict[str, Any]]:
@@ -121,9 +134,10 @@ def main() -> None:
     cases = []
     with tempfile.TemporaryDirectory() as temporary:
         torch.manual_seed(0)
-        model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True, dtype="bfloat16"))
-        model.to(torch.bfloat16).save_pretrained(Path(temporary) / "model")
-        del model
+        for name, sizes in (("model", SIZES), ("model-tiny", SIZES | TINY)):
+            model = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True, dtype="bfloat16"))
+            model.to(torch.bfloat16).save_pretrained(Path(temporary) / name)
+            del model
         for quantization in args.quantization:
             whole = None
             for count in (1, *args.processes):
@@ -131,9 +145,11 @@ def main() -> None:
                 each = launch(count, arguments, Path(temporary) / "measured.json")
                 most = max(one["after_update_mib"] - one["adapter_mib"] for one in each)
                 whole = most if whole is None else whole
+                true = each[0]["of_frozen_mib"]
                 case = {"quantization": quantization, "processes": count, "base_mib": round(most)}
-                cases.append({**case, "of_one_process": round(most / whole, 3), "each": each})
-                print(case, f"{most / whole:.3f} of one process's", each[0], flush=True)
+                case |= {"of_one_process": round(most / whole, 3), "of_true_size": round(most / true, 3)}
+                cases.append({**case, "each": each})
+                print(case, each[0], flush=True)
     if args.out:
         what = (
             "resident memory in MiB, less what the process had before loading; `base_mib` without the adapter"

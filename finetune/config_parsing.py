@@ -61,6 +61,7 @@ def _parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
     if not files and not {"-h", "--help"} & set(arguments):
         files = [str(DEFAULT_CONFIG_FILE)]
         arguments = ["--config", *files, *arguments]
+    arguments = _with_accumulation(arguments)
     parser = _parser()
     for file in files:
         _check_file(parser, file)
@@ -86,6 +87,19 @@ def _parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
         config = _instantiate(parser, arguments)
     check_config(config)
     return config, remarks
+
+
+def _with_accumulation(arguments: Sequence[str]) -> list[str]:
+    """The arguments, in which train.global_batch_size has accumulation follow from it: what a file before it
+    says was for other updates. Where the command line gives the accumulation too, they are left as they are.
+    """
+    size, accumulation = "--train.global_batch_size", "--train.gradient_accumulation_steps"
+    words = [argument.partition("=")[0] for argument in arguments]
+    is_null = f"{size}=null" in arguments or (size, "null") in pairwise(arguments)
+    if size not in words or is_null or accumulation in words:
+        return list(arguments)
+    before = words.index(size)
+    return [*arguments[:before], f"{accumulation}=null", *arguments[before:]]
 
 
 def _instantiate(parser: ArgumentParser, arguments: Sequence[str]) -> Config:

@@ -569,6 +569,17 @@ def test_an_update_takes_as_many_examples_as_the_keys_say_on_1_2_and_16_processe
             examples_per_update(train, num_processes)
 
 
+def test_examples_per_update_on_the_command_line_have_the_accumulation_of_a_file_follow():
+    preset, size = ["--config", str(ROOT / "configs" / "alpaca.yaml")], "--train.global_batch_size"
+    for given in ([size, "32"], [f"{size}=32"]):
+        train = parse_config([*preset, *given]).train
+        assert (train.global_batch_size, train.gradient_accumulation_steps) == (32, None)
+    for given in ([*preset, size, "null"], [f"{size}=32", *preset]):  # no number, or the file comes later
+        assert parse_config(given).train.gradient_accumulation_steps == 4
+    with pytest.raises(ValueError, match=r"train.global_batch_size is 12, but .*accumulation_steps 4"):
+        parse_config([*preset, size, "12", "--train.gradient_accumulation_steps", "4"])
+
+
 def test_the_value_on_the_command_line_is_checked_against_the_file(config_file):
     file = config_file("train:\n  max_tokens_per_micro_batch: 600\n")
     assert parse_config(["--config", file]).train.max_tokens_per_micro_batch == 600

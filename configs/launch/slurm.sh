@@ -20,4 +20,4 @@ first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 --max-restarts=3 --shutdown-timeout=150 \
     --rdzv_backend=c10d --rdzv_endpoint="$first_node:29500" --rdzv_id="$SLURM_JOB_ID" \
     train.py --config configs/alpaca.yaml --output_dir runs/alpaca_slurm \
-    --train.gradient_accumulation_steps null --train.global_batch_size 64
+    --train.global_batch_size 64

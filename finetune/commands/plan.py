@@ -177,10 +177,11 @@ def _show_parts_of_card(memory: dict[str, Card], num_tokens: int) -> None:
 def _show_moments(memory: dict[str, Card]) -> None:
     cards = list(memory.values())
     rows: dict[str, list[float]] = {
-        "while loading (each process loads all of the base)": [card.loading for card in cards],
+        "while loading": [card.loading for card in cards],
         "first update": [card.first_update for card in cards],
         "later updates": [card.update for card in cards],
-        "between updates": [card.between_updates for card in cards],
+        "evaluation": [card.evaluation for card in cards],
+        "between updates, saving": [card.between_updates for card in cards],
     }
     _show_columns("Peak of each card by moment, GiB", memory, rows, GIB)
 

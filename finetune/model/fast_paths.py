@@ -85,6 +85,39 @@ def choose_fast_paths(
     return FastPaths(layout, attention, loss, *of_layers, int8_choice, kernels_choice)
 
 
+def require_same_results(accelerator: Any, token_loss: TokenLoss, train_set: Examples, packing: bool) -> None:
+    """Compare the chosen fast paths, on the longest example, with the reference paths once more: with weights
+    that the base got after they were chosen. Where it is sharded, all processes must call this.
+
+    Raises:
+        ValueError: the results differ.
+    """
+    trial = _Trial(accelerator, token_loss, train_set)
+    expected = _reference_logits(token_loss, trial)
+    if fault := trial.fault(trial.packed if packing else trial.alone, expected):
+        raise ValueError(
+            f"with the base's own weights, the fast paths do not compute the longest example ({fault}): set "
+            "train.sharding to none, or the keys of `fast` and train.packing to false"
+        )
+    reset_peak_memory(accelerator.device)
+
+
+def _reference_logits(token_loss: TokenLoss, trial: "_Trial") -> Tensor:
+    """[N, vocabulary] fp32 of the longest example's chosen tokens, by the reference paths. The fast ones stay
+    chosen."""
+    base, own = token_loss.base, str(token_loss.base.config._attn_implementation)
+    modules = [module for module in token_loss.modules() if "forward" in module.__dict__]
+    replaced = [module.__dict__.pop("forward") for module in modules]
+    if own == PACKED:
+        base.set_attn_implementation("sdpa")
+    try:
+        return trial.logits(trial.alone)
+    finally:
+        base.set_attn_implementation(own)
+        for module, forward in zip(modules, replaced, strict=True):
+            module.forward = forward
+
+
 def use_reference_paths(token_loss: TokenLoss) -> None:
     """Compute everything as transformers, PEFT and bitsandbytes do."""
     token_loss.masks_packed_sequences, token_loss.head_mib = True, None

@@ -26,6 +26,7 @@ from finetune.data.templates.named_templates import end_of_turn, use_template
 from finetune.model import first_weights
 from finetune.model.added_tokens import add_rows, token_ids_of, trainable_token_indices
 from finetune.model.given_adapter import check_weights, find_adapter, read_settings
+from finetune.model.layers_on_disk import find_layers, needs_no_weights, without_report
 from finetune.model.safetensors_files import weight_reader
 from finetune.model.starter import HUB_NAME, starter_model_dir
 from finetune.model.target_modules import check_modules_to_save, describe_modules_to_save, targets_of
@@ -138,7 +139,8 @@ def load_model(
     """
     given = None if config.model.adapter is None else source or find_adapter(config.model.adapter)
     settings = None if given is None else read_settings(given)
-    base = load_base(config.model, precision, device)
+    can_wait = plain_weights and needs_no_weights(config.lora, settings)
+    base = load_base(config.model, precision, device, first_layer_alone=can_wait)
     given_rows = [] if settings is None else token_ids_of(settings.trainable_token_indices)
     if given_rows and (missing := sorted(set(added_token_ids) - set(given_rows))):
         raise ValueError(
@@ -180,10 +182,14 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
         )
 
 
-def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
+def load_base(
+    config: ModelConfig, precision: str, device: torch.device, first_layer_alone: bool = False
+) -> Any:
     """The causal language model, quantized as configured, frozen, on the device.
 
     `precision` is no, bf16 or fp16: the data type of everything that is not quantized, including embeddings.
+    With `first_layer_alone`, all decoder layers have the weights of the first one, where the model's files
+    allow it: its `layers_on_disk` then reads their own.
 
     Raises:
         ValueError: no such folder, file or Hub model, no network, or not a causal language model.
@@ -203,18 +209,18 @@ def load_base(config: ModelConfig, precision: str, device: torch.device) -> Any:
                 "model.quantization to none, or save it as a model folder first"
             )
         quantization = GgufConfig(dequantize=True)
-    base, loading = _from_pretrained(
-        AutoModelForCausalLM,
-        config,
-        source,
-        {
-            **arguments,
-            "dtype": dtype,
-            "quantization_config": quantization,
-            "device_map": {"": device},
-            "output_loading_info": True,
-        },
-    )
+    layers = None
+    if first_layer_alone and not config.trust_remote_code:
+        layers = find_layers(load_architecture(config), dtype, source, arguments)
+    arguments |= {"dtype": dtype, "quantization_config": quantization, "device_map": {"": device}}
+    arguments |= {"output_loading_info": True}
+    if layers is None:
+        base, loading = _from_pretrained(AutoModelForCausalLM, config, source, arguments)
+    else:
+        with without_report():
+            arguments["config"] = layers.first_alone
+            base, loading = _from_pretrained(AutoModelForCausalLM, config, source, arguments)
+        layers.complete(base)
     if {module.is_causal for module in base.modules() if hasattr(module, "is_causal")} == {False}:
         raise ValueError(
             f"model.name_or_path {config.name_or_path} is no causal language model: tokens see later tokens"

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed import new_subgroups
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -20,13 +21,16 @@ from torch.distributed.fsdp import (
 )
 
 from finetune.config import Config
+from finetune.data.preparing.examples import Examples
+from finetune.model.fast_paths import require_same_results
+from finetune.model.layers_on_disk import LayersOnDisk
 from finetune.model.loss import TokenLoss
 from finetune.ops import lora, quantized
 from finetune.ops.decoder_layer import stacks
 from finetune.runtime.choice import Choice
 from finetune.runtime.fsdp_launch import describe_settings
-from finetune.runtime.memory import release_freed_memory
-from finetune.runtime.processes import all_reduce_max
+from finetune.runtime.memory import release_freed_memory, return_large_blocks
+from finetune.runtime.processes import PEER_TIMEOUT, all_reduce_max
 
 FORWARD_METHODS = ("token_stats", "target_logits", "generate")  # of TokenLoss, besides its forward method
 
@@ -38,6 +42,8 @@ class Sharding(NamedTuple):
     """Requested and actual, and what of the launcher's settings is not honoured"""
     mesh: DeviceMesh | None = None
     """The processes that share a base with this one; None: each has a whole base"""
+    accelerator: Any = None
+    """That of these processes"""
 
     @property
     def is_on(self) -> bool:
@@ -60,10 +66,11 @@ def choose_sharding(config: Config, accelerator: Any) -> Sharding:
         if num_processes > 1:
             reason = "a node has one process: train.shard_over all shares a base among the nodes"
         return Sharding((Choice("sharding", requested, "none", reason), *others))
-    kind, num_bases = accelerator.device.type, num_processes // size
-    mesh = init_device_mesh(kind, (num_bases, size), mesh_dim_names=("bases", "shares"))["shares"]
+    # `init_device_mesh` would make groups with the libraries' own timeouts, 10 minutes for NCCL.
+    group, _ = new_subgroups(size, timeout=PEER_TIMEOUT)  # type: ignore[no-untyped-call]
+    mesh, num_bases = DeviceMesh.from_group(group, accelerator.device.type), num_processes // size
     actual = f"base, on {size} processes" + (f", {num_bases} times" if num_bases > 1 else "")
-    return Sharding((Choice("sharding", actual, actual), *others), mesh)
+    return Sharding((Choice("sharding", actual, actual), *others), mesh, accelerator)
 
 
 def _processes_of_node(accelerator: Any) -> int:
@@ -79,24 +86,34 @@ def _processes_of_node(accelerator: Any) -> int:
     return most
 
 
-def shard_base(token_loss: TokenLoss, sharding: Sharding) -> None:
+def shard_base(
+    token_loss: TokenLoss, sharding: Sharding, train_set: Examples | None = None, packing: bool = False
+) -> None:
     """Leave this process its share of the frozen parameters of token_loss; without a mesh, do nothing.
 
     The fast paths must have been chosen, for a sharded base: what computes before the whole is called would
     become a root of its own. Each decoder layer is gathered by itself; the embedding, the head and all others
     with the whole. What is trainable stays as it is.
 
+    Where the base has the weights of its first layer alone, each layer's own are read before it is sharded.
+    The fast paths were chosen without them, and are then compared once more, on `train_set`.
+
     Raises:
-        ValueError: an adapted layer reads its quantized weight in PEFT's way, which keeps it.
+        ValueError: an adapted layer reads its quantized weight in PEFT's way, which keeps it; or as
+            `require_same_results`.
     """
     if sharding.mesh is None:
         return
     _require_fast_layers(token_loss)
+    return_large_blocks()
     trained = {parameter for parameter in token_loss.parameters() if parameter.requires_grad}
     # Gathered in its own precision: autocast rounds, as without sharding.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    on_disk: LayersOnDisk | None = getattr(token_loss.base, "layers_on_disk", None)
     for _, layers in stacks(token_loss.base):
-        for layer in layers:
+        for index, layer in enumerate(layers):
+            if on_disk is not None:
+                on_disk.read(layer, index)
             fully_shard(layer, mesh=sharding.mesh, mp_policy=policy, ignored_params=trained)
     fully_shard(token_loss, mesh=sharding.mesh, mp_policy=policy, ignored_params=trained)
     # FSDP warns that its hooks are lost where a layer's output, a view, is added to in place. None is.
@@ -104,6 +121,8 @@ def shard_base(token_loss: TokenLoss, sharding: Sharding) -> None:
     for name in FORWARD_METHODS:
         register_fsdp_forward_method(token_loss, name)
     release_freed_memory(0)
+    if on_disk is not None and train_set is not None:
+        require_same_results(sharding.accelerator, token_loss, train_set, packing)
 
 
 def _require_fast_layers(token_loss: TokenLoss) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_dequant
+from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_dequant, quantize_4bit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +27,11 @@ class PlainInt8(nn.Module):
         self.largest = _frozen(largest)
         """[out] fp32: the largest absolute value of each row, which has code 127"""
         self.bias = layer.bias
+
+    def quantize(self, weight: Tensor) -> None:
+        """Take another weight [out, in], quantized as bitsandbytes does."""
+        made = bnb.nn.Int8Params(weight.cpu(), False, has_fp16_weights=False).to(self.weight.device)
+        self.weight, self.largest = _frozen(made.CB), _frozen(made.SCB)
 
     def dequantize(self) -> Tensor:
         """[out, in], as bitsandbytes dequantizes it."""
@@ -51,8 +56,16 @@ class PlainNf4(nn.Module):
         self.absmax = _frozen(state.absmax)
         """[out * in / blocksize] fp32: the scale of each block"""
         self.bias = layer.bias
-        self._state = state
-        state.absmax = None  # it is sharded; `quant_state` adds it
+        # Without the scales: they are sharded, and `quant_state` adds them.
+        self._state = QuantState(
+            None, state.shape, state.code, state.blocksize, state.quant_type, state.dtype
+        )
+
+    def quantize(self, weight: Tensor) -> None:
+        """Take another weight [out, in], quantized as bitsandbytes does."""
+        own = self._state
+        made, state = quantize_4bit(weight, blocksize=own.blocksize, quant_type=own.quant_type)
+        self.weight, self.absmax = _frozen(made), _frozen(state.absmax)
 
     @property
     def quant_state(self) -> QuantState:

@@ -280,7 +280,8 @@ def repeating_command(record: Record) -> str:
     """The command that resumes an unfinished run, or repeats a finished one in another folder."""
     environment, folder = record.environment, record.folder
     on_gpu = not environment["device"].startswith("CPU")
-    command = launch_command(folder, environment["num_processes"], on_gpu)
+    nodes = environment.get("num_nodes", 1)  # older records have none
+    command = launch_command(folder, environment["num_processes"], on_gpu, nodes)
     if not record.is_finished:
         return command
     command += f" --output_dir {shlex.quote(f'{folder}-again')}"

@@ -12,6 +12,7 @@ from finetune.data.plan import Plan
 from finetune.run.checkpoint import TrainState, list_checkpoints
 from finetune.run.opening import RunFacts
 from finetune.run.summary import launch_command
+from finetune.runtime.processes import num_nodes
 
 # In errors that are no torch.OutOfMemoryError: of torch's allocator on a CPU, and on a GPU of the driver and
 # cuBLAS, which do without that allocator.
@@ -79,7 +80,7 @@ def _how_to_resume(config: Config, plan: Plan, step: int, on_gpu: bool) -> str:
         lower = f"--data.max_length {length} --train.max_tokens_per_micro_batch {length}"
         lower += f" --output_dir {shlex.quote(f'{run_dir}-{length}')}"
         lower += f" --resume {shlex.quote(str(checkpoints[0]))}" if checkpoints else ""
-    command = launch_command(run_dir, plan.num_processes, on_gpu)
+    command = launch_command(run_dir, plan.num_processes, on_gpu, num_nodes())
     return f"out of memory after update {step}; {last}. To resume with less memory: {command} {lower}"
 
 

@@ -16,6 +16,7 @@ from finetune.run.extra_trackers import recorded_links
 from finetune.run.folder import CONFIG, METRICS
 from finetune.runtime.choice import Choice
 from finetune.runtime.console import console, say, show_choices
+from finetune.runtime.processes import num_nodes
 from finetune.training.best import best_in_words, best_of, better_in_words, is_out_of_patience
 
 # Metric: its name on screen and its format.
@@ -66,14 +67,21 @@ def show_stop(config: Config, accelerator: Any, step: int) -> None:
     """Print that the run was stopped, and the command that resumes it."""
     run_dir = Path(config.output_dir)
     saved = f"after update {step}; all is saved" if step > 0 else "before its first update"
-    say(f"Stopped {saved}. To resume:")
-    say(f"  {launch_command(run_dir, accelerator.num_processes, accelerator.device.type == 'cuda')}")
+    nodes, on_gpu = num_nodes(), accelerator.device.type == "cuda"
+    say(f"Stopped {saved}. To resume{', on each node' if nodes > 1 else ''}:")
+    say(f"  {launch_command(run_dir, accelerator.num_processes, on_gpu, nodes)}")
 
 
-def launch_command(run_dir: Path, num_processes: int, on_gpu: bool) -> str:
-    """The command that runs the configuration of `run_dir` in `num_processes` processes."""
+def launch_command(run_dir: Path, num_processes: int, on_gpu: bool, nodes: int = 1) -> str:
+    """The command that runs the configuration of `run_dir` in `num_processes` processes, in all.
+
+    For several nodes it is the same on each. It has a placeholder for the name of the first one.
+    """
     launcher = "python"
-    if num_processes > 1:
+    if nodes > 1:
+        launcher = f"torchrun --nnodes {nodes} --nproc_per_node {num_processes // nodes} --rdzv_backend c10d "
+        launcher += f"--rdzv_endpoint FIRST_NODE:29500 --rdzv_id {shlex.quote(run_dir.name)}"
+    elif num_processes > 1:
         launcher = f"accelerate launch --multi_gpu --num_processes {num_processes}"
         launcher = launcher if on_gpu else f"torchrun --nproc_per_node {num_processes}"
     return f"{launcher} {TRAIN_PROGRAM} --config {shlex.quote(str(run_dir / CONFIG))}"

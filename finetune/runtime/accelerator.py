@@ -20,7 +20,7 @@ from finetune.runtime import system
 from finetune.runtime.choice import Choice
 from finetune.runtime.launch import refuse_other_engines, require_same_launch
 from finetune.runtime.memory import GIB
-from finetune.runtime.processes import PEER_TIMEOUT, under_accelerate_launch
+from finetune.runtime.processes import PEER_TIMEOUT, num_nodes, under_accelerate_launch
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "tensorboard")
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -218,4 +218,5 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
         "cuda": torch.version.cuda,
         "num_processes": accelerator.num_processes,
+        "num_nodes": num_nodes(),
     }

@@ -48,7 +48,7 @@ def describe_settings(config: Config) -> Iterator[Choice]:
         "AUTO_WRAP_POLICY": ("TRANSFORMER_BASED_WRAP", "each decoder layer is gathered by itself"),
         "STATE_DICT_TYPE": ("FULL_STATE_DICT", "a checkpoint has the adapter alone, whole"),
         "FORWARD_PREFETCH": ("false", "the next layer is gathered when it is due"),
-        "CPU_RAM_EFFICIENT_LOADING": ("false", "each process reads the whole base, and then keeps its share"),
+        "CPU_RAM_EFFICIENT_LOADING": ("false", "each process reads all layers, one at a time"),
         "ACTIVATION_CHECKPOINTING": (
             str(config.train.gradient_checkpointing).lower(),
             "train.gradient_checkpointing says it",

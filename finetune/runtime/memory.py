@@ -13,6 +13,7 @@ from finetune.runtime import system
 
 GIB, MIB = 2**30, 2**20
 UPDATES_BETWEEN_RELEASES = 20
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def release_freed_memory(step: int) -> None:
@@ -23,6 +24,15 @@ def release_freed_memory(step: int) -> None:
     """
     if step % UPDATES_BETWEEN_RELEASES == 0 and (malloc_trim := _malloc_trim()) is not None:
         malloc_trim(0)
+
+
+def return_large_blocks() -> None:
+    """Have glibc return each freed block of a MiB or more at once, instead of keeping up to 32 MiB of them.
+
+    A layer that is gathered is freed soon after. Kept, such blocks would grow beyond the whole base.
+    """
+    if hasattr(library := ctypes.CDLL(None), "mallopt") and _malloc_trim() is not None:
+        library.mallopt(M_MMAP_THRESHOLD, MIB)
 
 
 @cache

@@ -83,6 +83,11 @@ def on_main(accelerator: Any, job: Callable[..., object], *arguments: Any) -> No
         raise SystemExit(2)
 
 
+def num_nodes() -> int:
+    """The nodes of this run, as torchrun and `accelerate launch` say."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+
 def under_accelerate_launch() -> bool:
     """Whether `accelerate launch` is what started this process."""
     try:

@@ -103,7 +103,8 @@ class Card:
     at_head: float
     """What the head allocates temporarily"""
     loading: int
-    """The peak while the base is loaded: all of it, before it is sharded, and a weight that is quantized"""
+    """The peak while the base is loaded, with the adapter and a weight that is quantized: all of the base; if
+    it is sharded, its shard, the root group, and two layers, of which one is the first"""
     gathering: int
     """The peak of the root group while it is gathered, at the start of a forward pass"""
 
@@ -116,6 +117,12 @@ class Card:
         """The peak of an update."""
         in_passes = self.root + self.kept + max(self.layers + self.at_layer, self.at_head)
         return self.between_updates + max(self.gathering, in_passes)
+
+    @property
+    def evaluation(self) -> float:
+        """The peak of an evaluation with as many tokens in a batch, of which nothing is kept."""
+        in_pass = self.root + max(self.layers + self.at_layer, self.at_head)
+        return self.between_updates + max(self.gathering, in_pass)
 
     @property
     def first_update(self) -> float:
@@ -140,7 +147,9 @@ def card_memory(run: Unloaded, num_shards: int, num_tokens: int, device_type: st
         kept=num_tokens * predicted.kept_per_token,
         at_layer=predicted.weight + num_tokens * predicted.per_layer_and_token,
         at_head=min(num_tokens * predicted.head_per_token, predicted.head_most) + predicted.copy,
-        loading=base.shard(1) + predicted.weight // 2,
+        loading=(base.shard(num_shards) + is_sharded * (root + 2 * base.largest_layer))
+        + predicted.adapter
+        + predicted.weight // 2,
         gathering=copies * root if is_sharded else 0,
     )
 

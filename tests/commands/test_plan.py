@@ -169,7 +169,7 @@ def test_for_several_cards_it_shows_each_way_to_shard_without_rows(plan):
     code, printed = plan("--cards", "4", "--nodes", "2", "--data.path", "nowhere.csv", "--gib", "8")
     assert code == 0
     assert re.search(r"train.sharding +┃ none ┃ base ┃ base, over all nodes", printed)
-    moments = ("while loading.*?", "first update", "later updates", "between updates")
+    moments = ("while loading", "first update", "later updates", "evaluation", "between updates, saving")
     for row in ("base", "optimizer", "kept of .* tokens for the backward pass", *moments):
         assert len(numbers_of(printed, row)) == 3, row
     sent = numbers_of(printed, "the base, for a micro-batch")

@@ -95,6 +95,7 @@ def test_the_record_of_a_run_says_what_it_ran_on_and_with(run_train, tmp_path, r
         "memory_gib",
         "cuda",
         "num_processes",
+        "num_nodes",
         "adapter_step",
         "base",
         "int8",

@@ -139,7 +139,11 @@ def test_a_shared_base_costs_what_is_gathered_and_saves_what_others_hold(half_bi
         2 * root, root + shared.kept + max(shared.layers + shared.at_layer, shared.at_head)
     )
     assert shared.first_update == shared.update - half_billion.predicted.optimizer
-    assert shared.loading == whole.loading > whole.base
+    layer, weight = half_billion.base.largest_layer, half_billion.predicted.weight // 2
+    assert whole.loading == whole.base + whole.adapter + weight
+    assert shared.loading == shared.base + root + 2 * layer + shared.adapter + weight
+    in_pass = max(shared.layers + shared.at_layer, shared.at_head)
+    assert shared.evaluation == shared.between_updates + max(2 * root, root + in_pass)
 
 
 def test_cards_that_hold_a_whole_base_send_the_gradient_alone(half_billion):
