@@ -172,7 +172,7 @@ def save_checkpoint(
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint. A kill leaves it whole, or a part of it under a name that the next start removes."""
+    """Remove a checkpoint. A kill leaves it whole, or a part under a name that the next start removes."""
     aside = folder.with_name(f".{folder.name}.removed.partial")
     folder.rename(aside)
     system.remove_folder(aside)

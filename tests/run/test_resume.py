@@ -267,11 +267,12 @@ def test_a_kill_while_an_old_checkpoint_is_removed_leaves_only_whole_ones(run_tr
     def stop(_: Path) -> None:
         raise StoppedError
 
-    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+    with monkeypatch.context() as patch:
         patch.setattr("finetune.runtime.system.remove_folder", stop)
-        run_train(output_dir=tmp_path / "run", **SHORT, checkpoint__every_steps=1, checkpoint__keep=1)
+        with pytest.raises(StoppedError):
+            run_train(**SHORT, checkpoint__keep=1)
     assert checkpoint_names(tmp_path / "run")[1:] == ["step_000002"]
-    run_train(output_dir=tmp_path / "run", **SHORT, checkpoint__every_steps=1, checkpoint__keep=1)
+    run_train(**SHORT, checkpoint__keep=1)
     assert len(checkpoint_names(tmp_path / "run")) == 1
 
 
