@@ -30,7 +30,8 @@ from common import ROOT, physical_cores, provenance, settings, write_result
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from finetune.config_parsing import parse_config
-from finetune.data.preparing.chunks import CHUNK_ROWS, counts_of, unpacked, with_counts
+from finetune.data.preparing.chunk_files import counts_of, unpacked, with_counts
+from finetune.data.preparing.chunks import CHUNK_ROWS
 from finetune.data.preparing.encoding import EncodeRows
 from finetune.data.preparing.row_tables import Part, ReadRows
 from finetune.data.rows import SignPrompts

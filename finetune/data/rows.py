@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from finetune.config import DataConfig
 from finetune.data.conversations import SYSTEM_ROLES, Row
 from finetune.data.duplicates import NUM_HASHES, Match, Signatures, find_matches, normalize, sign
-from finetune.data.preparing.chunks import make_chunks, read_chunk, unpacked, write_chunk
+from finetune.data.preparing.chunk_files import read_chunk, unpacked, write_chunk
+from finetune.data.preparing.chunks import make_chunks
 from finetune.data.preparing.row_tables import (
     ReadSources,
     cache_folder,

@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import logging
 import re
 import textwrap
 import types
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ import torch
 from accelerate.utils import set_seed
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 from transformers.utils.hub import cached_file
-from transformers.utils.logging import disable_progress_bar
 
 from finetune.config import Config, LoraConfig, ModelConfig
 from finetune.data.preparing.examples import Examples
@@ -27,6 +24,7 @@ from finetune.model import first_weights
 from finetune.model.added_tokens import add_rows, token_ids_of, trainable_token_indices
 from finetune.model.given_adapter import check_weights, find_adapter, read_settings
 from finetune.model.layers_on_disk import find_layers, needs_no_weights, without_report
+from finetune.model.quiet import quiet_libraries
 from finetune.model.safetensors_files import weight_reader
 from finetune.model.starter import HUB_NAME, starter_model_dir
 from finetune.model.target_modules import check_modules_to_save, describe_modules_to_save, targets_of
@@ -390,15 +388,3 @@ def _from_pretrained(loader: Any, config: ModelConfig, source: str, arguments: d
 
 def _in_one_line(error: Exception) -> str:
     return textwrap.shorten(str(error), 400, placeholder=" ...") or type(error).__name__
-
-
-def quiet_libraries() -> None:
-    """Silence messages that do not concern a user: a deprecation warning that PEFT causes in transformers, a
-    progress bar for weights that load in a second, and a warning in every int8 multiplication."""
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-    # The table at the start says that they are no longer tied where only one of them is trained.
-    warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer")
-    warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
-    disable_progress_bar()
-    # bitsandbytes warns of a cast in each layer of each forward pass.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

@@ -23,8 +23,9 @@ from finetune.config import Config
 from finetune.data.preparing.examples import Examples
 from finetune.model.fast_paths import choose_fast_paths
 from finetune.model.flat_adapter import FlatAdapter
-from finetune.model.load import add_adapter, quiet_libraries
+from finetune.model.load import add_adapter
 from finetune.model.loss import TokenLoss
+from finetune.model.quiet import quiet_libraries
 from finetune.runtime.accelerator import DTYPES
 from finetune.training.memory_model import Prediction, bytes_by_sizes, kept_per_token
 

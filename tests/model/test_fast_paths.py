@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from finetune.config import Config, FastConfig, LoraConfig, ModelConfig, TrainConfig
 from finetune.data.collate import collate
 from finetune.data.preparing.examples import Examples
-from finetune.model import fast_paths
+from finetune.model import fast_paths, int8_matmul
 from finetune.model.fast_paths import FastPaths, choose_fast_paths, use_reference_paths
 from finetune.model.load import add_adapter, load_model
 from finetune.model.loss import TokenLoss
@@ -560,7 +560,7 @@ def int8_loss(tiny_model_dir: Path) -> TokenLoss:
 
 @pytest.fixture
 def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_paths, "_seconds", lambda *_: pytest.fail("it was measured"))
+    monkeypatch.setattr(int8_matmul, "_seconds", lambda *_: pytest.fail("it was measured"))
 
 
 def assert_all_layers_multiply(token_loss: TokenLoss, in_int8: bool) -> None:
@@ -598,7 +598,7 @@ def test_int8_is_taken_where_it_is_faster_by_more_than_a_fifth(
     int8_loss, monkeypatch, in_int8, dequantized, actual
 ):
     times = iter([in_int8, dequantized])
-    monkeypatch.setattr(fast_paths, "_seconds", lambda *_: next(times))
+    monkeypatch.setattr(int8_matmul, "_seconds", lambda *_: next(times))
     chosen = choose(int8_loss, precision="bf16")
     assert (chosen.int8.requested, chosen.int8.actual) == (actual, actual)
     assert f"dequantized {dequantized * 1e3:.1f} ms, in int8 {in_int8 * 1e3:.1f} ms" in chosen.int8.reason
@@ -624,7 +624,7 @@ def test_int8_activations_are_not_the_truth_that_fast_paths_are_compared_with(in
 def test_a_gpu_dequantizes_unless_something_else_is_asked_for(int8_loss, asked, recorded, actual):
     gpu = SimpleNamespace(device=torch.device("cuda"), mixed_precision="fp16", is_main_process=True)
     config = Config(fast=FastConfig(int8_matmul=asked))
-    chosen = fast_paths._choose_int8(config, gpu, int8_loss.model, train_set(), recorded, False)
+    chosen = int8_matmul.choose_int8(config, gpu, int8_loss.model, train_set(), recorded, False)
     assert (chosen.requested, chosen.actual) == (actual, actual)
     assert ("waits" in chosen.reason) == (actual == "dequantize")
 
@@ -639,7 +639,7 @@ def test_int8_is_measured_in_the_precision_of_the_run(int8_loss, monkeypatch, pr
 
     monkeypatch.setattr(quantized, "multiply", multiply)
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
-    fast_paths._choose_int8(Config(), accelerator, int8_loss.model, train_set(), None, False)
+    int8_matmul.choose_int8(Config(), accelerator, int8_loss.model, train_set(), None, False)
     assert set(measured) == {dtype}
 
 

@@ -7,8 +7,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import platform
-import re
 import signal
 import sys
 import threading
@@ -23,15 +21,22 @@ from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import pyarrow as pa
 from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from finetune.runtime import system
+from finetune.data.preparing.chunk_files import (
+    is_left_over,
+    partial_path,
+    read_chunk,
+    read_counts,
+    write_chunk,
+    write_record,
+    written_to_disk,
+)
 from finetune.runtime.console import console
 from finetune.runtime.system import available_cpus
 
@@ -47,7 +52,6 @@ MOST_WORKERS = 61 if sys.platform == "win32" else 1_000  # Windows waits for no 
 JOINED_BYTES = 32 << 20  # of a record batch of joined chunks
 QUIET_SECONDS = 1.0  # a shorter preparation needs no progress bar
 ENCODING = "finetune.data.preparing.encoding"  # what processes import before they have work
-COUNTS = b"counts"  # of a chunk, as JSON, in the metadata of its schema
 
 
 class Chunk(NamedTuple):
@@ -108,7 +112,7 @@ def make_chunks(
         done = _run_in_others(tasks, job, folder) if is_large else _run_here(tasks, job)
         _show_progress(done, title, total)
         for partial in folder.glob(".*.partial"):
-            if _is_left_over(partial):
+            if is_left_over(partial):
                 partial.unlink(missing_ok=True)
     return paths
 
@@ -133,7 +137,7 @@ def join_chunks(
         paths = make()
         with _errors_of(file.parent):
             try:
-                known = summarize(_read_counts(path) for path in paths)
+                known = summarize(read_counts(path) for path in paths)
                 _write_joined(file, schema, paths)
                 write_record(record, known)
             except FileNotFoundError:
@@ -147,7 +151,7 @@ def join_chunks(
 
 def _write_joined(file: Path, schema: pa.Schema, paths: Sequence[Path]) -> None:
     """The tables of chunks, one after the other, in batches of about JOINED_BYTES."""
-    with _written_to_disk(file) as sink, pa.ipc.new_stream(sink, schema) as writer:
+    with written_to_disk(file) as sink, pa.ipc.new_stream(sink, schema) as writer:
         tables: list[pa.Table] = []
         for path in paths:
             tables.append(read_chunk(path).replace_schema_metadata())
@@ -181,95 +185,6 @@ def spans(sizes: NDArray[Any], most_rows: int, most: int) -> Iterator[tuple[int,
         end = min(start + most_rows, max(start + 1, within))
         yield start, end
         start = end
-
-
-def with_counts(table: pa.Table, counts: Mapping[str, Any]) -> pa.Table:
-    """The table, with what was counted while it was made."""
-    return table.replace_schema_metadata({COUNTS: json.dumps(counts)})
-
-
-def counts_of(table: pa.Table | pa.RecordBatchReader) -> Any:
-    """What `with_counts` added."""
-    return json.loads(table.schema.metadata[COUNTS])
-
-
-def _read_counts(path: Path) -> Any:
-    """The same of a chunk, of which no row is read."""
-    with path.open("rb") as file, pa.ipc.open_stream(file) as reader:
-        return counts_of(reader)
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A file to write into that then becomes `path`, which is there whole or not at all, also where several
-    processes make the same at once."""
-    partial = _partial(path)
-    yield partial
-    try:
-        os.replace(partial, path)
-    except (FileNotFoundError, PermissionError):
-        # One that does not see this process, as in containers, took it for left over. Or one that made the
-        # same has it open, on Windows.
-        if not path.exists():
-            raise
-
-
-def _partial(path: Path) -> Path:
-    """What this process writes before it is `path`."""
-    return path.with_name(f".{path.name}.{os.getpid()}@{platform.node()}.partial")
-
-
-def _is_left_over(partial: Path) -> bool:
-    """Whether the process that wrote it is gone. Those of other computers cannot be seen from here."""
-    owner = re.fullmatch(r".*\.(\d+)@(.*)\.partial", partial.name)
-    return owner is not None and owner[2] == platform.node() and not psutil.pid_exists(int(owner[1]))
-
-
-def write_chunk(path: Path, table: pa.Table) -> None:
-    """Write a chunk, as `written_whole`."""
-    with _written_to_disk(path) as file, pa.ipc.new_stream(file, table.schema) as writer:
-        writer.write_table(table)
-
-
-@contextmanager
-def _written_to_disk(path: Path) -> Iterator[BinaryIO]:
-    """An open file that then becomes `path`, as `written_whole`."""
-    with written_whole(path) as partial, partial.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write what is known of chunks as JSON, as `written_whole`."""
-    with written_whole(path) as partial:
-        system.write_text(partial, json.dumps(record))
-
-
-def read_chunk(path: Path) -> pa.Table:
-    """A chunk, read into memory."""
-    with path.open("rb") as file, pa.ipc.open_stream(file) as reader:
-        return reader.read_all()
-
-
-def read_in_parts(path: Path) -> Iterator[pa.Table]:
-    """A chunk, or joined ones, read into memory part by part, as they were written."""
-    with path.open("rb") as file, pa.ipc.open_stream(file) as reader:
-        for batch in reader:
-            yield pa.Table.from_batches([batch])
-
-
-def packed(table: pa.Table) -> bytes:
-    """A table as bytes; pickled itself, a part of a table would take the whole one with it."""
-    sink = pa.BufferOutputStream()
-    table = table.combine_chunks()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue())
-
-
-def unpacked(table: bytes) -> pa.Table:
-    return pa.ipc.open_stream(table).read_all()
 
 
 @contextmanager
@@ -329,7 +244,7 @@ def _run_in_others(tasks: Iterator[Task], job: Job, folder: Path) -> Iterator[in
     """The same in processes of their own, few chunks ahead of what is yielded."""
     queue: deque[tuple[int, Future[None]]] = deque()
     # Pickled once: a tokenizer has megabytes.
-    job_file, pickled = _partial(folder / "job"), pickle.dumps(job)
+    job_file, pickled = partial_path(folder / "job"), pickle.dumps(job)
     job_file.write_bytes(pickled)
     digest = hashlib.sha256(pickled).hexdigest()
     is_done = False

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from finetune.data.conversations import to_conversation
-from finetune.data.preparing.chunks import unpacked, with_counts
+from finetune.data.preparing.chunk_files import unpacked, with_counts
 from finetune.data.templates.chat_template import stop_ids
 from finetune.data.templates.tokenize import IGNORE, Tokens, cut, encode_batch
 

@@ -16,14 +16,8 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from finetune.config import DataConfig
-from finetune.data.preparing.chunks import (
-    CHUNK_ROWS,
-    join_chunks,
-    make_chunks,
-    read_in_parts,
-    spans,
-    write_record,
-)
+from finetune.data.preparing.chunk_files import read_in_parts, write_record
+from finetune.data.preparing.chunks import CHUNK_ROWS, join_chunks, make_chunks, spans
 from finetune.data.preparing.encoding import SCHEMA, EncodeRows, first_targets, flat, lengths, target_counts
 from finetune.data.preparing.row_tables import cache_folder, column_of, digest_of, table_chunks
 from finetune.data.segments import MIN_SHARED, SequenceSizes, sequence_sizes

@@ -21,17 +21,8 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from finetune.data.conversations import Row
-from finetune.data.preparing.chunks import (
-    CHUNK_BYTES,
-    CHUNK_ROWS,
-    Chunk,
-    counts_of,
-    join_chunks,
-    make_chunks,
-    packed,
-    spans,
-    with_counts,
-)
+from finetune.data.preparing.chunk_files import counts_of, packed, with_counts
+from finetune.data.preparing.chunks import CHUNK_BYTES, CHUNK_ROWS, Chunk, join_chunks, make_chunks, spans
 from finetune.data.reading.batches import read_formatted
 from finetune.data.reading.cleaning import reason_to_drop
 from finetune.data.reading.files import RawBatch, hub_fingerprint

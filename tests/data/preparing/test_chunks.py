@@ -20,14 +20,8 @@ from conftest import ROOT, tiny_tokenizer
 from finetune.config import Config, DataConfig, EvalConfig, SourceConfig
 from finetune.data.preparing import chunks as prepare
 from finetune.data.preparing import row_tables
-from finetune.data.preparing.chunks import (
-    Chunk,
-    join_chunks,
-    make_chunks,
-    read_chunk,
-    read_in_parts,
-    with_counts,
-)
+from finetune.data.preparing.chunk_files import read_chunk, read_in_parts, with_counts
+from finetune.data.preparing.chunks import Chunk, join_chunks, make_chunks
 from finetune.data.preparing.examples import tokenize_rows
 from finetune.data.preparing.row_tables import cache_folder
 from finetune.data.rows import find_leaks, iterate_rows, load_rows
