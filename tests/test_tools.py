@@ -260,7 +260,7 @@ def test_export_serves_with_the_template_and_the_tokens_that_were_trained(memori
     if "<|im_end|>" in AutoTokenizer.from_pretrained(trained.config.model.name_or_path).get_vocab():
         adapter = memorised / "adapter"
         template = f"--tokenizer {adapter} --chat-template {adapter}/chat_template.jinja"
-    assert f"{template} --enable-auto-tool-choice --tool-call-parser hermes\n" in shown
+        assert f"{template} --enable-auto-tool-choice --tool-call-parser hermes\n" in shown
     else:
         assert "vllm serve MERGED" in shown  # the rows of its tokens are not vLLM's to load
     file = next((tmp_path / "out").glob("*.gguf"))
