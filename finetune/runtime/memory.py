@@ -31,8 +31,8 @@ def return_large_blocks() -> None:
 
     A layer that is gathered is freed soon after. Kept, such blocks would grow beyond the whole base.
     """
-    if hasattr(library := ctypes.CDLL(None), "mallopt") and _malloc_trim() is not None:
-        library.mallopt(M_MMAP_THRESHOLD, MIB)
+    if _malloc_trim() is not None:  # else it is another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
 
 
 @cache
