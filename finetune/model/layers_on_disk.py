@@ -20,12 +20,14 @@ import peft
 import torch
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 from transformers.utils.hub import cached_file
 
 from finetune.config import LoraConfig
 from finetune.model.safetensors_files import INDEX, WEIGHTS
 from finetune.ops.plain_weights import PlainInt8, PlainNf4
+from finetune.runtime.choice import Choice
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,15 @@ def find_layers(
     shapes = [{name: parameter.shape for name, parameter in layer.named_parameters()} for layer in layers]
     are_alike = all(shape == shapes[0] for shape in shapes)
     return LayersOnDisk(architecture, layers, files, dtype, prefix) if are_alike else None
+
+
+def describe_reading(model: peft.PeftModel) -> list[Choice]:
+    """Of a base that is sharded: whether its layers were read one at a time, where they were not."""
+    is_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    if not is_sharded or hasattr(model.get_base_model(), "layers_on_disk"):
+        return []
+    reason = "its files, or the first weights of the adapter, need all layers at once"
+    return [Choice("reading the base", "a layer at a time", "whole, on each process", reason)]
 
 
 @contextmanager

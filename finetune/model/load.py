@@ -23,7 +23,7 @@ from finetune.data.templates.named_templates import end_of_turn, use_template
 from finetune.model import first_weights
 from finetune.model.added_tokens import add_rows, token_ids_of, trainable_token_indices
 from finetune.model.given_adapter import check_weights, find_adapter, read_settings
-from finetune.model.layers_on_disk import find_layers, needs_no_weights, without_report
+from finetune.model.layers_on_disk import describe_reading, find_layers, needs_no_weights, without_report
 from finetune.model.quiet import quiet_libraries
 from finetune.model.safetensors_files import weight_reader
 from finetune.model.starter import HUB_NAME, starter_model_dir
@@ -325,9 +325,10 @@ def base_fingerprint(config: ModelConfig, model: Any) -> str:
 
 
 def describe_model(config: Config, model: Any) -> list[Choice]:
-    """The quantization of the base, and where they were chosen the layers that are trained whole and how the
-    adapter begins."""
-    choices = [describe_base(config.model, model), *describe_modules_to_save(config, model)]
+    """The quantization of the base; that a sharded one was read whole, if so; and where they were chosen the
+    layers that are trained whole and how the adapter begins."""
+    choices = [describe_base(config.model, model), *describe_reading(model)]
+    choices += describe_modules_to_save(config, model)
     return [*choices, *first_weights.describe_first_weights(config.lora)]
 
 

@@ -9,12 +9,13 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from tiny import CPU, random_examples
+from torch.distributed.fsdp import FSDPModule
 
 from finetune.config import Config, LoraConfig, ModelConfig
 from finetune.data.preparing.examples import Examples
 from finetune.model.fast_paths import choose_fast_paths, require_same_results
 from finetune.model.flat_adapter import FlatAdapter
-from finetune.model.layers_on_disk import find_layers
+from finetune.model.layers_on_disk import describe_reading, find_layers
 from finetune.model.load import load_architecture, load_model
 from finetune.model.loss import TokenLoss
 from finetune.ops.decoder_layer import stacks
@@ -80,6 +81,17 @@ def test_layers_that_were_read_are_those_of_a_base_that_was_loaded_whole(tiny_mo
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"init_lora_weights": "olora"}])
 def test_an_adapter_that_is_made_from_the_weights_has_the_base_loaded_whole(tiny_model_dir, lora):
     assert not hasattr(loaded(tiny_model_dir, **lora).get_base_model(), "layers_on_disk")
+
+
+def test_a_sharded_base_that_was_read_whole_is_said_to_be(tiny_model_dir):
+    for lora, rows in (({}, 0), ({"use_dora": True}, 1)):
+        model = loaded(tiny_model_dir, **lora)
+        assert describe_reading(model) == []
+        for layer in layers_of(model):  # as `fully_shard` leaves it
+            layer.__class__ = type("Sharded", (FSDPModule, type(layer)), {})
+        differ = describe_reading(model)
+        assert len(differ) == rows
+        assert all(choice.requested != choice.actual for choice in differ)
 
 
 def test_the_adapter_starts_with_the_same_weights(tiny_model_dir):
