@@ -173,8 +173,10 @@ class Soak:
         began = time.monotonic()
         while True:
             launcher = self.launch(output_dir, change.before, kill.fault, int(change.after is None))
-            if await_moment(launcher, output_dir, change.before, kill):
+            code = await_moment(launcher, output_dir, change.before, kill)
+            if code is None:
                 break
+            assert code == 0, f"{change}: exit code {code} without a kill\n{self.said()}"
             assert kill.fault is None, f"the run has no such point: {kill}"
             shutil.rmtree(output_dir)  # it was faster: the next one is killed earlier
             kill = kill._replace(seconds=kill.seconds / 2)
@@ -250,23 +252,27 @@ def as_process(argv: list[str], fault: Fault | None) -> None:
     sys.exit(work(argv, fault))
 
 
-def await_moment(launcher: int, output_dir: Path, layout: Layout, kill: Kill) -> bool:
-    """Wait for the moment of `kill`; False if the run has ended before."""
+def await_moment(launcher: int, output_dir: Path, layout: Layout, kill: Kill) -> int | None:
+    """Wait for the moment of `kill`; the exit code of a run that has ended before."""
 
-    def until(is_due: Callable[[], bool]) -> bool:
+    def until(is_due: Callable[[], bool]) -> int | None:
         while not is_due():
-            if has_ended(launcher) is not None:
-                return False
+            if (code := has_ended(launcher)) is not None:
+                return code
             time.sleep(0.002)
-        return True
+        return None
 
     if kill.fault is not None:
         file = kill.fault.file
         return until(lambda: file.exists() and file.read_text() != "")
-    if layout.processes > 1 and not until(lambda: len(processes_of(launcher)) == layout.processes):
-        return False
-    if kill.updates and not until(lambda: updates_logged(output_dir) >= kill.updates):
-        return False
+    if layout.processes > 1:
+        code = until(lambda: len(processes_of(launcher)) == layout.processes)
+        if code is not None:
+            return code
+    if kill.updates:
+        code = until(lambda: updates_logged(output_dir) >= kill.updates)
+        if code is not None:
+            return code
     deadline = time.monotonic() + kill.seconds
     return until(lambda: time.monotonic() >= deadline)
 

@@ -228,8 +228,16 @@ def largest_rank(folder: Path) -> int:
 
 def adapter_weights(model: peft.PeftModel) -> dict[str, Tensor]:
     """The adapter's weights. By default PEFT asks the hub at each save whether the vocabulary has grown."""
-    weights: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    weights: dict[str, Tensor] = get_peft_model_state_dict(
+        model, all_weights(model), save_embedding_layers=False
+    )
     return weights
+
+
+def all_weights(model: peft.PeftModel) -> dict[str, Tensor]:
+    """What PEFT looks for the adapter's weights in. Its own choice, `model.state_dict()`, frees gathered
+    weights of a sharded base: where one process alone saves, the others would then gather by themselves."""
+    return {name: weight.detach() for name, weight in model.named_parameters(remove_duplicate=False)}
 
 
 def check_weights(folder: Path, model: peft.PeftModel) -> None:

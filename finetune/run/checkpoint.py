@@ -21,6 +21,7 @@ from finetune.model.given_adapter import (
     ADAPTER_WEIGHTS,
     MANIFEST,
     adapter_weights,
+    all_weights,
     find_adapter,
     load_weights,
 )
@@ -239,7 +240,7 @@ def estimate_bytes(model: PeftModel, optimizer_name: str) -> int:
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write adapter_model.safetensors and adapter_config.json, as `PeftModel.from_pretrained` reads them."""
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=all_weights(model))
     _sort_names(folder / ADAPTER_CONFIG)
     (folder / CARD).unlink()  # PEFT's template; a run's result has a card of its own
 

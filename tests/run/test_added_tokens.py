@@ -122,7 +122,7 @@ def test_the_rows_are_trained_saved_loaded_and_merged(run_chatml, base, tied, tm
 
     # The other commands take the run as any other.
     assert main(["evaluate", str(run), "--generate", "1", "--max_new_tokens", "4"]) == 0
-    assert main(["export", str(run), "--output", str(tmp_path / "gguf"), "--format", "f16"]) == 0
+    assert main(["export", str(run), "--output", str(tmp_path / "gguf"), "--quantize", "f16"]) == 0
     assert "--enable-lora" not in capfd.readouterr().out  # vLLM takes no adapter with rows
     (path,) = (tmp_path / "gguf").glob("*.gguf")
     file = gguf.GGUFReader(path)
