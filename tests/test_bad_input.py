@@ -1,8 +1,8 @@
 """What a user can get wrong, each through the real command line: one line that says what, and nothing lost.
 
-A case is a process of `python train.py` in a folder of its own. All are started by the first test, two at a
-time (they spend their time on imports), and each test looks at how its own ended. Some, whose way is that of
-another case, are tried in this process.
+A case is a process of its own in a folder of its own. The first of each kind is one of `python train.py`; the
+others are forked from one that has the imports done. Some, whose way is that of another case, are tried in
+this process.
 """
 
 import gzip
@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import pytest
 import torch
 import yaml
 from conftest import QWEN2_TEMPLATE, ROOT
+from forked import Forks, forks
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
@@ -753,26 +753,21 @@ def contents(folder: Path) -> dict[str, str]:
     return found
 
 
-@dataclass(frozen=True)
-class Ending:
-    code: int
-    stdout: str
-    stderr: str
-    before: dict[str, str]
-    after: dict[str, str]
+def environment(cache: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(cache / "hub"),
+        "HF_DATASETS_CACHE": str(cache / "datasets"),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def command_line(argv: list[str], folder: Path, cache: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *argv],
         cwd=folder,
-        env={
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(cache / "hub"),
-            "HF_DATASETS_CACHE": str(cache / "datasets"),
-            "OMP_NUM_THREADS": "1",
-        },
+        env=environment(cache),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -791,24 +786,10 @@ def given(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Giv
     return given
 
 
-@pytest.fixture(scope="session")
-def endings(
-    given: Given, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Future[Ending]]]:
-    """How the cases that are to be tested ended, by name."""
-    calls = [item.callspec for item in request.session.items if hasattr(item, "callspec")]
-    chosen = [bad for call in calls if isinstance(bad := call.params.get("bad"), Case)]
-
-    def end(case: Case) -> Ending:
-        folder = tmp_path_factory.mktemp("case")
-        argv = put_together(case, folder, given)
-        before = contents(folder)
-        ended = command_line(argv, folder, given.cache)
-        return Ending(ended.returncode, ended.stdout, ended.stderr, before, contents(folder))
-
-    with ThreadPoolExecutor(2) as pool:
-        yield {case.name: pool.submit(end, case) for case in chosen}
-        pool.shutdown(cancel_futures=True)
+@pytest.fixture(scope="module")
+def forked(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    with forks(environment(given.cache), tmp_path_factory.mktemp("printed")) as process:
+        yield process
 
 
 def assert_one_line(bad: Case, code: int, said: str) -> None:
@@ -821,12 +802,17 @@ def assert_one_line(bad: Case, code: int, said: str) -> None:
         assert words in said
 
 
+FIRST_OF_KIND = {bad.name.partition(":")[0]: bad for bad in reversed(CASES)}.values()
+
+
 @pytest.mark.parametrize("bad", CASES, ids=lambda bad: bad.name)
-def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(bad, endings):
-    ending = endings[bad.name].result()
-    assert_one_line(bad, ending.code, ending.stderr)
-    assert "Traceback" not in ending.stdout
-    assert ending.after == ending.before
+def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(bad, given, forked, tmp_path):
+    argv = put_together(bad, tmp_path, given)
+    before = contents(tmp_path)
+    ended = command_line(argv, tmp_path, given.cache) if bad in FIRST_OF_KIND else forked.run(argv, tmp_path)
+    assert_one_line(bad, ended.returncode, ended.stderr)
+    assert "Traceback" not in ended.stdout
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("quick", [*QUICK_CASES, *NEW_CASES], ids=lambda quick: quick.name)
