@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from conftest import HAS_COMPILER, KERNELS_BY, PACKED_BY
 from datasets import Dataset
+from peft.tuners.lora import LoraLayer
 from tiny import NAMES, VOCABULARY, adapter_gradients, fill_adapter, random_examples, with_adapter
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -324,7 +325,7 @@ def test_a_path_that_is_switched_off_is_plain_as_asked_and_the_others_are_fast(o
 
 
 def fast_layers(token_loss: TokenLoss) -> list[Any]:
-    return [m for m in token_loss.modules() if isinstance(m, fast_paths.LoraLayer) and "forward" in vars(m)]
+    return [m for m in token_loss.modules() if isinstance(m, LoraLayer) and "forward" in vars(m)]
 
 
 def own_forwards(token_loss: TokenLoss) -> set[str]:
