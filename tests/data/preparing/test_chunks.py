@@ -3,6 +3,7 @@ of processes; what is kept is not taken for other rows, settings or code."""
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -135,7 +136,7 @@ def test_only_missing_chunks_are_made_and_their_rows_alone_are_asked_for(tmp_pat
 def test_what_killed_processes_left_is_removed_and_what_others_still_need_is_not(tmp_path, monkeypatch):
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         ended.wait()
-    here = prepare.platform.node()
+    here = platform.node()
     left = [f".00002.arrow.{ended.pid}@{here}.partial", f".job.{ended.pid}@{here}.partial"]
     needed = [f".job.{os.getppid()}@{here}.partial", f".00001.arrow.{ended.pid}@elsewhere.partial"]
     for name in (*left, *needed):
