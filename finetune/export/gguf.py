@@ -71,21 +71,21 @@ def read_gguf(path: Path, config: Any, device: torch.device) -> Any:
     """Load the weights of a GGUF file, dequantized to fp32, as a model of transformers on `device`.
 
     `config` is the model's own configuration: transformers does not read all of it from a GGUF file, such as
-    the size of Qwen3's heads.
+    the size of Qwen3's heads. An architecture that has another name in the file is read as that one.
 
     Raises:
         ValueError: transformers cannot read the architecture.
     """
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):  # from a base that was loaded from a GGUF file
-        del config.quantization_config
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        config=config,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )
+    arguments = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+    if ARCHITECTURES.get(config.model_type, config.model_type) == config.model_type:
+        arguments["config"] = config = copy.deepcopy(config)
+        if hasattr(config, "quantization_config"):  # from a base that was loaded from a GGUF file
+            del config.quantization_config
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **arguments)
+    except NotImplementedError as error:
+        first_line = str(error).partition(". ")[0]
+        raise ValueError(f"transformers does not read it from a GGUF file ({first_line})") from error
     return model.to(device).eval()
 
 

@@ -238,8 +238,8 @@ def test_a_batch_is_read_when_it_is_asked_for(tmp_path):
         ("rows.csv", "instruction,output\n" + "a,b\n" * 500_000 + "c,d,e\n"),
     ):
         (tmp_path / name).write_text(content, encoding="utf-8")
-        batches = read_batches(sources(str(tmp_path / name))[0], 10)
-        assert next(batches).num_rows == 10
+        batches = read_batches(sources(str(tmp_path / name))[0], 1_000)
+        assert next(batches).num_rows == 1_000
         with pytest.raises(ValueError, match=name):
             [batch.rows() for batch in batches]
 
