@@ -100,7 +100,7 @@ def while_pruning() -> Patch:
     remove = shutil.rmtree
 
     def remove_half(path: Any, **options: Any) -> None:
-        if Path(path).name == "step_000004" and not options:
+        if Path(path).name == ".step_000004.removed.partial" and not options:
             (Path(path) / "state.json").unlink()
             raise StoppedError
         remove(path, **options)

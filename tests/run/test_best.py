@@ -166,7 +166,7 @@ def stopping(moment: str, step: int) -> tuple[str, Callable[..., Any]]:
             raise StoppedError
 
     def stopping_remove(path: Any, **options: Any) -> None:
-        if Path(path).name == f"step_{step:06d}" and not options:
+        if Path(path).name == f".step_{step:06d}.removed.partial" and not options:
             (Path(path) / "state.json").unlink()
             raise StoppedError
         remove(path, **options)
