@@ -2,7 +2,8 @@
 
     python benchmarks/sharded_base.py --out benchmarks/results/sharded_base.json
 
-The base is a random Qwen2 of more than 500 MB in bf16, written into a temporary folder. Each process measures
+The base is a random Qwen2 with as many layers as make more than 500 MB of it when quantized, written into a
+temporary folder. Each process measures
 its resident memory (RSS), less what it had before loading, and counts the bytes of its frozen parameters.
 """
 
@@ -39,11 +40,11 @@ SIZES = {
     "vocab_size": 8000,
     "hidden_size": 1024,
     "intermediate_size": 2816,
-    "num_hidden_layers": 24,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
 }
-TINY = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 128}
+LAYERS = {"none": 24, "int8": 48, "nf4": 96}
+TINY = {"num_hidden_layers": 2, "vocab_size": 100, "hidden_size": 64, "intermediate_size": 128}
 TOKENS = 8  # memory is measured, not time
 
 
@@ -122,6 +123,12 @@ def launch(num_processes: int, arguments: list[str], out: Path) -> list[dict[str
     return measured
 
 
+def write_model(folder: Path, sizes: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    config = Qwen2Config(**sizes, tie_word_embeddings=True, dtype="bfloat16")
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
         measure(*sys.argv[2:5], Path(sys.argv[5]))
@@ -133,12 +140,10 @@ def main() -> None:
     args = parser.parse_args()
     cases = []
     with tempfile.TemporaryDirectory() as temporary:
-        torch.manual_seed(0)
-        for name, sizes in (("model", SIZES), ("model-tiny", SIZES | TINY)):
-            model = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True, dtype="bfloat16"))
-            model.to(torch.bfloat16).save_pretrained(Path(temporary) / name)
-            del model
         for quantization in args.quantization:
+            sizes = SIZES | {"num_hidden_layers": LAYERS[quantization]}
+            write_model(Path(temporary) / "model", sizes)
+            write_model(Path(temporary) / "model-tiny", sizes | TINY)
             whole = None
             for count in (1, *args.processes):
                 arguments = [str(Path(temporary) / "model"), quantization, "none" if count == 1 else "base"]
@@ -154,7 +159,9 @@ def main() -> None:
         what = (
             "resident memory in MiB, less what the process had before loading; `base_mib` without the adapter"
         )
-        write_result(args.out, {"what": what, "sizes": SIZES, **provenance(), "cases": cases})
+        write_result(
+            args.out, {"what": what, "sizes": SIZES, "layers": LAYERS, **provenance(), "cases": cases}
+        )
 
 
 if __name__ == "__main__":
