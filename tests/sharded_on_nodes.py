@@ -42,9 +42,11 @@ def compare(folder: Path, shard_over: str, accelerator: Any) -> dict[str, Any]:
         "none": Part(folder, case, accelerator, Sharding(())),
         "base": Part(folder, case, accelerator, chosen),
     }
-    alone, gradients = parts["none"].update(parts["none"].batches)[1], {}
+    batches = parts["none"].batches
+    num_targets = sum(len(batch.target_ids) for batch in batches)
+    alone, gradients = parts["none"].update(batches, num_targets)[1], {}
     for name, part in parts.items():
-        gradients[name] = part.update(own_batches(part))[1]
+        gradients[name] = part.update(own_batches(part, batches), num_targets)[1]
         distributed.all_reduce(gradients[name])
     here = sum(local_share(p).numel() for p in parts["base"].model.parameters() if not p.requires_grad)
     group = chosen.mesh.get_group()
