@@ -233,8 +233,6 @@ class Soak:
             "of_all_processes": sum(kill.all for _, kill in self.kills),
             "changes": dict(Counter(str(change) for change, _ in self.kills)),
             "moments": dict(Counter(str(kill) for _, kill in self.kills)),
-            "runs_that_could_not_go_on": 0,
-            "damaged_checkpoints": 0,
             "largest_relative_differences": self.differences,
         }
 
