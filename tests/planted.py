@@ -24,6 +24,19 @@ from finetune.training.answer_scores import mean_scores
 # the second: the fifth is only as good, and then patience has run out.
 PLANTED = {0: 1.0, 1: 5.0, 2: 9.0, 3: 4.0, 4: 6.0, 5: 9.0}
 LOWEST_LOSS, BEST, ENDS_AT = 3, 2, 5
+FOLLOWS_CHRF = {
+    "optim__name": "adamw",
+    "optim__schedule": "constant",
+    "train__seed": 41,
+    "train__num_epochs": 4,
+    "train__early_stopping_patience": ENDS_AT - BEST,
+    "eval__every": 1,
+    "eval__answers": 4,
+    "checkpoint__every_steps": 4,
+    "checkpoint__keep": 1,
+    "checkpoint__keep_best": True,
+    "checkpoint__best_by": "chrf",
+}
 
 Patch = tuple[Any, str, Any]
 """What `setattr` takes"""

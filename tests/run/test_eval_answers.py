@@ -8,27 +8,13 @@ from typing import Any
 import pytest
 from conftest import read_metrics
 from kills import StoppedError, assert_ended_alike, checkpoint_names, digests
-from planted import BEST, ENDS_AT, LOWEST_LOSS, MOMENTS, PLANTED, plant
+from planted import BEST, ENDS_AT, FOLLOWS_CHRF, LOWEST_LOSS, MOMENTS, PLANTED, plant
 from sacrebleu.metrics.chrf import CHRF
 
 from finetune.__main__ import main
 from finetune.report.comparison import write_comparison
 
-WHOLE = {
-    "optim__name": "adamw",
-    "optim__learning_rate": 0.07,
-    "train__seed": 41,
-    "optim__schedule": "constant",
-    "train__num_epochs": 4,
-    "train__early_stopping_patience": ENDS_AT - BEST,
-    "eval__every": 1,
-    "eval__answers": 4,
-    "checkpoint__every_steps": 4,
-    "checkpoint__keep": 1,
-    "checkpoint__keep_best": True,
-    "checkpoint__best_by": "chrf",
-    "log__every_steps": 3,
-}
+WHOLE = {**FOLLOWS_CHRF, "optim__learning_rate": 0.07, "log__every_steps": 3}
 
 
 def answers_of(run_dir: Path, step: int) -> list[dict[str, Any]]:

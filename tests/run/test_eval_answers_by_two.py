@@ -4,26 +4,16 @@ from pathlib import Path
 
 from conftest import ROOT, read_metrics
 from kills import checkpoint_names
-from planted import BEST, ENDS_AT, PLANTED, plant
+from planted import BEST, ENDS_AT, FOLLOWS_CHRF, PLANTED, plant
 from runtime.test_processes import (
     assert_same_metrics,
     launch,  # noqa: F401  a fixture
 )
 
 SETTINGS = {
+    **FOLLOWS_CHRF,
     "lora__lora_dropout": 0.0,
-    "optim__name": "adamw",
     "optim__learning_rate": 0.01,  # so that the loss falls until the end
-    "optim__schedule": "constant",
-    "train__seed": 41,
-    "train__num_epochs": 4,
-    "train__early_stopping_patience": ENDS_AT - BEST,
-    "eval__every": 1,
-    "eval__answers": 4,
-    "checkpoint__every_steps": 4,
-    "checkpoint__keep": 1,
-    "checkpoint__keep_best": True,
-    "checkpoint__best_by": "chrf",
 }
 ONE = {"train__micro_batch_size": 8, "train__gradient_accumulation_steps": 1}
 SHARED_BY_TWO = {
